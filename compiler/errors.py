@@ -1,0 +1,132 @@
+"""Every mistake a user can meet, as one exception class each: where, what, and what to do about it.
+
+The command prints ``str(error)`` and exits with ``error.exit_code``; nothing else is ever shown to a user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Span:
+    """A place in a text file: 1-based line and column, the length to underline, and the line itself."""
+
+    path: Path
+    line: int
+    column: int
+    length: int
+    text: str
+
+
+class CompressError(Exception):
+    """Base class. ``cause`` says what is wrong, ``remedy`` what to do, ``where`` names the place in words."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, cause: str, *, remedy: str = "", where: str = "", span: Span | None = None) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.remedy = remedy
+        self.where = where
+        self.span = span
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.cause}"]
+        if self.span is not None:
+            lines += _excerpt(self.span)
+        elif self.where:
+            lines.append(f" --> {self.where}")
+        if self.remedy:
+            lines.append(f"help: {self.remedy}")
+        return "\n".join(lines)
+
+
+def _excerpt(span: Span) -> list[str]:
+    gutter = " " * len(str(span.line))
+    underline = " " * (span.column - 1) + "^" * max(1, span.length)
+    return [
+        f" --> {span.path}:{span.line}:{span.column}",
+        f"{gutter} |",
+        f"{span.line} | {span.text}",
+        f"{gutter} | {underline}",
+    ]
+
+
+class RecipeError(CompressError):
+    """The recipe is wrong."""
+
+    code = "recipe"
+
+
+class SelectorError(CompressError):
+    """A ``where`` selects nothing, or not what ``expect`` says."""
+
+    code = "selector"
+
+
+class OrderError(CompressError):
+    """Passes stand in an order that cannot work."""
+
+    code = "order"
+
+
+class CaptureError(CompressError):
+    """The model cannot be turned into a graph."""
+
+    code = "capture"
+
+
+class OpError(CompressError):
+    """A graph operation was built with operands or attributes it does not accept."""
+
+    code = "operation"
+    exit_code = 2
+
+
+class VerifyError(CompressError):
+    """A graph broke one of its invariants."""
+
+    code = "verify"
+    exit_code = 2
+
+
+class TextError(CompressError):
+    """A graph text cannot be parsed."""
+
+    code = "graph-text"
+
+
+class CheckpointError(CompressError):
+    """A checkpoint is damaged, incomplete, of a refused kind, or does not fit the model."""
+
+    code = "checkpoint"
+
+
+class PassError(CompressError):
+    """A pass cannot do what the recipe asks of it on this model."""
+
+    code = "pass"
+
+
+class TargetError(CompressError):
+    """An output format cannot hold the graph."""
+
+    code = "target"
+
+
+class OutputError(CompressError):
+    """The output cannot be written."""
+
+    code = "output"
+    exit_code = 2
+
+
+class ParityError(CompressError):
+    """What was written does not compute what the graph computes."""
+
+    code = "parity"
+    exit_code = 2

@@ -1,0 +1,296 @@
+"""Whole operations of transformers: linear maps, norms, rotary embedding, attention, experts.
+
+Shapes in the docs: B batch, T tokens, S keys, D width, H heads, G key/value heads, d head width, v value width,
+r latent rank, R rotary width, n unrotated width, E experts, K experts per token, N tokens flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compiler.ir.opdef import Attr, OpDef, Types
+from compiler.ir.types import Dim, TensorType, dim_product
+
+
+def need(type: TensorType | None) -> TensorType:
+    """An operand that must be present."""
+    if type is None:
+        raise ValueError("a required operand is missing")
+    return type
+
+
+def same_dim(left: Dim, right: Dim, what: str) -> None:
+    if left != right:
+        raise ValueError(f"{what} differ: {left} and {right}")
+
+
+# --- linear maps ---------------------------------------------------------------------------------------------
+
+
+def _infer_linear(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, weight, bias = need(types[0]), need(types[1]), types[2]
+    same_dim(x.shape[-1], weight.shape[1], "input widths")
+    if bias is not None:
+        same_dim(bias.shape[0], weight.shape[0], "output widths")
+    return [x.with_shape((*x.shape[:-1], weight.shape[0]))]
+
+
+def _eval_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _infer_embedding(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    table, ids = need(types[0]), need(types[1])
+    return [table.with_shape((*ids.shape, *table.shape[1:]))]
+
+
+def _eval_embedding(table: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table)
+
+
+# --- norms ---------------------------------------------------------------------------------------------------
+
+
+def _infer_norm(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x = need(types[0])
+    for vector in types[1:]:
+        if vector is not None:
+            same_dim(vector.shape[-1], x.shape[-1], "norm widths")
+    return [x]
+
+
+def _eval_rms_norm(x: Tensor, weight: Tensor | None, *, eps: float, offset: float) -> Tensor:
+    # The order of these steps is that of transformers' modules, so that results agree to the last bit.
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed
+    return weight * normed if offset == 0.0 else normed * (offset + weight)
+
+
+def _eval_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+# --- heads ---------------------------------------------------------------------------------------------------
+
+
+def _infer_split_heads(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, heads = need(types[0]), attrs["heads"]
+    batch, tokens, width = x.shape
+    if not isinstance(width, int) or width % heads:
+        raise ValueError(f"width {width} does not split into {heads} heads")
+    return [x.with_shape((batch, heads, tokens, width // heads))]
+
+
+def _eval_split_heads(x: Tensor, *, heads: int) -> Tensor:
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, heads, width // heads).transpose(1, 2)
+
+
+def _infer_merge_heads(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x = need(types[0])
+    batch, tokens, heads, width = x.shape
+    return [x.with_shape((batch, tokens, dim_product((heads, width))))]
+
+
+def _eval_merge_heads(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape[:2], -1)
+
+
+# --- rotary position embedding -------------------------------------------------------------------------------
+
+
+def _infer_rope_table(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    positions, frequencies = need(types[0]), need(types[1])
+    table = frequencies.with_shape((*positions.shape, *frequencies.shape))
+    return [table, table]
+
+
+def _eval_rope_table(positions: Tensor, frequencies: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    angles = positions[..., None].to(frequencies.dtype) * frequencies
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, cos = need(types[0]), need(types[1])
+    pairs, width = cos.shape[-1], x.shape[-1]
+    if not isinstance(pairs, int) or not isinstance(width, int) or 2 * pairs > width:
+        raise ValueError(f"{pairs} rotary pairs do not fit a head of {width}")
+    return [x]
+
+
+def _eval_rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str) -> Tensor:
+    rotary = 2 * cos.shape[-1]
+    turned, passed = x[..., :rotary], x[..., rotary:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if layout == "half":
+        first, second = turned.chunk(2, -1)
+    else:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    real, imaginary = first * cos - second * sin, second * cos + first * sin
+    if layout == "interleaved":
+        result = torch.stack((real, imaginary), -1).flatten(-2)
+    else:
+        result = torch.cat((real, imaginary), -1)
+    return torch.cat((result, passed), -1) if passed.shape[-1] else result
+
+
+# --- attention -----------------------------------------------------------------------------------------------
+
+
+def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    query, key, value = need(types[0]), need(types[1]), need(types[2])
+    same_dim(query.shape[-1], key.shape[-1], "query and key widths")
+    same_dim(key.shape[1], value.shape[1], "key and value heads")
+    same_dim(key.shape[2], value.shape[2], "key and value lengths")
+    heads, groups = query.shape[1], key.shape[1]
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(f"{heads} query heads do not share {groups} key/value heads")
+    return [query.with_shape((query.shape[0], query.shape[2], heads, value.shape[-1]))]
+
+
+def attention_mask(
+    queries: int, keys: int, causal: bool, window: int, window_after: int, device: torch.device
+) -> Tensor | None:
+    """True where query i (the last ``queries`` of ``keys`` positions) may look; None when it may look anywhere."""
+    if not causal and not window:
+        return None
+    row = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    column = torch.arange(keys, device=device)[None]
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        allowed &= column <= row
+    if window:
+        allowed &= row - column < window
+        if not causal:
+            allowed &= column - row < window_after
+    return allowed
+
+
+def _eval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    plain = mask is None and bias is None and sinks is None and not window and not softcap
+    if plain and (not causal or query.shape[2] == key.shape[2]):
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal and query.shape[2] > 1, scale=scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous()
+    return _explicit_attention(query, key, value, mask, bias, sinks, scale, causal, window, softcap)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    allowed = attention_mask(query.shape[2], key.shape[2], causal, window, window, query.device)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :].bool(), torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _infer_latent_attention(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    query, latent, rotary, up = need(types[0]), need(types[1]), need(types[2]), need(types[3])
+    same_dim(latent.shape[-1], up.shape[1], "latent ranks")
+    heads, unrotated = query.shape[1], _unrotated_width(query, rotary)
+    if not isinstance(up.shape[0], int) or not isinstance(heads, int) or up.shape[0] % heads:
+        raise ValueError(f"up-projection of {up.shape[0]} rows does not split into {heads} heads")
+    value_width = up.shape[0] // heads - unrotated
+    return [query.with_shape((query.shape[0], query.shape[2], heads, value_width))]
+
+
+def _unrotated_width(query: TensorType, rotary: TensorType) -> int:
+    width, rotated = query.shape[-1], rotary.shape[-1]
+    if not isinstance(width, int) or not isinstance(rotated, int) or rotated > width:
+        raise ValueError(f"queries of width {width} cannot hold a rotary part of {rotated}")
+    return width - rotated
+
+
+def _eval_latent_attention(
+    query: Tensor, latent: Tensor, rotary: Tensor, up: Tensor, mask: Tensor | None, *, scale: float, causal: bool
+) -> Tensor:
+    batch, heads, _, width = query.shape
+    unrotated = width - rotary.shape[-1]
+    expanded = F.linear(latent, up).view(batch, latent.shape[1], heads, -1).transpose(1, 2)
+    key = torch.cat((expanded[..., :unrotated], rotary.unsqueeze(1).expand(-1, heads, -1, -1)), -1)
+    value = expanded[..., unrotated:]
+    return _eval_attention(
+        query, key, value, mask, None, None, scale=scale, causal=causal, window=0, softcap=0.0
+    )
+
+
+OPS = (
+    OpDef("linear", "x weight bias?", _infer_linear, _eval_linear, axes="... i, o i, o? -> ... o",
+          doc="x @ weight.T + bias. weight [out, in]."),
+    OpDef("embedding", "table ids", _infer_embedding, _eval_embedding, axes="v d, ... -> ... d",
+          doc="Rows of table [V, D] at ids."),
+    OpDef("rms_norm", "x weight?", _infer_norm, _eval_rms_norm,
+          {"eps": Attr("float"), "offset": Attr("float", 0.0)}, axes="... d, d? -> ... d",
+          doc="x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis."),
+    OpDef("layer_norm", "x weight? bias?", _infer_norm, _eval_layer_norm,
+          {"eps": Attr("float")}, axes="... d, d?, d? -> ... d",
+          doc="(x - mean) / sqrt(var + eps) * weight + bias, over the last axis."),
+    OpDef("split_heads", "x", _infer_split_heads, _eval_split_heads,
+          {"heads": Attr("int")}, axes="b t (h d) -> b h t d", doc="[B, T, H*d] to [B, H, T, d]."),
+    OpDef("merge_heads", "x", _infer_merge_heads, _eval_merge_heads, axes="b t h d -> b t (h d)",
+          doc="[B, T, H, d] (as attention yields it) to [B, T, H*d]."),
+    OpDef("rope_table", "positions frequencies", _infer_rope_table, _eval_rope_table,
+          {"scale": Attr("float", 1.0)}, axes="b t, p -> b t p, b t p",
+          doc="cos and sin of position * frequency, times scale: [B, T, pairs] each."),
+    OpDef("rope", "x cos sin", _infer_rope, _eval_rope,
+          {"layout": Attr("text", "half", ("half", "interleaved", "interleaved-to-half"))},
+          axes="b h t d, b t p, b t p -> b h t d",
+          doc="Rotate pairs of the first 2*pairs dims of x [B, H, T, d]; the rest passes. `half` pairs (i, i+pairs), "
+              "`interleaved` pairs (2i, 2i+1), `interleaved-to-half` reads pairs (2i, 2i+1) and writes (i, i+pairs)."),
+    OpDef("attention", "query key value mask? bias? sinks?", _infer_attention, _eval_attention,
+          {"scale": Attr("float"), "causal": Attr("bool", False), "window": Attr("int", 0),
+           "softcap": Attr("float", 0.0)},
+          axes="b (g s) t d, b g u d, b g u v, b u?, ...?, (g s)? -> b t (g s) v",
+          doc="softmax(scale * q k^T + bias) v. query [B, H, T, d], key [B, G, S, d], value [B, G, S, v] -> "
+              "[B, T, H, v]. mask [B, S] is true where a key exists; sinks [H] are extra logits without a value; "
+              "window w lets position i see (i-w, i] when causal and (i-w, i+w) otherwise; softcap c bends scores to "
+              "c*tanh(s/c)."),
+    OpDef("latent_attention", "query latent rotary_key up mask?", _infer_latent_attention, _eval_latent_attention,
+          {"scale": Attr("float"), "causal": Attr("bool", False)},
+          doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
+              "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
+              "rows -> [B, T, H, v]. The cache holds latent and rotary_key."),
+)

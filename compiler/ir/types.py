@@ -1,0 +1,125 @@
+"""Tensor types: a dtype and a shape whose dims are integers or symbolic expressions.
+
+A symbolic dim is the canonical text of a polynomial over the graph's dim names, such as ``"T"`` or
+``"B*T"``. Text, because a dim is printed, parsed, compared and hashed far more often than computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e5m2: "f8e5m2",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+DTYPES_BY_NAME: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """The dtype and shape of a value. ``str(TensorType(torch.float32, ("B", 8))) == "f32[B,8]"``."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def static_shape(self) -> tuple[int, ...]:
+        """The shape as integers. Raises ValueError when a dim is symbolic."""
+        dims = tuple(dim for dim in self.shape if isinstance(dim, int))
+        if len(dims) != len(self.shape):
+            raise ValueError(f"{self} has symbolic dims")
+        return dims
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of a static type."""
+        return math.prod(self.static_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a static, dense tensor of this type."""
+        return self.numel * self.dtype.itemsize
+
+    def with_shape(self, shape: Iterable[Dim]) -> TensorType:
+        return TensorType(self.dtype, tuple(shape))
+
+    def with_dtype(self, dtype: torch.dtype) -> TensorType:
+        return TensorType(dtype, self.shape)
+
+
+@lru_cache(maxsize=None)
+def canonical_dim(text: str) -> Dim:
+    """Reduce an arithmetic expression over dim names to its canonical text, or to an int."""
+    import sympy
+
+    names = {name: sympy.Symbol(name, integer=True, positive=True) for name in _names(text)}
+    value = sympy.expand(sympy.sympify(text, locals=names))
+    return int(value) if value.is_Integer else str(value).replace(" ", "")
+
+
+def _names(text: str) -> set[str]:
+    import re
+
+    return set(re.findall(r"[A-Za-z_]\w*", text)) - {"Max", "Min", "floor", "ceiling", "Mod"}
+
+
+def dim_product(dims: Iterable[Dim]) -> Dim:
+    """The canonical product of dims: ``dim_product(("B", 4, "T")) == "4*B*T"``."""
+    dims = tuple(dims)
+    if all(isinstance(dim, int) for dim in dims):
+        return math.prod(dim for dim in dims if isinstance(dim, int))
+    return canonical_dim("*".join(f"({dim})" for dim in dims))
+
+
+def dim_sum(dims: Iterable[Dim]) -> Dim:
+    """The canonical sum of dims: ``dim_sum(("T", 1)) == "T+1"``."""
+    dims = tuple(dims)
+    if all(isinstance(dim, int) for dim in dims):
+        return sum(dim for dim in dims if isinstance(dim, int))
+    return canonical_dim("+".join(f"({dim})" for dim in dims))
+
+
+def resolve_dim(dim: Dim, bindings: Mapping[str, int]) -> int:
+    """The integer a dim stands for under ``bindings`` (dim name to size)."""
+    if isinstance(dim, int):
+        return dim
+    if dim in bindings:
+        return bindings[dim]
+    return _evaluate(dim, tuple(sorted(bindings.items())))
+
+
+@lru_cache(maxsize=4096)
+def _evaluate(dim: str, bindings: tuple[tuple[str, int], ...]) -> int:
+    import sympy
+
+    symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in _names(dim)}
+    value = sympy.sympify(dim, locals=symbols).subs({symbols[k]: v for k, v in bindings if k in symbols})
+    if not value.is_Integer:
+        raise ValueError(f"dim {dim} is not determined by {dict(bindings)}")
+    return int(value)

@@ -1,0 +1,51 @@
+"""Where bytes come from: anything that knows its tensors' types up front and reads one on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compiler.ir.types import TensorType
+
+
+class Source(Protocol):
+    """A checkpoint (or memory) that ``load`` expressions read from."""
+
+    @property
+    def types(self) -> Mapping[str, TensorType]:
+        """The dtype and shape of every tensor, known without reading one."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """The tensor called ``key``, in its stored dtype, in fresh memory."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the content may have changed."""
+        ...
+
+
+class MemorySource:
+    """Tensors that are already in memory, such as a live module's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    @property
+    def types(self) -> Mapping[str, TensorType]:
+        return {name: TensorType(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].detach().clone()
+
+    def fingerprint(self) -> str:
+        import hashlib
+
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(dtype=torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
