@@ -22,17 +22,23 @@ class Span:
 
 
 class CompressError(Exception):
-    """Base class. ``cause`` says what is wrong, ``remedy`` what to do, ``where`` names the place in words."""
+    """Base class. ``cause`` says what is wrong, ``remedy`` what to do, ``where`` names the place in words.
+
+    ``option`` is the option of a pass that is at fault, so that a recipe can point at it.
+    """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, cause: str, *, remedy: str = "", where: str = "", span: Span | None = None) -> None:
+    def __init__(
+        self, cause: str, *, remedy: str = "", where: str = "", span: Span | None = None, option: str = ""
+    ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.remedy = remedy
         self.where = where
         self.span = span
+        self.option = option
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.cause}"]

@@ -1,0 +1,63 @@
+"""What a graph costs: parameters, stored bytes, arithmetic and cache per token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from compiler.ir.graph import Graph, Param
+from compiler.weights.expr import Expr
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """``parameters`` counts logical elements, ``stored_bytes`` what their tensors take on disk.
+
+    ``flops_per_token`` counts two per multiply-add of matrix products at one token; ``cache_bytes_per_token`` is
+    the key/value cache of one more token of one sequence, in the model's own dtype.
+    """
+
+    parameters: int
+    stored_bytes: int
+    flops_per_token: int
+    cache_bytes_per_token: int
+
+
+def measure(graph: Graph) -> Ledger:
+    """Take account of ``graph``; no weight is read."""
+    from compiler.ir.facts import flops_per_token, kv_cache_values, parameter_count
+
+    return Ledger(
+        parameters=parameter_count(graph),
+        stored_bytes=sum(stored_bytes(param) for param in stored_params(graph)),
+        flops_per_token=flops_per_token(graph),
+        cache_bytes_per_token=kv_cache_values(graph) * model_dtype(graph).itemsize,
+    )
+
+
+def stored_params(graph: Graph) -> list[Param]:
+    """The parameters that an output file holds; tied weights once."""
+    return [param for param in graph.params.values() if param.persistent]
+
+
+def stored_bytes(param: Param) -> int:
+    """Bytes of the tensors that hold ``param``: its parts when it is quantised, one dense tensor otherwise."""
+    if param.expr.op == "dequantize":
+        return sum(part_bytes(part) for part in param.expr.args)
+    return param.type.with_dtype(param.storage).nbytes
+
+
+def part_bytes(part: Expr) -> int:
+    """Bytes of one part of a quantised weight."""
+    return part.type.nbytes
+
+
+def model_dtype(graph: Graph) -> torch.dtype:
+    """The dtype that most of the floating weights are stored in, which is the one the model runs in."""
+    counts = Counter[torch.dtype]()
+    for param in graph.params.values():
+        if param.storage.is_floating_point and param.persistent:
+            counts[param.storage] += param.type.numel
+    return counts.most_common(1)[0][0] if counts else torch.float32

@@ -1,0 +1,275 @@
+"""Passes, the context they work in, and the pipeline that runs them and keeps account.
+
+A pass is a frozen dataclass: its fields are its options, its docstring is its help, and ``run`` edits the graph.
+The pipeline verifies the graph after every pass, counts parameters and bytes before and after, and reports what
+was rewritten and what was skipped, with reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compiler.errors import CompressError, OrderError, SelectorError, VerifyError
+from compiler.ir.graph import Graph, Param
+from compiler.ledger import Ledger, measure
+from compiler.weights.expr import Expr, load
+from compiler.weights.spill import SpillSource
+
+if TYPE_CHECKING:
+    from compiler.ir.select import Selector
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of the graph. Subclasses are frozen dataclasses whose fields are the options of the recipe key.
+
+    ``exact_when``: the options at which the pass changes nothing that the model computes; {} when it never does,
+    None when no options make it exact. ``edits_weights``: it needs dense weights, so it may not follow a pass that
+    quantises. ``needs``: the calibration statistics it reads, by name.
+    """
+
+    exact_when: ClassVar[Mapping[str, Any] | None] = {}
+    edits_weights: ClassVar[bool] = True
+    quantises: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def key(cls) -> str:
+        """The recipe key: ``GqaToMla`` is ``gqa-to-mla``."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def exact(self) -> bool:
+        """Whether these options change nothing that the model computes."""
+        if self.exact_when is None:
+            return False
+        return all(getattr(self, name) == value for name, value in self.exact_when.items())
+
+    def options(self) -> dict[str, Any]:
+        """The options as a recipe spells them."""
+        return {f.name.replace("_", "-"): getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @abstractmethod
+    def run(self, graph: Graph, ctx: Context) -> None:
+        """Edit ``graph``. Raises PassError when the recipe asks what this model cannot give."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One place that a pass changed."""
+
+    scope: str
+    what: str
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One place that a pass left alone, and why."""
+
+    scope: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector matched."""
+
+    selector: str
+    count: int
+
+
+@dataclass
+class PassReport:
+    """What one pass did. ``seconds`` and ``peak_rss`` (bytes) are filled in by an observer that measures them."""
+
+    name: str
+    options: Mapping[str, Any]
+    exact: bool
+    before: Ledger
+    after: Ledger
+    selected: list[Selection] = field(default_factory=list[Selection])
+    rewritten: list[Rewrite] = field(default_factory=list[Rewrite])
+    skipped: list[Skip] = field(default_factory=list[Skip])
+    seconds: float | None = None
+    peak_rss: int | None = None
+
+
+@dataclass
+class Report:
+    """What a pipeline did. ``read_weights`` says whether any pass looked at a weight's value."""
+
+    before: Ledger
+    passes: list[PassReport] = field(default_factory=list[PassReport])
+    read_weights: bool = False
+
+    @property
+    def after(self) -> Ledger:
+        return self.passes[-1].after if self.passes else self.before
+
+
+class Observer:
+    """Hooks around each pass. ``index`` counts passes from 0."""
+
+    def before(self, index: int, step: Pass, graph: Graph) -> None:
+        """``step`` is about to run."""
+
+    def after(self, index: int, step: Pass, graph: Graph, report: PassReport) -> None:
+        """``step`` has run and the graph verified."""
+
+    def failed(self, index: int, step: Pass, graph: Graph, error: CompressError) -> None:
+        """``step`` raised ``error``, which may be annotated; it is raised again."""
+
+
+class Context:
+    """What a pass may ask for while it runs, and where it says what it did.
+
+    In a planned run no weight is read: ``read`` yields meta tensors, which have a type but no values.
+    """
+
+    def __init__(self, graph: Graph, step: Pass, report: PassReport, spill: SpillSource, planned: bool) -> None:
+        self.planned = planned
+        self.read_weights = False
+        self._graph = graph
+        self._step = step
+        self._report = report
+        self._spill = spill
+
+    def select(self, where: Selector, *, skip: Sequence[str] = ()) -> list[Param]:
+        """The parameters that ``where`` selects and ``skip`` does not, in graph order.
+
+        Raises SelectorError, naming the option, when there are none or not as many as ``expect`` demands.
+        """
+        from compiler.ir.select import resolve
+
+        try:
+            params = resolve(self._graph, where, skip)
+        except SelectorError as error:
+            error.option = error.option or self._option_holding(where)
+            raise
+        self._report.selected.append(Selection(_selector_text(where), len(params)))
+        return params
+
+    def rewrote(self, scope: str, what: str, **numbers: float) -> None:
+        """Report that ``scope`` was changed."""
+        self._report.rewritten.append(Rewrite(scope, what, numbers))
+
+    def skipped(self, scope: str, reason: str) -> None:
+        """Report that ``scope`` was left alone."""
+        self._report.skipped.append(Skip(scope, reason))
+
+    def read(self, param: Param) -> Tensor:
+        """The value of a parameter, in its expression's dtype; a meta tensor in a planned run."""
+        self.read_weights = True
+        if self.planned:
+            return torch.empty(param.expr.shape, dtype=param.expr.dtype, device="meta")
+        from compiler.weights.evaluate import evaluate
+
+        return evaluate([param.expr], self._graph.sources)[0]
+
+    def spill(self, name: str, tensor: Tensor) -> Expr:
+        """Keep a computed tensor in the work directory and return the expression that reads it back."""
+        key = self._spill.add(name, tensor)
+        return load("spill", key, self._spill.types[key])
+
+    def _option_holding(self, where: Selector) -> str:
+        held = (f.name for f in dataclasses.fields(self._step) if getattr(self._step, f.name) is where)
+        return next(held, "where")
+
+
+def _selector_text(where: Selector) -> str:
+    if isinstance(where, str):
+        return where
+    if isinstance(where, Mapping):
+        return ", ".join(f"{name}: {value}" for name, value in where.items())
+    return ", ".join(where)
+
+
+class Pipeline:
+    """Passes in order. Raises OrderError when they cannot stand in this order."""
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.passes = tuple(passes)
+        for late, early, reason in order_conflicts(self.passes):
+            raise OrderError(reason, where=f"pass {late + 1}", remedy=order_remedy(self.passes, late, early))
+
+    def run(
+        self,
+        graph: Graph,
+        *,
+        observers: Sequence[Observer] = (),
+        workdir: Path | None = None,
+        planned: bool = False,
+    ) -> Report:
+        """Run every pass on ``graph``, in place. Spilled tensors go to ``workdir`` (to memory without one).
+
+        A planned run reads no weight. Raises what passes raise, and VerifyError when one breaks the graph.
+        """
+        spill = SpillSource(workdir / "spill" if workdir else None)
+        graph.sources["spill"] = spill
+        report = Report(measure(graph))
+        signature = _signature(graph)
+        for index, step in enumerate(self.passes):
+            ledger = report.after
+            entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
+            ctx = Context(graph, step, entry, spill, planned)
+            self._run_one(index, graph, ctx, signature, observers)
+            entry.after = measure(graph)
+            report.passes.append(entry)
+            report.read_weights |= ctx.read_weights
+            for observer in observers:
+                observer.after(index, step, graph, entry)
+        return report
+
+    def _run_one(
+        self, index: int, graph: Graph, ctx: Context, signature: dict[str, str], observers: Sequence[Observer]
+    ) -> None:
+        step = self.passes[index]
+        for observer in observers:
+            observer.before(index, step, graph)
+        try:
+            step.run(graph, ctx)
+            _check(graph, signature)
+        except CompressError as error:
+            error.where = error.where or f"pass {index + 1}, {step.key()}"
+            for observer in observers:
+                observer.failed(index, step, graph, error)
+            raise
+
+
+def _check(graph: Graph, signature: dict[str, str]) -> None:
+    from compiler.ir.verify import verify
+
+    verify(graph)
+    if _signature(graph) != signature:
+        raise VerifyError(f"the model's inputs or outputs changed: {signature} became {_signature(graph)}")
+
+
+def _signature(graph: Graph) -> dict[str, str]:
+    inputs = {f"input {name}": str(value.type) for name, value in graph.inputs.items()}
+    return inputs | {f"output {name}": str(value.type) for name, value in graph.outputs.items()}
+
+
+def order_conflicts(passes: Sequence[Pass]) -> list[tuple[int, int, str]]:
+    """(late index, early index, reason) for every pass that cannot follow an earlier one."""
+    conflicts: list[tuple[int, int, str]] = []
+    for late, step in enumerate(passes):
+        early = next((i for i, earlier in enumerate(passes[:late]) if earlier.quantises), None)
+        if step.edits_weights and early is not None:
+            reason = f"`{step.key()}` edits dense weights, but `{passes[early].key()}` before it has quantised them"
+            conflicts.append((late, early, reason))
+    return conflicts
+
+
+def order_remedy(passes: Sequence[Pass], late: int, early: int) -> str:
+    """What to do about an order conflict."""
+    return f"put `{passes[late].key()}` before `{passes[early].key()}`"

@@ -1,0 +1,67 @@
+"""Scratch tensors: results too expensive to compute twice, kept in the work directory until the run ends."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compiler.ir.types import TensorType
+
+
+class SpillSource:
+    """A Source of computed tensors, each named by its content. In memory when ``directory`` is None.
+
+    A meta tensor (a planned one) has a name and a type but can never be read.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
+        self._types: dict[str, TensorType] = {}
+        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def types(self) -> Mapping[str, TensorType]:
+        return self._types
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Store ``tensor`` and return its key: ``name`` and a hash of the content."""
+        tensor = tensor.detach().contiguous()
+        key = f"{name}-{_content_hash(tensor)}"
+        if key not in self._types:
+            self._types[key] = TensorType(tensor.dtype, tuple(tensor.shape))
+            self._store(key, tensor)
+        return key
+
+    def read(self, key: str) -> Tensor:
+        if self._directory is None:
+            return self._memory[key].clone()
+        from safetensors.torch import load_file
+
+        return load_file(self._directory / f"{key}.safetensors")["tensor"]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(sorted(self._types)).encode()).hexdigest()
+
+    def _store(self, key: str, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            return
+        if self._directory is None:
+            self._memory[key] = tensor.clone()
+            return
+        from safetensors.torch import save_file
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        partial = self._directory / f"{key}.partial"
+        save_file({"tensor": tensor}, partial)
+        partial.rename(self._directory / f"{key}.safetensors")
+
+
+def _content_hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if not tensor.is_meta:
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
