@@ -112,6 +112,12 @@ class CheckpointError(CompressError):
     code = "checkpoint"
 
 
+class DataError(CompressError):
+    """A calibration or evaluation text cannot be used, or a metric does not apply to the model."""
+
+    code = "data"
+
+
 class PassError(CompressError):
     """A pass cannot do what the recipe asks of it on this model."""
 

@@ -1,0 +1,53 @@
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.user $@
+
+$(GGUF): | $(VENV)/.user
+	$(BIN)/python benchmarks/fetch.py smollm2
+
+demo: $(VENV)/.user $(GGUF) ## install, fetch SmolLM2-135M, compress it, compare it, and let the result answer a prompt
+	$(BIN)/python benchmarks/demo.py $(DEMO)
+
+lint: $(VENV)/.dev ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, then the real model
+	$(BIN)/python -m pytest -q -m "not real" -n 2
+	$(BIN)/python -m pytest -q -m real
+
+bench: $(VENV)/.user $(GGUF) ## measure what README's tables say
+	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/quality.py
+
+clean: ## remove the environment, fetched models and outputs
+	rm -rf $(VENV) models data out
