@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from compiler.errors import CompressError, OrderError, SelectorError, VerifyError
+from compiler.errors import CompressError, OrderError, SelectorError
 from compiler.ir.graph import Graph, Param
+from compiler.ir.verify import Signature, signature, verify
 from compiler.ledger import Ledger, measure
 from compiler.weights.expr import Expr, load
 from compiler.weights.spill import SpillSource
@@ -217,12 +218,12 @@ class Pipeline:
         spill = SpillSource(workdir / "spill" if workdir else None)
         graph.sources["spill"] = spill
         report = Report(measure(graph))
-        signature = _signature(graph)
+        expected = signature(graph)
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
             ctx = Context(graph, step, entry, spill, planned)
-            self._run_one(index, graph, ctx, signature, observers)
+            self._run_one(index, graph, ctx, expected, observers)
             entry.after = measure(graph)
             report.passes.append(entry)
             report.read_weights |= ctx.read_weights
@@ -231,32 +232,19 @@ class Pipeline:
         return report
 
     def _run_one(
-        self, index: int, graph: Graph, ctx: Context, signature: dict[str, str], observers: Sequence[Observer]
+        self, index: int, graph: Graph, ctx: Context, expected: Signature, observers: Sequence[Observer]
     ) -> None:
         step = self.passes[index]
         for observer in observers:
             observer.before(index, step, graph)
         try:
             step.run(graph, ctx)
-            _check(graph, signature)
+            verify(graph, expected)
         except CompressError as error:
             error.where = error.where or f"pass {index + 1}, {step.key()}"
             for observer in observers:
                 observer.failed(index, step, graph, error)
             raise
-
-
-def _check(graph: Graph, signature: dict[str, str]) -> None:
-    from compiler.ir.verify import verify
-
-    verify(graph)
-    if _signature(graph) != signature:
-        raise VerifyError(f"the model's inputs or outputs changed: {signature} became {_signature(graph)}")
-
-
-def _signature(graph: Graph) -> dict[str, str]:
-    inputs = {f"input {name}": str(value.type) for name, value in graph.inputs.items()}
-    return inputs | {f"output {name}": str(value.type) for name, value in graph.outputs.items()}
 
 
 def order_conflicts(passes: Sequence[Pass]) -> list[tuple[int, int, str]]:
