@@ -1,0 +1,269 @@
+"""Uniform integer quantisation of weights: zero points, scales, codes, and codes packed into words.
+
+A weight w [..., out, in] is cut along its last axis into groups of ``group`` inputs (0: the whole row). Every group
+has a scale s and, when asymmetric, a zero point z; its codes are integers q of ``bits`` bits in
+[-2^(bits-1), 2^(bits-1) - 1] that stand for (q - z) * s.
+
+Scales are candidates amplitude * c / 2^m, where the amplitude is the largest magnitude (m = bits - 1) or, when
+asymmetric, the width of the range widened to contain zero (m = bits). Since a bit more halves a candidate and
+keeps c, and a zero point z becomes 2z or 2z + 1, everything that b bits can express b + 1 bits can express too:
+the least error over the candidates never grows with the number of bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from compiler.ir.types import TensorType
+from compiler.weights.expr import Expr, apply
+from compiler.weights.ops import Attrs, WeightOp, take_rows
+
+SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+CHUNK_ELEMENTS = 1 << 18
+
+
+def quantise(
+    weight: Expr, bits: int, group: int, *, symmetric: bool = True, search: bool = True, scale_dtype: torch.dtype
+) -> Expr:
+    """``weight`` [..., out, in] rounded to the nearest of ``bits``-bit codes: a ``dequantize`` expression.
+
+    ``group`` divides ``in``, or is 0 for one scale a row. With ``search`` every group takes the scale of least
+    squared error among a small grid, otherwise the smallest scale that clips nothing.
+    Raises OpError when the group does not divide the input width.
+    """
+    attrs = {"bits": bits, "group": group}
+    zero = () if symmetric else (apply("quant_zero", [weight], attrs),)
+    scale = apply("quant_scale", [weight, *zero], {**attrs, "search": search, "dtype": scale_dtype})
+    codes = apply("quantize", [weight, scale, *zero], {"bits": bits})
+    return apply("dequantize", [codes, scale, *zero], attrs)
+
+
+def pack_bits(codes: Expr, bits: int, axis: int = -1) -> Expr:
+    """Signed ``codes`` of ``bits`` bits packed densely into int32 words along ``axis`` (-1 or -2)."""
+    return apply("pack_bits", [codes], {"bits": bits, "axis": axis})
+
+
+def _group_count(width: int, group: int) -> int:
+    if group and width % group:
+        raise ValueError(f"groups of {group} do not divide {width} inputs")
+    return width // group if group else 1
+
+
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(*tensor.shape[:-1], groups, -1)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the largest code of ``bits`` bits."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def _row_chunks(weight: Tensor, others: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, list[Tensor | None]]]:
+    """Rows of ``weight`` and of what goes with them, few enough that float32 temporaries stay in the cache."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    step = max(1, CHUNK_ELEMENTS // weight.shape[-1])
+    flat = [None if other is None else other.reshape(-1, other.shape[-1]) for other in others]
+    for start in range(0, rows.shape[0], step):
+        stop = start + step
+        yield rows[start:stop].float(), [None if other is None else other[start:stop] for other in flat]
+
+
+# --- zero points -------------------------------------------------------------------------------------------------
+
+
+def _infer_per_group(types: Sequence[TensorType], attrs: Attrs) -> tuple[int, ...]:
+    *rows, width = types[0].static_shape
+    return (*rows, _group_count(width, attrs["group"]))
+
+
+def _bounds(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of every group, widened to contain zero."""
+    return grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
+
+
+def _infer_zero(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    return TensorType(torch.int8, _infer_per_group(types, attrs))
+
+
+def _compute_zero(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    weight, bits = tensors[0], attrs["bits"]
+    groups = _group_count(weight.shape[-1], attrs["group"])
+    parts = [_zero_of_rows(_grouped(rows, groups), bits) for rows, _ in _row_chunks(weight, ())]
+    return torch.cat(parts).reshape(*weight.shape[:-1], groups)
+
+
+def _zero_of_rows(grouped: Tensor, bits: int) -> Tensor:
+    low, high = _bounds(grouped)
+    least, most = code_range(bits)
+    span = (high - low).double()
+    below = torch.where(span > 0, low.double() / span.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+    return (least - below * (1 << bits)).floor().clamp(least, most).to(torch.int8)
+
+
+# --- scales ------------------------------------------------------------------------------------------------------
+
+
+def _infer_scale(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    if not attrs["dtype"].is_floating_point:
+        raise ValueError("scales are floating-point")
+    return TensorType(attrs["dtype"], _infer_per_group(types, attrs))
+
+
+def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    weight, zero = tensors[0], tensors[1] if len(tensors) > 1 else None
+    groups = _group_count(weight.shape[-1], attrs["group"])
+    parts = [
+        _scale_of_rows(_grouped(rows, groups), zeros, attrs) for rows, (zeros,) in _row_chunks(weight, [zero])
+    ]
+    return torch.cat(parts).reshape(*weight.shape[:-1], groups)
+
+
+def _scale_of_rows(grouped: Tensor, zero: Tensor | None, attrs: Attrs) -> Tensor:
+    """Scales [rows, groups] of rows [rows, groups, group], each the best of its candidates."""
+    bits, dtype = attrs["bits"], attrs["dtype"]
+    low, high = _bounds(grouped)
+    amplitude = torch.maximum(-low, high) if zero is None else high - low
+    exponent = bits - 1 if zero is None else bits
+    if not attrs["search"]:
+        return _rounded_scale(amplitude, _unclipped(exponent), exponent, dtype)
+    best, least = None, None
+    for factor in candidate_factors(exponent):
+        scale = _rounded_scale(amplitude, factor, exponent, dtype)
+        error = _squared_error(grouped, scale.float(), zero, bits)
+        if best is None or least is None:
+            best, least = scale, error
+        else:
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    assert best is not None  # there is at least one candidate
+    return best
+
+
+def candidate_factors(exponent: int) -> list[float]:
+    """The c of every candidate: shrinkages, and for every smaller number of bits the scale that clips nothing.
+
+    The largest, 2, makes the amplitude a power of two of steps, so that a group of zeros and equal numbers is exact.
+    """
+    return [*SHRINK_FACTORS, *(_unclipped(m) for m in range(1, exponent + 1))]
+
+
+def _unclipped(exponent: int) -> float:
+    return (1 << exponent) / ((1 << exponent) - 1)
+
+
+def _rounded_scale(amplitude: Tensor, factor: float, exponent: int, dtype: torch.dtype) -> Tensor:
+    """A candidate, rounded to the dtype it is stored in; 1 for a group of zeros, never 0."""
+    scale = (amplitude * math.ldexp(factor, -exponent)).to(dtype)
+    tiny = torch.finfo(dtype).tiny
+    return torch.where(amplitude > 0, scale.clamp(min=tiny), torch.ones((), dtype=dtype))
+
+
+def _squared_error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    error = _codes(grouped, scale, zero, bits)
+    if zero is not None:
+        error -= zero.unsqueeze(-1)
+    return error.mul_(scale.unsqueeze(-1)).sub_(grouped).square_().sum(-1)
+
+
+# --- codes -------------------------------------------------------------------------------------------------------
+
+
+def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Codes of [rows, groups, group] as floats."""
+    codes = grouped / scale.unsqueeze(-1)
+    if zero is not None:
+        codes += zero.unsqueeze(-1)
+    return codes.round_().clamp_(*code_range(bits))
+
+
+def _infer_quantize(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    weight, scale = types[0], types[1]
+    if weight.static_shape[:-1] != scale.static_shape[:-1]:
+        raise ValueError(f"scales {scale} do not go with {weight}")
+    _group_count(weight.static_shape[-1], weight.static_shape[-1] // scale.static_shape[-1])
+    if any(zero.static_shape != scale.static_shape for zero in types[2:]):
+        raise ValueError("there are as many zero points as scales")
+    return weight.with_dtype(torch.int8)
+
+
+def _compute_quantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    weight, scale, zero = tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None
+    groups = scale.shape[-1]
+    codes = torch.empty(weight.shape, dtype=torch.int8).reshape(-1, weight.shape[-1])
+    start = 0
+    for rows, (scales, zeros) in _row_chunks(weight, [scale, zero]):
+        assert scales is not None  # only the zero point may be absent
+        part = _codes(_grouped(rows, groups), scales.float(), zeros, attrs["bits"])
+        codes[start : start + len(rows)] = part.reshape(rows.shape)
+        start += len(rows)
+    return codes.reshape(weight.shape)
+
+
+def _infer_dequantize(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    codes, scale = types[0], types[1]
+    if codes.dtype != torch.int8 or _infer_per_group(types, attrs) != scale.static_shape:
+        raise ValueError(f"scales {scale} do not go with codes {codes} in groups of {attrs['group']}")
+    return codes.with_dtype(scale.dtype)
+
+
+def _compute_dequantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    """(q - z) * s in the dtype of the scale, as every loader computes it."""
+    codes, scale = tensors[0], tensors[1]
+    values = _grouped(codes, scale.shape[-1]).to(scale.dtype)
+    if len(tensors) > 2:
+        values -= tensors[2].unsqueeze(-1).to(scale.dtype)
+    return values.mul_(scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+# --- packing -----------------------------------------------------------------------------------------------------
+
+
+def _packed_width(width: int, bits: int) -> int:
+    return math.ceil(width * bits / 32)
+
+
+def _infer_pack(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    shape, axis = list(types[0].static_shape), attrs["axis"]
+    if types[0].dtype != torch.int8 or axis not in (-1, -2):
+        raise ValueError("int8 codes are packed along axis -1 or -2")
+    shape[axis] = _packed_width(shape[axis], attrs["bits"])
+    return TensorType(torch.int32, tuple(shape))
+
+
+def _compute_pack(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    """Element i of a row occupies the bits from i * bits on, little-endian, offset to be unsigned."""
+    codes = tensors[0] if attrs["axis"] == -1 else tensors[0].mT
+    bits, width = attrs["bits"], codes.shape[-1]
+    words = torch.zeros(*codes.shape[:-1], _packed_width(width, bits), dtype=torch.int32)
+    for first in range(32):  # 32 elements fill exactly `bits` words, so each residue has one place in them
+        if first < width:
+            values = codes[..., first::32].to(torch.int32) + (1 << (bits - 1))
+            _place(words, values, first * bits, bits)
+    return words if attrs["axis"] == -1 else words.mT.contiguous()
+
+
+def _place(words: Tensor, values: Tensor, bit: int, bits: int) -> None:
+    """Or ``values`` [..., n] into ``words`` at ``bit`` of every run of ``bits`` words."""
+    word, offset = divmod(bit, 32)
+    count = values.shape[-1]
+    words[..., word::bits][..., :count] |= values << offset
+    if offset + bits > 32:
+        words[..., word + 1 :: bits][..., :count] |= values >> (32 - offset)
+
+
+def _take_packed(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
+    packed_rows = expr.attr("axis") == -2 and expr.type.rank == 2
+    return None if packed_rows else take_rows(expr, axis, start, stop)
+
+
+OPS = (
+    WeightOp("quant_zero", _infer_zero, _compute_zero, take_rows),
+    WeightOp("quant_scale", _infer_scale, _compute_scale, take_rows),
+    WeightOp("quantize", _infer_quantize, _compute_quantize, take_rows),
+    WeightOp("dequantize", _infer_dequantize, _compute_dequantize, take_rows),
+    WeightOp("pack_bits", _infer_pack, _compute_pack, _take_packed),
+)
