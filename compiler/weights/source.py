@@ -23,6 +23,10 @@ class Source(Protocol):
         """The tensor called ``key``, in its stored dtype, in fresh memory."""
         ...
 
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of the tensor called ``key``, in fresh memory, without reading the others."""
+        ...
+
     def fingerprint(self) -> str:
         """A hash that changes when the content may have changed."""
         ...
@@ -40,6 +44,9 @@ class MemorySource:
 
     def read(self, key: str) -> Tensor:
         return self._tensors[key].detach().clone()
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        return self._tensors[key][start:stop].detach().clone()
 
     def fingerprint(self) -> str:
         import hashlib

@@ -1,0 +1,241 @@
+"""Checkpoints on disk: what they hold, checked before a byte of a weight is read.
+
+``open_checkpoint`` accepts a Hugging Face directory of safetensors files, a hub id of one, or a ``.gguf`` file.
+``bind`` and ``unbind`` translate between the tensors of a checkpoint and the parameters of a model class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from compiler.errors import CheckpointError
+from compiler.ir.types import TensorType
+from compiler.weights.checkpoint_binding import bind, unbind
+from compiler.weights.tensorfile import Stored, parse_json, read_bytes, read_header, row_bytes
+
+__all__ = ["Checkpoint", "DirectoryCheckpoint", "bind", "open_checkpoint", "save_tokenizer", "unbind"]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SAMPLE = 4096
+_MODEL_FILES = ("config.json", _INDEX)
+_COPIED = re.compile(
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config|preprocessor_config|processor_config"
+    r"|image_processor.*|video_preprocessor_config|chat_template.*|merges|spiece|sentencepiece.*|.*tokenizer)"
+    r"\.(json|txt|model|jinja|bpe|tiktoken)"
+)
+
+
+class Checkpoint(ABC):
+    """A source of weights with a config. ``files`` are the files that hold the weights."""
+
+    path: Path
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @property
+    def architecture(self) -> str | None:
+        """The transformers class that the config names, if it names one."""
+        names = self.config.get("architectures") or [None]
+        return names[0]
+
+    @property
+    @abstractmethod
+    def types(self) -> Mapping[str, TensorType]:
+        """The dtype and shape of every tensor."""
+
+    @abstractmethod
+    def read(self, key: str) -> Tensor:
+        """One tensor, in its stored dtype, in fresh memory."""
+
+    @abstractmethod
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of one tensor, in fresh memory."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of what the checkpoint holds, equal for equal copies of it."""
+
+    @abstractmethod
+    def position(self, key: str) -> tuple[int, int]:
+        """Where a tensor lies, as (index of its file, byte): the order in which reading is sequential."""
+
+    @abstractmethod
+    def save_tokenizer(self, directory: Path) -> list[Path]:
+        """Write the tokenizer, the generation config and the like into ``directory``; returns the files."""
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every weight file, by file name. Reads all of them."""
+        result: dict[str, str] = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return result
+
+
+class DirectoryCheckpoint(Checkpoint):
+    """A Hugging Face directory: config.json beside one safetensors file, or an index and its shards."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_config(path)
+        self._tensors = _read_tensors(path)
+        self.files = tuple(dict.fromkeys(file for file, _ in self._tensors.values()))
+
+    @cached_property
+    def types(self) -> Mapping[str, TensorType]:
+        return {name: stored.type for name, (_, stored) in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        file, stored = self._tensors[key]
+        return _typed(read_bytes(file, stored.start, stored.stop), stored.type, stored.type.static_shape)
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        file, stored = self._tensors[key]
+        width = row_bytes(stored)
+        data = read_bytes(file, stored.start + start * width, stored.start + stop * width)
+        return _typed(data, stored.type, (stop - start, *stored.type.static_shape[1:]))
+
+    def fingerprint(self) -> str:
+        """Covers the config, every header and file size, and the first and last bytes of every tensor."""
+        digest = hashlib.sha256(repr(sorted(self.config.items())).encode())
+        for name, (file, stored) in self._tensors.items():
+            digest.update(f"{file.name}|{name}|{stored}".encode())
+            edge = min(_SAMPLE, stored.stop - stored.start)
+            digest.update(read_bytes(file, stored.start, stored.start + edge).numpy())
+            digest.update(read_bytes(file, stored.stop - edge, stored.stop).numpy())
+        return digest.hexdigest()
+
+    def position(self, key: str) -> tuple[int, int]:
+        file, stored = self._tensors[key]
+        return self.files.index(file), stored.start
+
+    def save_tokenizer(self, directory: Path) -> list[Path]:
+        kept = [p for p in sorted(self.path.iterdir()) if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
+        written: list[Path] = []
+        for file in kept:
+            target = directory / file.name
+            target.write_bytes(file.read_bytes())
+            written.append(target)
+        return written
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: a directory, a ``.gguf`` file, or a hub id when no such path exists.
+
+    Raises CheckpointError when it is missing, damaged, pickled or already quantised.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and _HUB_ID.fullmatch(str(path)):
+        local = _download(str(path))
+    if local.is_dir():
+        return DirectoryCheckpoint(local)
+    if not local.exists():
+        raise CheckpointError(f"there is no checkpoint at {path}", remedy="give a directory, a .gguf file or a hub id")
+    if local.suffix == ".gguf":
+        from compiler.weights.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(local)
+    if local.suffix in _PICKLES:
+        raise _pickled(local)
+    raise CheckpointError(f"{local.name} is not a checkpoint", where=str(local),
+                          remedy="give the directory that holds config.json and the safetensors files")
+
+
+def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
+    """Write what belongs beside the weights (tokenizer, generation config, processor) into ``directory``."""
+    return checkpoint.save_tokenizer(directory)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as reason:  # the hub client raises a dozen unrelated kinds
+        first = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+        raise CheckpointError(f"{hub_id} is neither a path nor a model that could be fetched: {first}",
+                              remedy="give the path of a local directory") from reason
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = parse_json(file.read_bytes(), file)
+    except OSError as reason:
+        raise CheckpointError(f"cannot read config.json: {reason.strerror}", where=str(path),
+                              remedy="give the directory that transformers' save_pretrained wrote") from reason
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise CheckpointError(f"the checkpoint is already quantised (quant_method: {method})",
+                              where=str(file), remedy="start from the original, unquantised checkpoint")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, tuple[Path, Stored]]:
+    if (path / _SINGLE).is_file():
+        return {name: (path / _SINGLE, stored) for name, stored in read_header(path / _SINGLE).items()}
+    if (path / _INDEX).is_file():
+        return _read_shards(path)
+    pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise _pickled(pickles[0])
+    raise CheckpointError(f"the directory holds neither {_SINGLE} nor {_INDEX}", where=str(path))
+
+
+def _read_shards(path: Path) -> dict[str, tuple[Path, Stored]]:
+    index = path / _INDEX
+    weight_map = parse_json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{_INDEX} has no weight_map", where=str(index))
+    tensors: dict[str, tuple[Path, Stored]] = {}
+    for file_name in sorted(set(weight_map.values())):
+        for name, stored in read_header(_shard(path, file_name)).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} lies in two shards, {tensors[name][0].name} and {file_name}",
+                                      where=str(path))
+            tensors[name] = (path / file_name, stored)
+    _check_index(weight_map, tensors, index)
+    return tensors
+
+
+def _shard(path: Path, name: str) -> Path:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise CheckpointError(f"{_INDEX} names {name!r}, outside the directory", where=str(path))
+    if not os.path.lexists(path / name):
+        raise CheckpointError(f"{_INDEX} names {name}, which does not exist", where=str(path),
+                              remedy="fetch the missing file")
+    return path / name
+
+
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, tuple[Path, Stored]], index: Path) -> None:
+    for name, file_name in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"tensor {name} is missing: {_INDEX} places it in {file_name}", where=str(index))
+        if tensors[name][0].name != PurePosixPath(file_name).name:
+            raise CheckpointError(f"{_INDEX} places tensor {name} in {file_name}, it lies in {tensors[name][0].name}",
+                                  where=str(index))
+
+
+def _pickled(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name} is a pickle: loading it can run any code, so it is refused", where=str(file),
+        remedy="convert it once in a place you trust: AutoModel.from_pretrained(...).save_pretrained(directory)",
+    )
+
+
+def _typed(data: Tensor, type: TensorType, shape: Iterable[int]) -> Tensor:
+    return data.view(type.dtype).reshape(tuple(shape))
