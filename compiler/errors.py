@@ -5,7 +5,9 @@ The command prints ``str(error)`` and exits with ``error.exit_code``; nothing el
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -51,15 +53,30 @@ class CompressError(Exception):
         return "\n".join(lines)
 
 
+EXCERPT_WIDTH = 120
+
+
 def _excerpt(span: Span) -> list[str]:
     gutter = " " * len(str(span.line))
-    underline = " " * (span.column - 1) + "^" * max(1, span.length)
+    cut = max(0, span.column - EXCERPT_WIDTH // 2) if len(span.text) > EXCERPT_WIDTH else 0
+    text = span.text[cut : cut + EXCERPT_WIDTH].rstrip()
+    start = span.column - 1 - cut
+    underline = " " * start + "^" * max(1, min(span.length, len(text) - start))
     return [
         f" --> {span.path}:{span.line}:{span.column}",
         f"{gutter} |",
-        f"{span.line} | {span.text}",
+        f"{span.line} | {text}".rstrip(),
         f"{gutter} | {underline}",
     ]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest valid one, or all of them."""
+    names = list(valid)
+    matches = get_close_matches(name, names, n=1, cutoff=0.6)
+    if matches:
+        return f"did you mean `{matches[0]}`?"
+    return f"it can be: {', '.join(names)}" if names else ""
 
 
 class RecipeError(CompressError):

@@ -1,0 +1,266 @@
+"""What a recipe may say: its sections as typed dataclasses, values checked against them, and the JSON Schema.
+
+The options of a pass are the fields of its dataclass, so a pass is typed, checked and completed by editors
+without being written down anywhere else. Option names have dashes where fields have underscores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
+
+from compiler.errors import CompressError, RecipeError, nearest
+from compiler.yamltree import Tree
+
+T = TypeVar("T")
+
+PERCENT = r"\d+(\.\d+)?%"
+MEMORY = r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B"
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_memory(value: Any) -> int:
+    """Bytes of ``4GB`` (10^9) or ``4GiB`` (2^30). Raises ValueError for anything else."""
+    match = re.fullmatch(MEMORY, value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("a size such as 4GB or 512MiB")
+    return round(float(match[1]) * UNITS[match[2] or ""])
+
+
+Memory = Annotated[int, BeforeValidator(parse_memory), WithJsonSchema({"type": "string", "pattern": f"^{MEMORY}$"})]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The text that passes measure activations on: ``samples`` windows of ``length`` tokens."""
+
+    data: Path
+    samples: Count = 64
+    length: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """The text that the result is compared with the original on, and what is measured."""
+
+    data: Path
+    samples: Count = 16
+    length: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    metrics: tuple[
+        Literal["perplexity", "bits-per-byte", "kl", "agreement", "cosine", "relative-error"], ...
+    ] = ("perplexity", "kl", "agreement")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where to compute, and how much memory to use."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory: Memory | None = None
+    executor: Literal["local"] = "local"
+
+
+@dataclasses.dataclass(frozen=True)
+class Safetensors:
+    """A checkpoint directory in sharded safetensors; no file is larger than ``shard`` unless one tensor is."""
+
+    shard: Memory = 5 * 10**9
+
+
+EMITTERS: Mapping[str, type] = {"safetensors": Safetensors}
+SECTIONS: Mapping[str, type] = {"calibration": Calibration, "evaluate": Evaluate, "run": Run}
+KEYS = ("model", "calibration", "passes", "emit", "evaluate", "run", "include")
+
+
+def option_names(cls: type) -> list[str]:
+    """The options of a section or pass, as recipes spell them."""
+    return [field.name.replace("_", "-") for field in dataclasses.fields(cls)]
+
+
+def build(cls: type[T], tree: Tree, name: str) -> T:
+    """An instance of the dataclass ``cls`` from the mapping ``tree``, which stands under the key ``name``.
+
+    Raises RecipeError (or what the class itself raises) pointing at the wrong key or value.
+    """
+    if tree.value is not None and not isinstance(tree.value, dict):
+        remedy = f"write `{name}: {{option: value}}`; its options are: {', '.join(option_names(cls))}"
+        raise RecipeError(f"the options of `{name}` must be a mapping, not {tree.kind}", span=tree.span, remedy=remedy)
+    for option, value in tree.items.items():
+        if option not in option_names(cls):
+            remedy = nearest(option.replace("_", "-"), option_names(cls)) or "it has no options"
+            raise RecipeError(f"`{name}` has no option `{option}`", span=value.key, remedy=remedy)
+    given = {option.replace("-", "_"): value for option, value in _fractions(cls, tree).items()}
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        raise _explain(cls, tree, name, error) from error
+    except CompressError as error:
+        option = tree.items.get(error.option.replace("_", "-"))
+        error.span = error.span or (option.span if option else tree.place)
+        raise
+
+
+def _fractions(cls: type, tree: Tree) -> dict[str, Any]:
+    """The plain options of ``tree``, percentages turned into fractions where a number is expected."""
+    hints = typing.get_type_hints(cls)
+    given = tree.plain() or {}
+    for option, value in given.items():
+        numeric = float in _alternatives(hints[option.replace("-", "_")])
+        if numeric and isinstance(value, str) and re.fullmatch(PERCENT, value):
+            given[option] = float(value[:-1]) / 100
+    return given
+
+
+def _explain(cls: type, tree: Tree, name: str, failure: ValidationError) -> RecipeError:
+    error = failure.errors()[0]
+    option = str(error["loc"][0]).replace("_", "-") if error["loc"] else name
+    path = (option, *error["loc"][1:])
+    if error["type"] == "missing":
+        remedy = f"add `{option}: …`"
+        return RecipeError(f"`{name}` needs the option `{option}`", span=tree.place, remedy=remedy)
+    wrong = tree.at(path)
+    hint = typing.get_type_hints(cls, include_extras=True)[option.replace("-", "_")]
+    remedy = _choices_remedy(hint, wrong.value)
+    return RecipeError(f"`{option}` must be {_expected(hint, dict(error))}, not {wrong.kind}", span=wrong.span,
+                       remedy=remedy)
+
+
+def _choices_remedy(hint: Any, value: Any) -> str:
+    choices = [str(choice) for choice in _choices(hint)]
+    return nearest(value, choices) if choices and isinstance(value, str) else ""
+
+
+def _choices(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for part in get_args(hint) for choice in _choices(part)]
+
+
+_BOUNDS = {"greater_than_equal": "at least {ge:g}", "greater_than": "greater than {gt:g}",
+           "less_than_equal": "at most {le:g}", "less_than": "less than {lt:g}"}
+
+
+def _expected(hint: Any, error: Mapping[str, Any]) -> str:
+    context = error.get("ctx", {})
+    if error["type"] in _BOUNDS:
+        return _BOUNDS[error["type"]].format(**context)
+    if error["type"] == "value_error":
+        return str(context["error"])
+    return describe(hint)
+
+
+def describe(hint: Any) -> str:
+    """A type as a user would say it: ``int | None`` is ``a whole number``."""
+    names: list[str] = []
+    for part in _alternatives(hint):
+        names += [_describe_one(part)] if part is not type(None) else []
+    return " or ".join(dict.fromkeys(names))
+
+
+_WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number or a percentage", bool: "true or false",
+                             str: "text", Path: "a path"}
+
+
+def _describe_one(part: Any) -> str:
+    origin = get_origin(part) or part
+    if origin is Literal:
+        choices = [f"`{choice}`" for choice in get_args(part)]
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if part in _WORDS:
+        return _WORDS[part]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
+    inner = [arg for arg in get_args(part) if arg is not Ellipsis]
+    return f"a list, each {describe(inner[0])}" if inner else "a list"
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The members of a union, annotations stripped."""
+    if get_origin(hint) is Annotated:
+        return _alternatives(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for member in get_args(hint) for part in _alternatives(member)]
+    return [hint]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of recipes, with every installed pass."""
+    from passes import pass_class, pass_names
+
+    text = {"type": "string"}
+    passes = {key: pass_class(key) for key in pass_names()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "compress-model recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "model": {**text, "description": "A checkpoint directory, a hub id, or a .gguf file"},
+            "include": {"anyOf": [text, {"type": "array", "items": text}],
+                        "description": "Recipes to build on; their passes come first"},
+            "passes": {"type": "array", "items": _entry_schema(passes, ("included",))},
+            "emit": {"type": "array", "items": _entry_schema(EMITTERS)},
+            **{name: _options_schema(cls) for name, cls in SECTIONS.items()},
+        },
+    }
+
+
+def _entry_schema(classes: Mapping[str, type], bare: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A list entry: a name, or a mapping of one name to its options."""
+    properties = {key: {"anyOf": [_options_schema(cls), {"type": "null"}]} for key, cls in classes.items()}
+    named = {"type": "object", "properties": properties, "additionalProperties": False,
+             "minProperties": 1, "maxProperties": 1}
+    return {"anyOf": [{"enum": [*classes, *bare]}, named]}
+
+
+def _options_schema(cls: type) -> dict[str, Any]:
+    schema = _inline(TypeAdapter(cls).json_schema())
+    properties = {name.replace("_", "-"): _percent(value) for name, value in schema.get("properties", {}).items()}
+    required = [name.replace("_", "-") for name in schema.get("required", [])]
+    return {
+        "type": "object",
+        "description": (cls.__doc__ or "").strip(),
+        "properties": properties,
+        "additionalProperties": False,
+        **({"required": required} if required else {}),
+    }
+
+
+def _inline(schema: dict[str, Any]) -> dict[str, Any]:
+    """``schema`` with its ``$defs`` written out where they are referred to."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolve(item) for item in typing.cast("list[Any]", part)]
+        if not isinstance(part, dict):
+            return part
+        mapping = typing.cast("dict[str, Any]", part)
+        if "$ref" in mapping:
+            return resolve(definitions[mapping["$ref"].rsplit("/", 1)[-1]])
+        return {name: resolve(value) for name, value in mapping.items() if name != "title"}
+
+    return {name: {key: resolve(value) for key, value in schema[name].items()} if name == "properties" else value
+            for name, value in schema.items()}
+
+
+def _percent(schema: dict[str, Any]) -> dict[str, Any]:
+    """A number may be written as a percentage."""
+    percent = {"type": "string", "pattern": f"^{PERCENT}$"}
+    if schema.get("type") == "number":
+        number = {name: value for name, value in schema.items() if name != "default"}
+        return {"anyOf": [number, percent], **({"default": schema["default"]} if "default" in schema else {})}
+    if {"type": "number"} in schema.get("anyOf", []):
+        return {**schema, "anyOf": [*schema["anyOf"], percent]}
+    return schema
