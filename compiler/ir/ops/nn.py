@@ -14,14 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiler.ir.opdef import Attr, OpDef, Types
-from compiler.ir.types import Dim, TensorType, dim_product
-
-
-def need(type: TensorType | None) -> TensorType:
-    """An operand that must be present."""
-    if type is None:
-        raise ValueError("a required operand is missing")
-    return type
+from compiler.ir.ops.elementwise import broadcast, need
+from compiler.ir.types import Dim, TensorType, canonical_dim, dim_product
 
 
 def same_dim(left: Dim, right: Dim, what: str) -> None:
@@ -51,6 +45,40 @@ def _infer_embedding(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]
 
 def _eval_embedding(table: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids, table)
+
+
+def _infer_matmul(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, y = need(types[0]), need(types[1])
+    same_dim(x.shape[-1], y.shape[-2], "inner sizes")
+    return [x.with_shape((*broadcast(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))]
+
+
+def _infer_conv(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, weight = need(types[0]), need(types[1])
+    if x.rank != weight.rank or len(attrs["stride"]) != x.rank - 2:
+        raise ValueError(f"{x} and a kernel {weight} differ in rank")
+    windows = zip(x.shape[2:], weight.shape[2:], attrs["stride"], attrs["padding"], attrs["dilation"], strict=True)
+    return [x.with_shape((x.shape[0], weight.shape[0], *(_conv_size(*window) for window in windows)))]
+
+
+def _conv_size(size: Dim, kernel: Dim, stride: int, padding: int, dilation: int) -> Dim:
+    if not isinstance(kernel, int):
+        raise ValueError(f"a kernel of symbolic size {kernel}")
+    return canonical_dim(f"floor(({size} + {2 * padding - dilation * (kernel - 1) - 1})/{stride}) + 1")
+
+
+def _eval_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    function = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    return function(x, weight, bias, stride, padding, dilation, groups)
 
 
 # --- norms ---------------------------------------------------------------------------------------------------
@@ -154,9 +182,7 @@ def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]
     return [query.with_shape((query.shape[0], query.shape[2], heads, value.shape[-1]))]
 
 
-def attention_mask(
-    queries: int, keys: int, causal: bool, window: int, window_after: int, device: torch.device
-) -> Tensor | None:
+def attention_mask(queries: int, keys: int, causal: bool, window: int, device: torch.device) -> Tensor | None:
     """True where query i (the last ``queries`` of ``keys`` positions) may look; None when it may look anywhere."""
     if not causal and not window:
         return None
@@ -168,7 +194,7 @@ def attention_mask(
     if window:
         allowed &= row - column < window
         if not causal:
-            allowed &= column - row < window_after
+            allowed &= column - row < window
     return allowed
 
 
@@ -185,6 +211,8 @@ def _eval_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
+    if window >= key.shape[2]:
+        window = 0
     plain = mask is None and bias is None and sinks is None and not window and not softcap
     if plain and (not causal or query.shape[2] == key.shape[2]):
         grouped = query.shape[1] != key.shape[1]
@@ -214,7 +242,7 @@ def _explicit_attention(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    allowed = attention_mask(query.shape[2], key.shape[2], causal, window, window, query.device)
+    allowed = attention_mask(query.shape[2], key.shape[2], causal, window, query.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     if mask is not None:
@@ -252,9 +280,60 @@ def _eval_latent_attention(
     expanded = F.linear(latent, up).view(batch, latent.shape[1], heads, -1).transpose(1, 2)
     key = torch.cat((expanded[..., :unrotated], rotary.unsqueeze(1).expand(-1, heads, -1, -1)), -1)
     value = expanded[..., unrotated:]
-    return _eval_attention(
-        query, key, value, mask, None, None, scale=scale, causal=causal, window=0, softcap=0.0
-    )
+    return _eval_attention(query, key, value, mask, None, None, scale=scale, causal=causal, window=0, softcap=0.0)
+
+
+# --- experts -------------------------------------------------------------------------------------------------
+
+
+def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    x, indices, weights, gate_up, down = (need(type) for type in types[:5])
+    same_dim(gate_up.shape[2], x.shape[1], "input widths")
+    same_dim(gate_up.shape[1], dim_product((2, down.shape[2])), "inner widths")
+    same_dim(gate_up.shape[0], down.shape[0], "numbers of experts")
+    if indices.shape != weights.shape or indices.shape[0] != x.shape[0]:
+        raise ValueError(f"indices {indices} and weights {weights} do not fit the tokens {x}")
+    return [x.with_shape((x.shape[0], down.shape[1]))]
+
+
+def gate(gate_up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
+    """The gated unit of an expert: [..., 2F], first the gate and then the up half, to [..., F]."""
+    gate, up = gate_up.chunk(2, -1)
+    if activation == "clamped_swish":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return GATES[activation](gate) * up
+
+
+GATES = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+def _eval_experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    out = x.new_zeros(x.shape[0], down.shape[1])
+    for expert in indices.unique().tolist():
+        token, slot = torch.where(indices == expert)
+        inner = F.linear(x[token], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
+        inner = gate(inner, activation, alpha, limit)
+        result = F.linear(inner, down[expert], None if down_bias is None else down_bias[expert])
+        out.index_add_(0, token, result * weights[token, slot, None])
+    return out
 
 
 OPS = (
@@ -262,6 +341,11 @@ OPS = (
           doc="x @ weight.T + bias. weight [out, in]."),
     OpDef("embedding", "table ids", _infer_embedding, _eval_embedding, axes="v d, ... -> ... d",
           doc="Rows of table [V, D] at ids."),
+    OpDef("matmul", "x y", _infer_matmul, torch.matmul, axes="... i k, ... k j -> ... i j",
+          doc="Matrix product over the last two axes, leading axes broadcast."),
+    OpDef("conv", "x weight bias?", _infer_conv, _eval_conv,
+          {"stride": Attr("ints"), "padding": Attr("ints"), "dilation": Attr("ints"), "groups": Attr("int", 1)},
+          doc="Convolution of x [B, C, ...] with weight [O, C/groups, ...], over one to three axes."),
     OpDef("rms_norm", "x weight?", _infer_norm, _eval_rms_norm,
           {"eps": Attr("float"), "offset": Attr("float", 0.0)}, axes="... d, d? -> ... d",
           doc="x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis."),
@@ -293,4 +377,10 @@ OPS = (
           doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
               "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
               "rows -> [B, T, H, v]. The cache holds latent and rotary_key."),
+    OpDef("experts", "x indices weights gate_up down gate_up_bias? down_bias?", _infer_experts, _eval_experts,
+          {"activation": Attr("text", choices=(*GATES, "clamped_swish")), "alpha": Attr("float", 1.0),
+           "limit": Attr("float", 0.0)},
+          doc="Sum over k of weights[:, k] * expert indices[:, k] of x [N, D]. An expert is down (gate(g) * u) with "
+              "g, u the halves of gate_up x: gate_up [E, 2F, D], down [E, D, F], biases [E, 2F] and [E, D]. "
+              "`clamped_swish` is (clip(u, +-limit) + 1) * m * sigmoid(alpha m) with m = min(g, limit)."),
 )
