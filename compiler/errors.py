@@ -79,6 +79,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"it can be: {', '.join(names)}" if names else ""
 
 
+class UsageError(CompressError):
+    """The command line is wrong."""
+
+    code = "usage"
+
+
 class RecipeError(CompressError):
     """The recipe is wrong."""
 

@@ -1,0 +1,235 @@
+"""The command ``compress-model``. Nothing heavy is imported before a command needs it, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from compiler.errors import CompressError, UsageError
+from compiler.console import Console
+
+Handler = Callable[[argparse.Namespace, Console], None]
+
+OVERVIEW = """\
+commands:
+  compress-model RECIPE [-o OUT]   do what the recipe says; run it again after an interruption and it resumes
+  compress-model plan RECIPE       what it would give: parameters, bytes, FLOPs, cache; reads no weights
+  compress-model show MODEL        a model, or what a recipe makes of it, as text
+  compress-model eval MODEL        perplexity, divergence from another model, live cache, speed
+  compress-model diff A B          what differs between two checkpoints
+  compress-model run MODEL PROMPT  let a model answer
+  compress-model passes [NAME]     every pass and its options
+  compress-model schema            the JSON Schema of recipes, for editors
+
+`compress-model COMMAND --help` says more.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, remedy=f"see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0 when done, 1 when the input is wrong, 2 when the run failed, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    try:
+        options, handler = _parse(arguments)
+        console = Console(quiet=options.quiet)
+        handler(options, console)
+    except CompressError as error:
+        return _fail(error, str(error), error.exit_code, arguments, console)
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        text = f"error[internal]: {type(error).__name__}: {error}\nhelp: this is a bug; `--debug` shows where"
+        return _fail(error, text, 2, arguments, console)
+    return 0
+
+
+def _fail(error: Exception, text: str, code: int, arguments: Sequence[str], console: Console) -> int:
+    if "--debug" in arguments:
+        raise error
+    console.error(text)
+    return code
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
+    if arguments and arguments[0] in COMMANDS:
+        name, rest = arguments[0], arguments[1:]
+        fill, handler = COMMANDS[name]
+        parser = _Parser(prog=f"compress-model {name}", description=handler.__doc__)
+    else:
+        rest = arguments or ["--help"]
+        fill, handler = _compress_options, _compress
+        parser = _Parser(prog="compress-model", description=handler.__doc__, epilog=OVERVIEW,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    fill(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but results and errors")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return parser.parse_args(rest), handler
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe (.yaml)")
+    parser.add_argument("--model", help="use this model instead of the one the recipe names")
+    _trust_option(parser)
+    parser.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graph after each pass into DIR")
+
+
+def _trust_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="let Python code that comes with a checkpoint run on this machine")
+
+
+def _compress_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path,
+                        help="the directory to write; default: the recipe's name, in the current directory")
+
+
+def _compress(options: argparse.Namespace, console: Console) -> None:
+    """Compress a model as a recipe says: capture, run the passes, write, verify, evaluate, report."""
+    from compiler.compress import compress
+    from compiler.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, model=options.model)
+    out = options.out or Path(options.recipe.stem)
+    result = compress(recipe, out, console=console, trust_remote_code=options.trust_remote_code,
+                      dump_graphs=options.dump_graphs)
+    console.result(result.summary())
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _plan(options: argparse.Namespace, console: Console) -> None:
+    """What a recipe would give, from the model's config and file headers alone."""
+    from compiler.plan import make_plan
+    from compiler.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, model=options.model)
+    plan = make_plan(recipe, trust_remote_code=options.trust_remote_code, dump_graphs=options.dump_graphs)
+    console.result(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a config, or a recipe (.yaml)")
+    parser.add_argument("--layer", type=int, metavar="N", help="only layer N")
+    parser.add_argument("--weights", action="store_true", help="also how every weight is made")
+    parser.add_argument("--after", metavar="PASS", help="of a recipe: the graph after this pass, not the last one")
+    _trust_option(parser)
+
+
+def _show(options: argparse.Namespace, console: Console) -> None:
+    """A model as text, one operation a line; of a recipe, what its passes make of its model. Reads no weights."""
+    from compiler.ir.text import print_graph
+    from compiler.plan import graph_of
+
+    graph = graph_of(options.model, after=options.after, trust_remote_code=options.trust_remote_code)
+    console.result(print_graph(graph, weights=options.weights, layer=options.layer))
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or .gguf file")
+    parser.add_argument("--against", metavar="REF", help="the model to compare with")
+    parser.add_argument("--data", type=Path, metavar="TEXT", help="a text file; random tokens without")
+    parser.add_argument("--samples", type=int, default=16, help="windows of the text (16)")
+    parser.add_argument("--length", type=int, default=512, help="tokens in a window (512)")
+    parser.add_argument("--seed", type=int, default=0, help="where the windows lie (0)")
+    parser.add_argument("--metrics", type=lambda text: text.split(","), help="comma-separated; default: those that fit")
+    parser.add_argument("--speed", action="store_true", help="also measure tokens per second")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _trust_option(parser)
+
+
+def _eval(options: argparse.Namespace, console: Console) -> None:
+    """Measure a model as plain transformers loads it: how well it predicts, how far it is from another."""
+    from compiler.report.measured import evaluation_text, measured
+
+    result = measured(options, console)
+    console.result(json.dumps(result, indent=2) if options.json else evaluation_text(result))
+
+
+def _diff_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("left", metavar="A", help="a checkpoint")
+    parser.add_argument("right", metavar="B", help="another checkpoint")
+    parser.add_argument("--headers-only", action="store_true", help="compare names, shapes and dtypes, not values")
+
+
+def _diff(options: argparse.Namespace, console: Console) -> None:
+    """What differs between two checkpoints: config, how they were made, tensors, values."""
+    from compiler.diff import diff
+
+    with console.progress("comparing") as advance:
+        text = diff(options.left, options.right, values=not options.headers_only, on_progress=advance)
+    console.result(text)
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or .gguf file")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to say to it")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens of answer (64)")
+    parser.add_argument("--tokens-per-second", action="store_true", help="say how fast it was")
+    _trust_option(parser)
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    """Let a model answer a prompt, loaded by plain transformers."""
+    from compiler.evaluate import generate
+
+    answer = generate(options.model, options.prompt, options.max_new_tokens,
+                      trust_remote_code=options.trust_remote_code)
+    console.result(answer.text)
+    if options.tokens_per_second:
+        console.result(f"{answer.tokens_per_second:.1f} tokens/s")
+
+
+def _passes_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="say all about this pass")
+
+
+def _passes(options: argparse.Namespace, console: Console) -> None:
+    """Every pass and its options."""
+    from compiler.helptext import pass_help, pass_list
+
+    console.result(pass_help(options.name) if options.name else pass_list())
+
+
+def _schema_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "write it to a file and name that in your editor's YAML settings"
+
+
+def _schema(options: argparse.Namespace, console: Console) -> None:
+    """The JSON Schema of recipes, with every installed pass."""
+    from compiler.schema import json_schema
+
+    console.result(json.dumps(json_schema(), indent=2))
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Handler]] = {
+    "plan": (_plan_options, _plan),
+    "show": (_show_options, _show),
+    "eval": (_eval_options, _eval),
+    "diff": (_diff_options, _diff),
+    "run": (_run_options, _run),
+    "passes": (_passes_options, _passes),
+    "schema": (_schema_options, _schema),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
