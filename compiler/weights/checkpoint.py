@@ -11,7 +11,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,10 +66,6 @@ class Checkpoint(ABC):
         """A hash of what the checkpoint holds, equal for equal copies of it."""
 
     @abstractmethod
-    def position(self, key: str) -> tuple[int, int]:
-        """Where a tensor lies, as (index of its file, byte): the order in which reading is sequential."""
-
-    @abstractmethod
     def save_tokenizer(self, directory: Path) -> list[Path]:
         """Write the tokenizer, the generation config and the like into ``directory``; returns the files."""
 
@@ -90,11 +85,12 @@ class DirectoryCheckpoint(Checkpoint):
         self.path = path
         self.config = _read_config(path)
         self._tensors = _read_tensors(path)
+        self._types = {name: stored.type for name, (_, stored) in self._tensors.items()}
         self.files = tuple(dict.fromkeys(file for file, _ in self._tensors.values()))
 
-    @cached_property
+    @property
     def types(self) -> Mapping[str, TensorType]:
-        return {name: stored.type for name, (_, stored) in self._tensors.items()}
+        return self._types
 
     def read(self, key: str) -> Tensor:
         file, stored = self._tensors[key]
@@ -102,7 +98,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         file, stored = self._tensors[key]
-        width = row_bytes(stored)
+        width = row_bytes(stored.type)
         data = read_bytes(file, stored.start + start * width, stored.start + stop * width)
         return _typed(data, stored.type, (stop - start, *stored.type.static_shape[1:]))
 
@@ -112,13 +108,9 @@ class DirectoryCheckpoint(Checkpoint):
         for name, (file, stored) in self._tensors.items():
             digest.update(f"{file.name}|{name}|{stored}".encode())
             edge = min(_SAMPLE, stored.stop - stored.start)
-            digest.update(read_bytes(file, stored.start, stored.start + edge).numpy())
-            digest.update(read_bytes(file, stored.stop - edge, stored.stop).numpy())
+            digest.update(read_bytes(file, stored.start, stored.start + edge).numpy().data)
+            digest.update(read_bytes(file, stored.stop - edge, stored.stop).numpy().data)
         return digest.hexdigest()
-
-    def position(self, key: str) -> tuple[int, int]:
-        file, stored = self._tensors[key]
-        return self.files.index(file), stored.start
 
     def save_tokenizer(self, directory: Path) -> list[Path]:
         kept = [p for p in sorted(self.path.iterdir()) if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]

@@ -48,11 +48,12 @@ def unbind(tensors: Mapping[str, Expr], model: Any) -> dict[str, Expr]:
     from transformers.core_model_loading import revert_weight_conversion
 
     traced: dict[str, Any] = {name: TracedTensor(expr) for name, expr in tensors.items()}
-    return {name: tensor.expr for name, tensor in revert_weight_conversion(model, traced).items()}
+    stored: Mapping[str, Any] = revert_weight_conversion(model, traced)
+    return {name: tensor.expr for name, tensor in stored.items()}
 
 
 def _group(
-    checkpoint: Checkpoint, model: Any, expected: Mapping[str, Any], source: str, unexpected: list[str]
+    checkpoint: Checkpoint, model: Any, expected: dict[str, Any], source: str, unexpected: list[str]
 ) -> Iterable[tuple[Any, str]]:
     """Transforms with the tensors they apply to collected in them, each with the first name it produces."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -84,7 +85,7 @@ def _group(
     return [(group, name) for name, group in groups.items()]
 
 
-def _convert(mapping: Any, first_target: str, model: Any) -> dict[str, TracedTensor]:
+def _convert(mapping: Any, first_target: str, model: Any) -> dict[str, Any]:
     try:
         converted = mapping.convert(first_target, model=model, config=model.config)
     except CheckpointError:
@@ -126,7 +127,8 @@ def _check_complete(
                               remedy=f"config.json says {type(model).__name__}: are all files of the model there?")
     surplus = _declared(unexpected, (*(model._keys_to_ignore_on_load_unexpected or ()), *_DEAD_BUFFERS))
     if surplus:
-        raise CheckpointError(f"{type(model).__name__} has no place for {_listing(surplus)}", where=str(checkpoint.path),
+        cause = f"{type(model).__name__} has no place for {_listing(surplus)}"
+        raise CheckpointError(cause, where=str(checkpoint.path),
                               remedy="does config.json name the right architecture?")
 
 

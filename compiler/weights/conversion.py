@@ -8,7 +8,7 @@ knowing the family.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class TracedTensor(Tensor):
     expr: Expr
 
     @staticmethod
-    def __new__(cls, expr: Expr) -> TracedTensor:
-        return Tensor._make_wrapper_subclass(cls, expr.shape, dtype=expr.dtype, device="meta")  # pyright: ignore
+    def __new__(cls: type[TracedTensor], expr: Expr) -> TracedTensor:
+        return Tensor._make_wrapper_subclass(cls, expr.shape, dtype=expr.dtype, device=torch.device("meta"))
 
     def __init__(self, expr: Expr) -> None:
         self.expr = expr
@@ -40,11 +40,13 @@ class TracedTensor(Tensor):
         rule = _RULES.get(func.overloadpacket.__name__)
         if rule is None:
             raise CheckpointError(f"converting the checkpoint's tensors needs the unsupported operation {func}")
-        result = rule(*torch.utils._pytree.tree_map(_unwrap, args), **(kwargs or {}))
+        result = rule(*map(_unwrap, args), **(kwargs or {}))
         return [cls(expr) for expr in result] if isinstance(result, list) else cls(result)
 
 
 def _unwrap(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unwrap(item) for item in cast(list[Any], value)]
     return value.expr if isinstance(value, TracedTensor) else value
 
 

@@ -45,6 +45,11 @@ def working_set(exprs: Sequence[Expr]) -> int:
     return peak
 
 
+def work(exprs: Sequence[Expr]) -> int:
+    """Bytes of all values that ``evaluate(exprs)`` makes: a measure of its cost."""
+    return sum(expr.type.nbytes for expr in _schedule(exprs))
+
+
 def reads(exprs: Sequence[Expr]) -> list[Expr]:
     """The distinct reads (whole tensors, or ranges of rows) that ``evaluate(exprs)`` makes, in order."""
     return [expr for expr in _schedule(exprs) if expr.op == "load" or is_row_read(expr)]

@@ -90,7 +90,7 @@ def header_bytes(types: Mapping[str, TensorType]) -> bytes:
 def read_bytes(path: Path, start: int, stop: int) -> Tensor:
     """The bytes [start, stop) of a file as uint8. Raises CheckpointError when the file ends before."""
     buffer = torch.empty(stop - start, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -186,6 +186,6 @@ def _check_coverage(ordered: Mapping[str, Stored], base: int, size: int, path: P
         raise _damaged(path, f"{size - position} bytes after tensor {previous} are unclaimed")
 
 
-def row_bytes(stored: Stored) -> int:
-    """Bytes of one row (one index of the first axis) of a stored tensor."""
-    return math.prod(stored.type.static_shape[1:]) * stored.type.dtype.itemsize
+def row_bytes(type: TensorType) -> int:
+    """Bytes of one row (one index of the first axis) of a tensor."""
+    return math.prod(type.static_shape[1:]) * type.dtype.itemsize

@@ -47,9 +47,8 @@ def transpose(x: Expr, perm: Sequence[int] | None = None) -> Expr:
 
 
 def slice(x: Expr, axis: int, start: int, stop: int) -> Expr:
-    """The range [start, stop) along ``axis``; the whole axis is ``x`` itself."""
-    axis %= x.type.rank
-    return x if (start, stop) == (0, x.shape[axis]) else apply("slice", [x], {"axis": axis, "start": start, "stop": stop})
+    """The range [start, stop) along ``axis``, taken as close to the reads as the operations between allow."""
+    return take(x, axis % x.type.rank, start, stop)
 
 
 def index(x: Expr, axis: int, indices: Sequence[int]) -> Expr:
@@ -193,6 +192,10 @@ def _slice_type(types: Types, attrs: Attrs) -> TensorType:
     return types[0].with_shape(_replaced(shape, axis, stop - start))
 
 
+def _slice(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    return tensors[0].narrow(attrs["axis"], attrs["start"], attrs["stop"] - attrs["start"])
+
+
 def _take_slice(expr: Expr, axis: int, start: int, stop: int) -> Expr:
     own_axis, own_start, own_stop = expr.attr("axis"), expr.attr("start"), expr.attr("stop")
     if axis == own_axis:
@@ -226,17 +229,14 @@ def _take_concat(expr: Expr, axis: int, start: int, stop: int) -> Expr:
     if axis != own_axis:
         return concat([take(part, axis, start, stop) for part in expr.args], own_axis)
     ends = list(accumulate((part.shape[axis] for part in expr.args), initial=0))
-    clipped = [(part, max(start, a) - a, min(stop, b) - a) for part, (a, b) in zip(expr.args, pairwise(ends), strict=True)]
+    spans = zip(expr.args, pairwise(ends), strict=True)
+    clipped = [(part, max(start, a) - a, min(stop, b) - a) for part, (a, b) in spans]
     kept = [take(part, axis, a, b) for part, a, b in clipped if a < b]
     return concat(kept, axis) if kept else take(expr.args[0], axis, 0, 0)
 
 
 def _take_one(expr: Expr, axis: int, start: int, stop: int) -> Expr:
     return apply(expr.op, [take(expr.args[0], axis, start, stop)], dict(expr.attrs))
-
-
-def _same_type(types: Types, attrs: Attrs) -> TensorType:
-    return types[0]
 
 
 def _scale_type(types: Types, attrs: Attrs) -> TensorType:
@@ -346,7 +346,7 @@ OPS: tuple[WeightOp, ...] = (
              lambda t, a: torch.eye(a["size"], dtype=a["dtype"])),
     WeightOp("reshape", _reshape_type, lambda t, a: t[0].reshape(a["shape"]), _take_reshape),
     WeightOp("transpose", _transpose_type, lambda t, a: t[0].permute(a["perm"]), _take_transpose),
-    WeightOp("slice", _slice_type, lambda t, a: t[0].narrow(a["axis"], a["start"], a["stop"] - a["start"]), _take_slice),
+    WeightOp("slice", _slice_type, _slice, _take_slice),
     WeightOp("index", _index_type, lambda t, a: t[0].index_select(a["axis"], torch.tensor(a["indices"])), _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),

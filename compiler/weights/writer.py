@@ -1,0 +1,238 @@
+"""Write weight expressions as sharded safetensors files, in bounded memory, so that a killed run can go on.
+
+Files get their header and their full size first; then every tensor is computed and written to its place. Space is
+reserved before any work is done. The bytes depend on the expressions alone, never on timing or interruption.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compiler.errors import CheckpointError, OutputError
+from compiler.ir.types import TensorType
+from compiler.weights.evaluate import evaluate, reads
+from compiler.weights.expr import Expr, loads
+from compiler.weights.journal import Journal
+from compiler.weights.layout import INDEX_NAME, SHARD_BYTES, Shard, index_text, layout, layout_digest
+from compiler.weights.source import Source
+from compiler.weights.tasks import Piece, Task, plan
+from compiler.weights.tensorfile import row_bytes
+
+BUDGET = 512 << 20
+_SYNC_BYTES = 256 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file and its size in bytes."""
+
+    path: Path
+    size: int
+
+
+def write(
+    tensors: Mapping[str, Expr],
+    sources: Mapping[str, Source],
+    directory: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    journal: Path | None = None,
+    budget: int = BUDGET,
+    threads: int = 2,
+    on_progress: Progress | None = None,
+) -> list[WrittenFile]:
+    """Compute every tensor and write model.safetensors, or shards with an index, into ``directory``.
+
+    ``budget`` bounds the bytes that all ``threads`` together hold, as far as single rows allow. ``journal`` (a file
+    outside ``directory``) records what is done: a later call with the same tensors and sources goes on from there.
+    ``on_progress`` is called with (bytes done, bytes in all), first for what an earlier run has left.
+
+    Raises CheckpointError when a source is damaged or holds NaN or infinite values, OutputError when a result is
+    not finite or the files cannot be written; what is finished stays and is reused.
+    """
+    shards = layout(tensors, shard_bytes)
+    record = Journal(journal, _job_key(shards, sources))
+    with _explained(directory), ExitStack() as stack:
+        files = [_File(shard, directory, stack) for shard in shards]
+        record.begin(name for file in files if not file.fresh for name in file.shard.tensors)
+        for file in files:
+            file.prepare()
+        writer = _Writer(files, sources, record, on_progress or _silent)
+        with _single_threaded_torch():
+            writer.run(plan(writer.pending(tensors), budget // threads), threads)
+        return [*(file.finish() for file in files), *_write_index(shards, directory)]
+
+
+class _File:
+    """An open output file. ``fresh`` says that nothing in it can be reused: it did not exist, or was another one."""
+
+    def __init__(self, shard: Shard, directory: Path, stack: ExitStack) -> None:
+        self.shard = shard
+        self.path = directory / shard.name
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, self._descriptor)
+        same_size = os.fstat(self._descriptor).st_size == shard.size
+        self.fresh = not same_size or os.pread(self._descriptor, len(shard.header), 0) != shard.header
+
+    def prepare(self) -> None:
+        """Write the header and reserve the space, so that a full disk is known before any work is done."""
+        if self.fresh:
+            os.ftruncate(self._descriptor, self.shard.size)
+            _write_at(self._descriptor, memoryview(self.shard.header), 0)
+        _reserve(self._descriptor, self.shard.size)
+
+    def put(self, piece: Piece, value: Tensor) -> None:
+        """Write the rows that ``piece`` stands for."""
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        skipped = piece.start * row_bytes(piece.expr.type) if piece.start else 0
+        _write_at(self._descriptor, data, self.shard.offsets[piece.name] + skipped)
+
+    def sync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    def finish(self) -> WrittenFile:
+        os.fsync(self._descriptor)
+        return WrittenFile(self.path, self.shard.size)
+
+
+class _Writer:
+    """Runs tasks and records what is finished."""
+
+    def __init__(
+        self, files: Sequence[_File], sources: Mapping[str, Source], record: Journal, on_progress: Progress
+    ) -> None:
+        self._file_of = {name: file for file in files for name in file.shard.tensors}
+        self._files = files
+        self._sources = sources
+        self._record = record
+        self._on_progress = on_progress
+        self._total = sum(file.shard.tensor_bytes for file in files)
+
+    def pending(self, tensors: Mapping[str, Expr]) -> dict[str, Expr]:
+        """The tensors that are not finished yet."""
+        return {name: expr for name, expr in tensors.items() if name not in self._record.finished}
+
+    def run(self, tasks: Sequence[Task], threads: int) -> None:
+        done = self._total - sum(task.nbytes for task in tasks)
+        self._on_progress(done, self._total)
+        finished: list[str] = []
+        unsynced = 0
+        for task in _in_order(self._do, tasks, threads):
+            finished += task.completes
+            done, unsynced = done + task.nbytes, unsynced + task.nbytes
+            self._on_progress(done, self._total)
+            if unsynced >= _SYNC_BYTES:
+                self._checkpoint(finished)
+                finished, unsynced = [], 0
+        self._checkpoint(finished)
+
+    def _checkpoint(self, finished: Sequence[str]) -> None:
+        """Make sure that finished tensors survive a loss of power, then record them."""
+        for file in self._files:
+            file.sync()
+        self._record.add(finished)
+
+    def _do(self, task: Task) -> Task:
+        values = evaluate([piece.expr for piece in task.pieces], self._sources)
+        for piece, value in zip(task.pieces, values, strict=True):
+            self._check(piece, value)
+            self._file_of[piece.name].put(piece, value)
+        return task
+
+    def _check(self, piece: Piece, value: Tensor) -> None:
+        found = TensorType(value.dtype, tuple(value.shape))
+        if found != piece.expr.type:
+            raise OutputError(f"tensor {piece.name} came out as {found} instead of {piece.expr.type}")
+        if _finite(value):
+            return
+        for read in reads([piece.expr]):
+            if not _finite(evaluate([read], self._sources)[0]):
+                stored = read.args[0] if read.args else read
+                raise CheckpointError(f"tensor {stored.attr('key')} holds NaN or infinite values",
+                                      where=f"needed for {piece.name}", remedy="the checkpoint is damaged")
+        raise OutputError(f"computing tensor {piece.name} gave NaN or infinite values, its inputs are finite",
+                          remedy=f"{piece.expr.type.dtype} may be too narrow for it")
+
+
+def _in_order(do: Callable[[Task], Task], tasks: Sequence[Task], threads: int) -> Iterator[Task]:
+    """Run ``do`` on all tasks; yield each as it and all before it are finished."""
+    if threads == 1:
+        yield from map(do, tasks)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(do, tasks)
+
+
+@contextmanager
+def _single_threaded_torch() -> Generator[None]:
+    """One thread for each task: tasks run side by side already, and results cannot depend on a number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.dtype.is_floating_point or not value.numel():
+        return True
+    wide = value.float() if value.dtype.itemsize == 1 else value
+    low, high = wide.aminmax()  # propagates NaN, and needs no memory
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _write_at(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as reason:
+        if reason.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+def _write_index(shards: Sequence[Shard], directory: Path) -> list[WrittenFile]:
+    if len(shards) == 1:
+        return []
+    path = directory / INDEX_NAME
+    path.write_text(index_text(shards))
+    return [WrittenFile(path, path.stat().st_size)]
+
+
+def _job_key(shards: Sequence[Shard], sources: Mapping[str, Source]) -> str:
+    needed = {read.attr("source") for shard in shards for read in loads(list(shard.tensors.values()))}
+    return ":".join([layout_digest(shards), *(sources[name].fingerprint() for name in sorted(needed & sources.keys()))])
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@contextmanager
+def _explained(directory: Path) -> Generator[None]:
+    """Turn errors of the operating system into OutputError."""
+    try:
+        yield
+    except OSError as reason:
+        raise OutputError(
+            f"cannot write: {reason.strerror}", where=str(reason.filename or directory),
+            remedy="free some space and run again: what is finished is reused" if reason.errno in _FULL
+            else "choose a directory that you may write to",
+        ) from reason
