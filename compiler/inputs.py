@@ -1,0 +1,84 @@
+"""What a model is fed when it is measured: token windows of a text, or random inputs of the kind it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiler.errors import DataError
+from compiler.texts import TextData
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward call: its arguments, and for texts the token ids [length] and the bytes they stand for."""
+
+    arguments: Mapping[str, Tensor]
+    ids: Tensor | None = None
+    text_bytes: int = 0
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a loaded model continues token sequences."""
+    return model.main_input_name == "input_ids" and model.can_generate() and not model.config.is_encoder_decoder
+
+
+def text_windows(model: Any, tokenizer: Any, text: TextData) -> list[Window]:
+    """The windows of ``text`` as calls. Raises DataError when the model takes no text or not such long ones."""
+    if model.main_input_name != "input_ids":
+        raise DataError(f"a {type(model).__name__} takes no text", remedy="leave `data` out: inputs are then random")
+    _check_length(model, text.length)
+    source = torch.Generator().manual_seed(text.seed)
+    return [
+        Window(_token_arguments(model, ids, source), ids, len(tokenizer.decode(ids[1:]).encode()))
+        for ids in text.windows(tokenizer)
+    ]
+
+
+def random_windows(model: Any, samples: int, length: int, seed: int) -> list[Window]:
+    """``samples`` calls with random tokens (``length`` of them), standard normal pixels or audio features."""
+    source = torch.Generator().manual_seed(seed)
+    return [Window(_random_arguments(model, length, source)) for _ in range(samples)]
+
+
+def random_ids(model: Any, length: int, source: torch.Generator) -> Tensor:
+    """Token ids, int64 [length]."""
+    return torch.randint(model.config.get_text_config().vocab_size, (length,), generator=source)
+
+
+def _check_length(model: Any, length: int) -> None:
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    if limit and length > limit:
+        raise DataError(f"windows of {length} tokens are longer than the {limit} that the model takes")
+
+
+def _random_arguments(model: Any, length: int, source: torch.Generator) -> dict[str, Tensor]:
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": _random_image(model.config, source)}
+    _check_length(model, length)
+    ids = random_ids(model, length, source)
+    if model.main_input_name == "input_features":
+        frames = 2 * model.config.max_source_positions  # the first convolutions halve the frames
+        features = torch.randn(1, model.config.num_mel_bins, frames, generator=source)
+        return {"input_features": features, "decoder_input_ids": ids[None]}
+    return _token_arguments(model, ids, source)
+
+
+def _token_arguments(model: Any, ids: Tensor, source: torch.Generator) -> dict[str, Tensor]:
+    arguments = {"input_ids": ids[None]}
+    if model.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = ids[None]
+    if hasattr(model.config, "vision_config") and not model.can_generate():
+        arguments["pixel_values"] = _random_image(model.config.vision_config, source)
+    return arguments
+
+
+def _random_image(config: Any, source: torch.Generator) -> Tensor:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(1, config.num_channels, height, width, generator=source)
