@@ -55,8 +55,8 @@ def run_nodes(
 ) -> None:
     """Run ``nodes`` in order, adding their results to ``values`` and dropping from it what no later node reads.
 
-    ``values`` holds what the nodes read from outside; values in ``keep`` survive. This runs one layer at a time
-    as well as a whole graph.
+    ``values`` holds what the nodes read from outside; values in ``keep`` survive. A parameter that is in ``values`` is
+    not read again. This runs one layer at a time as well as a whole graph.
     """
     kept = set(keep)
     last_use = {value: node for node in nodes for value in node.inputs if value is not None}
@@ -79,7 +79,9 @@ def read_param(graph: Graph, param: Param, device: torch.device | str = "cpu") -
 
 
 def _fetch(graph: Graph, value: Value, values: Mapping[Value, Tensor], device: torch.device | str) -> Tensor:
-    return read_param(graph, value, device) if isinstance(value, Param) else values[value]
+    if isinstance(value, Param) and value not in values:
+        return read_param(graph, value, device)
+    return values[value]
 
 
 def _call(node: Node, operands: list[Tensor | None], bindings: Mapping[str, int]) -> Sequence[Tensor]:
