@@ -122,7 +122,7 @@ def _plan(options: argparse.Namespace, console: Console) -> None:
     from compiler.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, model=options.model)
-    plan = make_plan(recipe, trust_remote_code=options.trust_remote_code, dump_graphs=options.dump_graphs)
+    plan = make_plan(recipe, dump_graphs=options.dump_graphs)
     console.result(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
 
 
@@ -139,7 +139,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     from compiler.ir.text import print_graph
     from compiler.plan import graph_of
 
-    graph = graph_of(options.model, after=options.after, trust_remote_code=options.trust_remote_code)
+    graph = graph_of(options.model, after=options.after)
     console.result(print_graph(graph, weights=options.weights, layer=options.layer))
 
 

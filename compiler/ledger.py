@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import layer_of
 from compiler.weights.expr import Expr
 
 
@@ -25,16 +27,29 @@ class Ledger:
     cache_bytes_per_token: int
 
 
-def measure(graph: Graph) -> Ledger:
-    """Take account of ``graph``; no weight is read."""
+Bytes = Callable[[Param], int]
+
+
+def measure(graph: Graph, bytes_of: Bytes | None = None) -> Ledger:
+    """Take account of ``graph``; no weight is read. ``bytes_of`` is ``stored_bytes`` unless a format knows better."""
     from compiler.ir.facts import flops_per_token, kv_cache_values, parameter_count
 
     return Ledger(
         parameters=parameter_count(graph),
-        stored_bytes=sum(stored_bytes(param) for param in stored_params(graph)),
+        stored_bytes=sum(map(bytes_of or stored_bytes, stored_params(graph))),
         flops_per_token=flops_per_token(graph),
         cache_bytes_per_token=kv_cache_values(graph) * model_dtype(graph).itemsize,
     )
+
+
+def bytes_by_layer(graph: Graph, bytes_of: Bytes | None = None) -> dict[str, int]:
+    """Stored bytes of every layer by its module path, in order; what is in no layer is under ""."""
+    totals: dict[str, int] = {}
+    for param in stored_params(graph):
+        layer = layer_of(param.name)
+        scope = layer.scope if layer else ""
+        totals[scope] = totals.get(scope, 0) + (bytes_of or stored_bytes)(param)
+    return totals
 
 
 def stored_params(graph: Graph) -> list[Param]:
@@ -45,13 +60,8 @@ def stored_params(graph: Graph) -> list[Param]:
 def stored_bytes(param: Param) -> int:
     """Bytes of the tensors that hold ``param``: its parts when it is quantised, one dense tensor otherwise."""
     if param.expr.op == "dequantize":
-        return sum(part_bytes(part) for part in param.expr.args)
+        return sum(part.type.nbytes for part in param.expr.args)
     return param.type.with_dtype(param.storage).nbytes
-
-
-def part_bytes(part: Expr) -> int:
-    """Bytes of one part of a quantised weight."""
-    return part.type.nbytes
 
 
 def model_dtype(graph: Graph) -> torch.dtype:

@@ -21,7 +21,7 @@ from torch import Tensor
 from compiler.errors import CompressError, OrderError, SelectorError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.verify import Signature, signature, verify
-from compiler.ledger import Ledger, measure
+from compiler.ledger import Bytes, Ledger, bytes_by_layer, measure
 from compiler.weights.expr import Expr, load
 from compiler.weights.spill import SpillSource
 
@@ -107,9 +107,14 @@ class PassReport:
 
 @dataclass
 class Report:
-    """What a pipeline did. ``read_weights`` says whether any pass looked at a weight's value."""
+    """What a pipeline did. ``layers_before`` and ``layers_after`` are stored bytes by layer.
+
+    ``read_weights`` says whether any pass looked at a weight's value.
+    """
 
     before: Ledger
+    layers_before: Mapping[str, int] = field(default_factory=dict[str, int])
+    layers_after: Mapping[str, int] = field(default_factory=dict[str, int])
     passes: list[PassReport] = field(default_factory=list[PassReport])
     read_weights: bool = False
 
@@ -210,25 +215,28 @@ class Pipeline:
         observers: Sequence[Observer] = (),
         workdir: Path | None = None,
         planned: bool = False,
+        bytes_of: Bytes | None = None,
     ) -> Report:
         """Run every pass on ``graph``, in place. Spilled tensors go to ``workdir`` (to memory without one).
 
-        A planned run reads no weight. Raises what passes raise, and VerifyError when one breaks the graph.
+        A planned run reads no weight. ``bytes_of`` says how many bytes a parameter takes in the format to be written.
+        Raises what passes raise, and VerifyError when one breaks the graph.
         """
         spill = SpillSource(workdir / "spill" if workdir else None)
         graph.sources["spill"] = spill
-        report = Report(measure(graph))
+        report = Report(measure(graph, bytes_of), bytes_by_layer(graph, bytes_of))
         expected = signature(graph)
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
             ctx = Context(graph, step, entry, spill, planned)
             self._run_one(index, graph, ctx, expected, observers)
-            entry.after = measure(graph)
+            entry.after = measure(graph, bytes_of)
             report.passes.append(entry)
             report.read_weights |= ctx.read_weights
             for observer in observers:
                 observer.after(index, step, graph, entry)
+        report.layers_after = bytes_by_layer(graph, bytes_of)
         return report
 
     def _run_one(

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -66,7 +66,7 @@ class Evaluate:
 class Run:
     """Where to compute, and how much memory to use."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     memory: Memory | None = None
     executor: Literal["local"] = "local"
 
@@ -131,9 +131,16 @@ def _explain(cls: type, tree: Tree, name: str, failure: ValidationError) -> Reci
         return RecipeError(f"`{name}` needs the option `{option}`", span=tree.place, remedy=remedy)
     wrong = tree.at(path)
     hint = typing.get_type_hints(cls, include_extras=True)[option.replace("-", "_")]
-    remedy = _choices_remedy(hint, wrong.value)
-    return RecipeError(f"`{option}` must be {_expected(hint, dict(error))}, not {wrong.kind}", span=wrong.span,
-                       remedy=remedy)
+    item = _item(hint) if wrong is not tree.at((option,)) else None
+    subject = f"an entry of `{option}`" if item else f"`{option}`"
+    cause = f"{subject} must be {_expected(item or hint, dict(error))}, not {wrong.kind}"
+    return RecipeError(cause, span=wrong.span, remedy=_choices_remedy(hint, wrong.value))
+
+
+def _item(hint: Any) -> Any:
+    """The type of a list's entries; None for other types."""
+    lists = (part for part in _alternatives(hint) if get_origin(part) in (tuple, list, Sequence))
+    return next((get_args(part)[0] for part in lists), None)
 
 
 def _choices_remedy(hint: Any, value: Any) -> str:
@@ -172,6 +179,9 @@ _WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number or a percen
                              str: "text", Path: "a path"}
 
 
+_PLURALS: Mapping[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
 def _describe_one(part: Any) -> str:
     origin = get_origin(part) or part
     if origin is Literal:
@@ -182,7 +192,7 @@ def _describe_one(part: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"
     inner = [arg for arg in get_args(part) if arg is not Ellipsis]
-    return f"a list, each {describe(inner[0])}" if inner else "a list"
+    return f"a list of {_PLURALS.get(inner[0]) or describe(inner[0])}" if inner else "a list"
 
 
 def _alternatives(hint: Any) -> list[Any]:

@@ -1,0 +1,186 @@
+"""What a recipe would give, from configs and file headers alone: no weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compiler.console import human_bytes, human_count, table
+from compiler.errors import CheckpointError, TargetError, UsageError, nearest
+from compiler.instrument import DumpGraphs, peak_rss
+from compiler.ir.graph import Graph
+from compiler.ledger import Ledger
+from compiler.pipeline import Observer, PassReport, Pipeline, Report
+from compiler.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Output:
+    """What would be written: the model class, its files (name to bytes of tensors), and who can load it."""
+
+    architecture: str
+    files: Mapping[str, int]
+    loads_in: tuple[str, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's outcome. ``peak_memory`` is the most bytes the run is expected to hold, evaluation aside.
+
+    ``output`` is None, and ``refusal`` says why, when no format that the recipe asks for can hold the result.
+    """
+
+    recipe: str
+    model: str
+    report: Report
+    output: Output | None
+    refusal: str
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """The plan as a person reads it."""
+        lines = [f"{self.recipe}: {self.model}", "", ledger_table(self.report), ""]
+        lines += [line for entry in self.report.passes for line in pass_lines(entry)]
+        return "\n".join([*lines, "", *self._output_lines()])
+
+    def _output_lines(self) -> list[str]:
+        if self.output is None:
+            return [f"cannot be written: {self.refusal}"]
+        count = len(self.output.files)
+        return [
+            f"writes   {self.output.architecture}, {human_bytes(self.output.tensor_bytes)}"
+            f" in {count} file{'s' if count > 1 else ''}",
+            *(f"loads in {place}" for place in self.output.loads_in),
+            f"memory   about {human_bytes(self.peak_memory)} at most, whatever the number of layers",
+        ]
+
+
+def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
+    """Capture the recipe's model and run its passes without reading a weight.
+
+    Raises what capture and the passes raise; errors of passes point at the recipe.
+    """
+    graph = open_model(recipe.model)
+    model = f"{graph.origin.architecture or graph.name} from {recipe.model}"
+    report = run_passes(recipe, graph, dump_graphs=dump_graphs)
+    output, refusal, memory = None, "", 0
+    try:
+        output, memory = _output(recipe, graph)
+    except TargetError as error:
+        refusal = error.cause
+    return Plan(str(recipe.path), model, report, output, refusal, memory)
+
+
+def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None, up_to: int | None = None) -> Report:
+    """The recipe's passes (the first ``up_to`` of them) as a planned run on ``graph``."""
+    observers: list[Observer] = [recipe.locate()]
+    if dump_graphs is not None:
+        observers.append(DumpGraphs(dump_graphs))
+    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True)
+
+
+def open_model(model: str) -> Graph:
+    """The graph of a checkpoint, or of a config alone (a directory without weights, or a ``config.json``)."""
+    from compiler.frontend import capture
+
+    config = _config_alone(Path(model))
+    return capture(model) if config is None else _from_config(config)
+
+
+def _config_alone(path: Path) -> Path | None:
+    """The config file to capture from, when there are no weights beside it."""
+    if path.is_file() and path.suffix == ".json":
+        return path
+    config = path / "config.json"
+    return config if config.is_file() and not _has_weights(path) else None
+
+
+def _has_weights(path: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+               for file in path.iterdir())
+
+
+def _from_config(file: Path) -> Graph:
+    from compiler.frontend import capture
+    from compiler.frontend.subject import config_from_dict
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise CheckpointError(f"the config cannot be read: {reason}", where=str(file)) from reason
+    return capture(config_from_dict(values))
+
+
+def graph_of(model: str, *, after: str | None = None) -> Graph:
+    """The graph of a model, or of a recipe after all its passes or those up to ``after``.
+
+    Raises UsageError when ``after`` is given without a recipe or names none of its passes.
+    """
+    if not model.endswith((".yaml", ".yml")):
+        if after is not None:
+            raise UsageError("`--after` shows what a recipe's pass makes, and this is no recipe",
+                             remedy="give a recipe (.yaml) instead of a model")
+        return open_model(model)
+    recipe = Recipe.load(model)
+    keys = [step.key() for step in recipe.passes]
+    if after is not None and after not in keys:
+        raise UsageError(f"the recipe has no pass `{after}`", remedy=nearest(after, keys))
+    graph = open_model(recipe.model)
+    run_passes(recipe, graph, up_to=None if after is None else len(keys) - keys[::-1].index(after))
+    return graph
+
+
+def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
+    from backends.safetensors import propose
+    from compiler.weights.layout import layout
+
+    emission = propose(graph)
+    options = recipe.emit[0]
+    shards = layout(emission.tensors, options.shard)
+    files = {shard.name: shard.tensor_bytes for shard in shards}
+    return Output(emission.architecture, files, tuple(emission.notes)), peak_rss()
+
+
+def ledger_table(report: Report) -> str:
+    """Parameters, bytes, arithmetic and cache: of the model, and after each pass."""
+    rows = [("", "parameters", "stored", "FLOPs/token", "cache/token"), ("the model", *_cells(report.before))]
+    rows += [(f"{index}. {entry.name}", *_cells(entry.after)) for index, entry in enumerate(report.passes, 1)]
+    if report.passes:
+        rows.append(("change", *_change(report.before, report.after)))
+    return table(rows)
+
+
+def _cells(ledger: Ledger) -> tuple[str, ...]:
+    return (human_count(ledger.parameters), human_bytes(ledger.stored_bytes), human_count(ledger.flops_per_token),
+            human_bytes(ledger.cache_bytes_per_token))
+
+
+def _change(before: Ledger, after: Ledger) -> tuple[str, ...]:
+    pairs = zip(dataclasses.astuple(before), dataclasses.astuple(after), strict=True)
+    return tuple(f"{100 * (y / x - 1):+.1f} %" if x else "" for x, y in pairs)
+
+
+def pass_lines(entry: PassReport) -> list[str]:
+    """What one pass selected, rewrote and skipped."""
+    exact = "exact" if entry.exact else "not exact"
+    lines = [f"{entry.name} ({exact}): {len(entry.rewritten)} rewritten"]
+    lines += [f"  `{selection.selector}` selects {selection.count}" for selection in entry.selected]
+    reasons: dict[str, list[str]] = {}
+    for skip in entry.skipped:
+        reasons.setdefault(skip.reason, []).append(skip.scope)
+    for reason, scopes in reasons.items():
+        more = f" and {len(scopes) - 3} more" if len(scopes) > 3 else ""
+        lines.append(f"  skipped {', '.join(scopes[:3])}{more}: {reason}")
+    return lines
