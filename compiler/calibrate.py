@@ -1,0 +1,135 @@
+"""Calibration: activations layer by layer, with one layer's weights in memory.
+
+``sweep`` walks the graph a layer at a time over all calibration batches. A pass observes a layer, may rewrite it, and
+the sweep runs the rewritten layer to feed the next one, so later layers are measured on what they will really see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from compiler.errors import DataError
+from compiler.ir.execute import bind_dims, read_param, run_nodes
+from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.ir.layers import segments
+
+
+@dataclass
+class SecondMoment:
+    """Sum of x xᵀ over all vectors seen, in float64, because eigenvalues of it follow. ``total`` is [width, width]."""
+
+    total: Tensor
+    count: int = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """Add ``vectors`` [..., width]."""
+        rows = vectors.reshape(-1, vectors.shape[-1]).double()
+        self.total += rows.T @ rows
+        self.count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x xᵀ], float64 [width, width]."""
+        return self.total / self.count
+
+
+@dataclass
+class _Batch:
+    """The live values of one calibration batch, and the sizes of its symbolic dims."""
+
+    values: dict[Value, Tensor]
+    sizes: Mapping[str, int]
+
+
+@dataclass
+class Stage:
+    """One layer (or what stands before, between or after layers, with scope "") and the activations that enter it."""
+
+    scope: str
+    nodes: list[Node]
+    _graph: Graph = field(repr=False)
+    _batches: list[_Batch] = field(repr=False)
+
+    def observe(self, see: Callable[[Value, Tensor], None]) -> None:
+        """Run the stage on every batch; ``see`` gets every value that enters it or is computed in it."""
+        for batch in self._run(see=see):
+            del batch
+
+    def second_moments(self, values: Sequence[Value]) -> dict[Value, SecondMoment]:
+        """The second moments of ``values``, each [..., width] and entering the stage or computed in it."""
+        moments: dict[Value, SecondMoment] = {}
+
+        def see(value: Value, tensor: Tensor) -> None:
+            if value in wanted:
+                width = tensor.shape[-1]
+                moment = moments.setdefault(value, SecondMoment(torch.zeros(width, width, dtype=torch.float64)))
+                moment.add(tensor)
+
+        wanted = set(values)
+        self.observe(see)
+        return moments
+
+    def _run(
+        self, *, keep: Sequence[Value] = (), see: Callable[[Value, Tensor], None] | None = None
+    ) -> Iterator[dict[Value, Tensor]]:
+        """Per batch, the live values after the stage."""
+        read = dict.fromkeys(value for node in self.nodes for value in node.inputs if value is not None)
+        weights = {value: read_param(self._graph, value) for value in read if isinstance(value, Param)}
+        for batch in self._batches:
+            for value in read:
+                if see is not None and value in batch.values:
+                    see(value, batch.values[value])
+            values = {**batch.values, **weights}
+            with torch.no_grad():
+                run_nodes(self._graph, self.nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
+            yield {value: tensor for value, tensor in values.items() if value not in weights}
+
+    def advance(self, done: set[Node]) -> None:
+        """Replace the live values of every batch by those after the stage; ``done`` are the nodes run before it."""
+        run = done | set(self.nodes)
+        outputs = set(self._graph.outputs.values())
+        known = {value for batch in self._batches for value in batch.values}
+        known.update(value for node in self.nodes for value in node.outputs)
+        keep = [value for value in known if value in outputs or not value.users.keys() <= run]
+        for batch, values in zip(self._batches, self._run(keep=keep), strict=True):
+            batch.values = values
+
+
+def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Stage]:
+    """The stages of ``graph`` in order, each with the activations that ``batches`` (inputs by name) have there.
+
+    The caller may rewrite the nodes of the stage at hand, and nodes before it whose inputs are still read by it; what
+    then stands in its place is run before the next stage is yielded. Activations of all batches stay in memory.
+    """
+    state = [
+        _Batch({value: batch[name] for name, value in graph.inputs.items()}, bind_dims(graph, batch))
+        for batch in batches
+    ]
+    parts = segments(graph)
+    ends = [nodes[0] for _, nodes in parts[1:]] + [None]
+    done: set[Node] = set()
+    for (layer, nodes), end in zip(parts, ends, strict=True):
+        stage = Stage(layer.scope if layer else "", nodes, graph, state)
+        yield stage
+        stage.nodes = [node for node in _until(graph, end) if node not in done]
+        stage.advance(done)
+        done.update(stage.nodes)
+
+
+def _until(graph: Graph, end: Node | None) -> Iterator[Node]:
+    return takewhile(lambda node: node is not end, graph.nodes)
+
+
+def token_batches(graph: Graph, windows: Tensor, size: int = 1) -> list[dict[str, Tensor]]:
+    """Token windows, int64 [samples, length], as inputs of ``graph``, ``size`` of them at a time.
+
+    Raises DataError when the graph takes anything but one tensor of token ids.
+    """
+    if list(graph.inputs) != ["input_ids"]:
+        raise DataError(f"a text cannot calibrate a model whose inputs are {', '.join(graph.inputs)}")
+    return [{"input_ids": part} for part in windows.split(size)]
