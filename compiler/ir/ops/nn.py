@@ -6,7 +6,7 @@ r latent rank, R rotary width, n unrotated width, E experts, K experts per token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -305,10 +305,14 @@ def gate(gate_up: Tensor, activation: str, alpha: float, limit: float) -> Tensor
     return GATES[activation](gate) * up
 
 
-GATES = {
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
     "relu": torch.relu,
 }
 
@@ -361,13 +365,13 @@ OPS = (
           doc="cos and sin of position * frequency, times scale: [B, T, pairs] each."),
     OpDef("rope", "x cos sin", _infer_rope, _eval_rope,
           {"layout": Attr("text", "half", ("half", "interleaved", "interleaved-to-half"))},
-          axes="b h t d, b t p, b t p -> b h t d",
+          axes="b h t d!, b t p!, b t p! -> b h t d",
           doc="Rotate pairs of the first 2*pairs dims of x [B, H, T, d]; the rest passes. `half` pairs (i, i+pairs), "
               "`interleaved` pairs (2i, 2i+1), `interleaved-to-half` reads pairs (2i, 2i+1) and writes (i, i+pairs)."),
     OpDef("attention", "query key value mask? bias? sinks?", _infer_attention, _eval_attention,
           {"scale": Attr("float"), "causal": Attr("bool", False), "window": Attr("int", 0),
            "softcap": Attr("float", 0.0)},
-          axes="b (g s) t d, b g u d, b g u v, b u?, ...?, (g s)? -> b t (g s) v",
+          axes="b (g s) t d, b g u d, b g u v, b u?, b (g s) t u?, (g s)? -> b t (g s) v",
           doc="softmax(scale * q k^T + bias) v. query [B, H, T, d], key [B, G, S, d], value [B, G, S, v] -> "
               "[B, T, H, v]. mask [B, S] is true where a key exists; sinks [H] are extra logits without a value; "
               "window w lets position i see (i-w, i] when causal and (i-w, i+w) otherwise; softcap c bends scores to "

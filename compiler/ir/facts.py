@@ -1,0 +1,89 @@
+"""What passes and reports ask of a graph: its sites, layers, coupling groups and costs."""
+
+from __future__ import annotations
+
+import math
+
+from compiler.ir.coupling import CouplingGroup, Member, coupling_groups
+from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.ir.layers import layer_of
+from compiler.ir.sites import (
+    AttentionSite,
+    ExpertSite,
+    LatentSite,
+    MlpSite,
+    attention_sites,
+    expert_sites,
+    latent_sites,
+    mlp_sites,
+    static,
+)
+
+__all__ = [
+    "AttentionSite",
+    "CouplingGroup",
+    "ExpertSite",
+    "LatentSite",
+    "Member",
+    "MlpSite",
+    "attention_sites",
+    "coupling_groups",
+    "expert_sites",
+    "flops_per_token",
+    "kv_cache_values",
+    "latent_sites",
+    "layers",
+    "mlp_sites",
+    "parameter_count",
+]
+
+
+def layers(graph: Graph) -> dict[str, int]:
+    """The scope of every numbered module (``model.layers.3``) with its number, in order of first use."""
+    found = (layer_of(node.scope) for node in graph.nodes)
+    return {layer.scope: layer.index for layer in found if layer is not None}
+
+
+def parameter_count(graph: Graph) -> int:
+    """Elements of all weights that a checkpoint holds; tied weights once."""
+    return sum(param.type.numel for param in graph.params.values() if param.persistent)
+
+
+def kv_cache_values(graph: Graph) -> int:
+    """Values that one more token of one sequence adds to the cache, summed over causal attention.
+
+    Grouped attention keeps G * (d + v) of each token, latent attention r + R. A window bounds the length of a cache,
+    not the size of a token, so windowed attention counts in full. Keys that several layers share count once.
+    """
+    shared = {tuple(node.inputs[1:3]): node for node in graph.nodes_named("attention", "latent_attention")
+              if node.attr("causal")}
+    return sum(_cached(node.input(1)) + _cached(node.input(2)) for node in shared.values())
+
+
+def _cached(value: Value) -> int:
+    """Values per token of a cached tensor [B, G, S, d] or [B, S, r]."""
+    return math.prod(static(dim) for axis, dim in enumerate(value.shape) if axis not in (0, value.type.rank - 2))
+
+
+def flops_per_token(graph: Graph) -> int:
+    """Floating-point operations for one token at context length 0: two per weight that multiplies it.
+
+    Linear maps and products with a weight count as often as they are applied, experts as many as a token visits, a
+    convolution once per output position. Attention scores, which grow with the context, do not count.
+    """
+    return sum(_flops(node) for node in graph.nodes)
+
+
+def _flops(node: Node) -> int:
+    match node.op.name:
+        case "linear" | "conv":
+            return 2 * math.prod(map(static, node.input(1).shape))
+        case "matmul":
+            return sum(2 * value.type.numel for value in node.inputs if isinstance(value, Param))
+        case "latent_attention":
+            return 2 * math.prod(map(static, node.input(3).shape))
+        case "experts":
+            per_expert = sum(math.prod(map(static, node.input(i).shape[1:])) for i in (3, 4))
+            return 2 * static(node.input(1).shape[1]) * per_expert
+        case _:
+            return 0
