@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compiler.errors import CheckpointError
 from compiler.weights.conversion import TracedTensor
@@ -48,7 +48,7 @@ def unbind(tensors: Mapping[str, Expr], model: Any) -> dict[str, Expr]:
     from transformers.core_model_loading import revert_weight_conversion
 
     traced: dict[str, Any] = {name: TracedTensor(expr) for name, expr in tensors.items()}
-    stored: Mapping[str, Any] = revert_weight_conversion(model, traced)
+    stored = cast(Mapping[str, Any], revert_weight_conversion(model, traced))
     return {name: tensor.expr for name, tensor in stored.items()}
 
 
