@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from compiler.errors import CheckpointError
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint_binding import bind, unbind
-from compiler.weights.tensorfile import Stored, parse_json, read_bytes, read_header, row_bytes
+from compiler.weights.tensorfile import Stored, parse_json, read_bytes, read_header, read_rows, read_tensor
 
 __all__ = ["Checkpoint", "DirectoryCheckpoint", "bind", "open_checkpoint", "save_tokenizer", "unbind"]
 
@@ -93,14 +93,10 @@ class DirectoryCheckpoint(Checkpoint):
         return self._types
 
     def read(self, key: str) -> Tensor:
-        file, stored = self._tensors[key]
-        return _typed(read_bytes(file, stored.start, stored.stop), stored.type, stored.type.static_shape)
+        return read_tensor(*self._tensors[key])
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        file, stored = self._tensors[key]
-        width = row_bytes(stored.type)
-        data = read_bytes(file, stored.start + start * width, stored.start + stop * width)
-        return _typed(data, stored.type, (stop - start, *stored.type.static_shape[1:]))
+        return read_rows(*self._tensors[key], start, stop)
 
     def fingerprint(self) -> str:
         """Covers the config, every header and file size, and the first and last bytes of every tensor."""
@@ -227,7 +223,3 @@ def _pickled(file: Path) -> CheckpointError:
         f"{file.name} is a pickle: loading it can run any code, so it is refused", where=str(file),
         remedy="convert it once in a place you trust: AutoModel.from_pretrained(...).save_pretrained(directory)",
     )
-
-
-def _typed(data: Tensor, type: TensorType, shape: Iterable[int]) -> Tensor:
-    return data.view(type.dtype).reshape(tuple(shape))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compiler.ir.types import TensorType
+from compiler.weights.tensorfile import read_header, read_rows, read_tensor
 
 
 class SpillSource:
@@ -39,9 +40,14 @@ class SpillSource:
     def read(self, key: str) -> Tensor:
         if self._directory is None:
             return self._memory[key].clone()
-        from safetensors.torch import load_file
+        path = self._directory / f"{key}.safetensors"
+        return read_tensor(path, read_header(path)["tensor"])
 
-        return load_file(self._directory / f"{key}.safetensors")["tensor"]
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        if self._directory is None:
+            return self._memory[key][start:stop].clone()
+        path = self._directory / f"{key}.safetensors"
+        return read_rows(path, read_header(path)["tensor"], start, stop)
 
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(sorted(self._types)).encode()).hexdigest()

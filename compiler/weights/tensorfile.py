@@ -102,6 +102,18 @@ def read_bytes(path: Path, start: int, stop: int) -> Tensor:
     return buffer
 
 
+def read_tensor(path: Path, stored: Stored) -> Tensor:
+    """A whole tensor of a file, in fresh memory."""
+    return read_bytes(path, stored.start, stored.stop).view(stored.type.dtype).reshape(stored.type.static_shape)
+
+
+def read_rows(path: Path, stored: Stored, start: int, stop: int) -> Tensor:
+    """The rows [start, stop) of a tensor of a file, in fresh memory."""
+    width = row_bytes(stored.type)
+    data = read_bytes(path, stored.start + start * width, stored.start + stop * width)
+    return data.view(stored.type.dtype).reshape(stop - start, *stored.type.static_shape[1:])
+
+
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else, and for a key that stands in it twice."""
     try:
