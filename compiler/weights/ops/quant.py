@@ -22,7 +22,7 @@ from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
 
-SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 CHUNK_ELEMENTS = 1 << 18
 
 

@@ -1,0 +1,137 @@
+"""Quantised weights as compressed-tensors: which tensors stand for them, and the config that finds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backends.safetensors.formats import Format, Scheme, format_of, scheme_of
+from backends.safetensors.unify import Mismatch
+from compiler.weights.expr import Expr, apply
+from compiler.weights.ops import take
+from compiler.weights.ops.basic import reshape
+
+STORED_ROWS = ("slice", "reshape")
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The ``quantization_config`` of config.json, and what a user should know about it."""
+
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
+    """The tensors of the file that stand for ``expr`` under ``key``: itself when it is dense, otherwise its parts."""
+    value = as_dequantize(expr)
+    if value is None:
+        return {key: expr}
+    stem = key.removesuffix("weight")
+    return {stem + suffix: part for suffix, part in format_of(scheme_of(value)).parts(value).items()}
+
+
+def as_dequantize(expr: Expr) -> Expr | None:
+    """``expr`` as a ``dequantize``, when it is one or a run of rows of one; None for a dense expression."""
+    if expr.op == "dequantize":
+        return expr
+    if expr.op not in STORED_ROWS:
+        return None
+    value = as_dequantize(expr.args[0])
+    if value is None:
+        return None
+    if expr.op == "slice" and expr.attr("axis") < value.type.rank - 1:
+        parts = [take(part, expr.attr("axis"), expr.attr("start"), expr.attr("stop")) for part in value.args]
+    elif expr.op == "reshape" and expr.shape[-1] == value.shape[-1]:
+        parts = [reshape(part, (*expr.shape[:-1], part.shape[-1])) for part in value.args]
+    else:
+        return None
+    return apply("dequantize", parts, dict(value.attrs))
+
+
+def quantization_config(tensors: Mapping[str, Expr], module: Any) -> Quantised | Mismatch | None:
+    """The config for ``tensors`` (dense expressions by checkpoint name) of ``module``; None when all are dense.
+
+    The commonest scheme is the one of every linear map that is not named elsewhere, so that the lists of names stay
+    short. A Mismatch says which weight cannot be stored quantised.
+    """
+    schemes: dict[str, Scheme] = {}
+    dense: set[str] = set()
+    for key, expr in tensors.items():
+        value = as_dequantize(expr)
+        if value is None and not _is_dense(expr, dense):
+            return Mismatch(f"{key} is a quantised weight in a layout that its checkpoint does not keep; skip it")
+        if value is not None and not key.endswith(".weight"):
+            return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
+        if value is not None:
+            schemes[key.removesuffix(".weight")] = scheme_of(value)
+    return _config(schemes, module) if schemes else None
+
+
+def _is_dense(expr: Expr, known: set[str]) -> bool:
+    """Whether nothing in ``expr`` is dequantised; ``known`` are the keys of expressions of which that is known."""
+    if expr.key not in known and expr.op != "dequantize" and all(_is_dense(arg, known) for arg in expr.args):
+        known.add(expr.key)
+    return expr.key in known
+
+
+def _config(schemes: Mapping[str, Scheme], module: Any) -> Quantised:
+    from torch import nn
+
+    linears = dict.fromkeys(name for name, child in module.named_modules() if isinstance(child, nn.Linear))
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    common = max(by_scheme, key=lambda scheme: sum(name in linears for name in by_scheme[scheme]))
+    groups: dict[str, Any] = {}
+    for index, (scheme, names) in enumerate(by_scheme.items()):
+        targets = _named(name for name in names if scheme != common or name not in linears)
+        groups[f"group_{index}"] = _group(scheme, [*targets, *(["Linear"] if scheme == common else [])])
+    formats = {group["format"] for group in groups.values()}
+    config = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": [name for name in linears if name not in schemes],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    return Quantised(config, tuple(_fused_notes(schemes, linears)))
+
+
+def _named(names: Iterable[str]) -> list[str]:
+    """Names as targets; the experts of one projection, which are no modules, share a pattern."""
+    targets: dict[str, None] = {}
+    for name in names:
+        expert = re.fullmatch(r"(.*\.experts)\.\d+\.(.*)", name)
+        pattern = expert and f"re:.*\\.experts\\.\\d+\\.{re.escape(expert[2])}$"
+        targets[pattern or name] = None
+    return list(targets)
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    storage: Format = format_of(scheme)
+    return {
+        "targets": targets,
+        "weights": scheme.weights_config(),
+        "input_activations": None,
+        "output_activations": None,
+        "format": storage.name,
+    }
+
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+
+
+def _fused_notes(schemes: Mapping[str, Scheme], linears: Mapping[str, None]) -> list[str]:
+    """What vLLM, which fuses these projections, would object to."""
+    for family in FUSED:
+        for name in linears:
+            stem, _, last = name.rpartition(".")
+            siblings = [f"{stem}.{other}" for other in family]
+            if last == family[0] and len({schemes.get(sibling) for sibling in siblings if sibling in linears}) > 1:
+                return [f"vLLM fuses {', '.join(family)} and needs one scheme for them; they differ in {stem}"]
+    return []

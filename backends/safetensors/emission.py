@@ -1,0 +1,130 @@
+"""What is written for a graph: a config that a stock class loads, and the tensors under that class's names.
+
+A target proposes a config from facts of the graph. The proposal is captured without weights, as any model is, and
+has to be the same program; the comparison yields which of our parameters goes under which of its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from backends.safetensors.compressed import quantization_config, stored_parts
+from backends.safetensors.unify import Mismatch, unify
+from compiler.errors import TargetError
+from compiler.ir.graph import Graph, Param
+from compiler.weights.expr import Expr
+from compiler.weights.ops.basic import cast
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A config that may be the graph's. ``architecture`` is the transformers class that it is for."""
+
+    architecture: str
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a target cannot hold the graph."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A checkpoint in the making. ``config`` is all of config.json; ``tensors`` are by checkpoint name.
+
+    ``notes`` are what a user should know about where it loads.
+    """
+
+    target: str
+    architecture: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Expr]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(expr.type.nbytes for expr in self.tensors.values())
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        return self.config.get("quantization_config")
+
+
+def propose(graph: Graph) -> Emission | Refusal:
+    """The emission of the first stock target that holds ``graph``, or the refusal of the one that came nearest.
+
+    No weight is read.
+    """
+    from backends.safetensors.targets import TARGETS
+
+    refusals: list[Refusal] = []
+    for target in TARGETS:
+        proposal = target.propose(graph)
+        if isinstance(proposal, Proposal):
+            proposal = _emission(graph, target.name, proposal)
+        if isinstance(proposal, Emission):
+            return proposal
+        refusals.append(proposal)
+    reasons = "; ".join(f"{refusal.target}: {refusal.reason}" for refusal in refusals)
+    return Refusal(", ".join(refusal.target for refusal in refusals), reasons)
+
+
+def require(graph: Graph) -> Emission:
+    """``propose``, with a refusal as a TargetError."""
+    found = propose(graph)
+    if isinstance(found, Refusal):
+        raise TargetError(
+            f"no stock model class computes this: {found.reason}",
+            remedy="leave out the pass that made it so; `compress-model plan` says where each result can be loaded",
+        )
+    return found
+
+
+def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refusal:
+    from compiler.frontend.capture import capture
+
+    from compiler.frontend.subject import build_on_meta, config_from_dict
+    from compiler.weights.checkpoint import unbind
+
+    config = config_from_dict(proposal.config)
+    shape = {name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
+             for name, value in graph.inputs.items()}
+    found = unify(capture(config, inputs=shape, architecture=proposal.architecture), graph)
+    if isinstance(found, Mismatch):
+        return Refusal(target, found.reason)
+    module = build_on_meta(config, proposal.architecture)
+    dense = unbind({name: _dense(param) for name, param in found.items()}, module)
+    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
+    quantised = quantization_config(dense, module)
+    if isinstance(quantised, Mismatch):
+        return Refusal(target, quantised.reason)
+    if quantised:
+        written["quantization_config"] = quantised.config
+    notes = (*proposal.notes, *(quantised.notes if quantised else ()))
+    tensors = {name: part for key, expr in dense.items() for name, part in stored_parts(key, expr).items()}
+    return Emission(target, proposal.architecture, written, tensors, notes)
+
+
+def _dense(param: Param) -> Expr:
+    """The tensor that stands for ``param``: a quantised one as it is, any other in its storage dtype."""
+    return param.expr if param.expr.op == "dequantize" else cast(param.expr, param.storage)
+
+
+def _dtype_name(params: Mapping[str, Param]) -> str:
+    """The dtype that most of the weights are stored in, as config.json spells it."""
+    sizes: dict[torch.dtype, int] = {}
+    for param in params.values():
+        if param.storage.is_floating_point:
+            sizes[param.storage] = sizes.get(param.storage, 0) + param.type.numel
+    dtype = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    return str(dtype).removeprefix("torch.")

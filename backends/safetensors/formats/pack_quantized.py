@@ -1,0 +1,34 @@
+"""compressed-tensors ``pack-quantized``: codes packed densely into int32 words.
+
+``weight_packed`` int32 [out, ceil(in * bits / 32)], ``weight_scale`` [out, groups], ``weight_shape`` int64 [2], and
+``weight_zero_point`` int32 [ceil(out * bits / 32), groups], packed along the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from backends.safetensors.formats.scheme import Format, Scheme
+from compiler.weights.expr import Expr
+from compiler.weights.ops.basic import literal
+from compiler.weights.ops.quant import pack_bits
+
+
+def _holds(scheme: Scheme) -> bool:
+    return 2 <= scheme.bits <= 8
+
+
+def _parts(value: Expr) -> dict[str, Expr]:
+    bits = value.attr("bits")
+    codes, scale, *zero = value.args
+    parts = {
+        "weight_packed": pack_bits(codes, bits),
+        "weight_scale": scale,
+        "weight_shape": literal([float(size) for size in value.shape], dtype=torch.int64),
+    }
+    if zero:
+        parts["weight_zero_point"] = pack_bits(zero[0], bits, axis=-2)
+    return parts
+
+
+FORMAT = Format("pack-quantized", _holds, _parts)
