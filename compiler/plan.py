@@ -12,7 +12,7 @@ from typing import Any
 from compiler.console import human_bytes, human_count, table
 from compiler.errors import CheckpointError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs, peak_rss
-from compiler.ir.graph import Graph
+from compiler.ir.graph import Graph, Param
 from compiler.ledger import Ledger
 from compiler.pipeline import Observer, PassReport, Pipeline, Report
 from compiler.recipe import Recipe
@@ -88,7 +88,14 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
     observers: list[Observer] = [recipe.locate()]
     if dump_graphs is not None:
         observers.append(DumpGraphs(dump_graphs))
-    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True)
+    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True, bytes_of=bytes_in_file)
+
+
+def bytes_in_file(param: Param) -> int:
+    """Bytes of the tensors that stand for ``param`` in a safetensors file."""
+    from backends.safetensors import stored_tensors
+
+    return sum(expr.type.nbytes for expr in stored_tensors(param))
 
 
 def open_model(model: str) -> Graph:
@@ -143,10 +150,10 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
-    from backends.safetensors import propose
+    from backends.safetensors import require
     from compiler.weights.layout import layout
 
-    emission = propose(graph)
+    emission = require(graph)
     options = recipe.emit[0]
     shards = layout(emission.tensors, options.shard)
     files = {shard.name: shard.tensor_bytes for shard in shards}

@@ -158,7 +158,7 @@ class _Checker:
             evaluate=self._section(entries, "evaluate"),
             run=self._section(entries, "run") or Run(),
             path=self._path,
-            text={key: self._as_written(key, tree) for key, tree in entries.items()},
+            text=self._text(entries, model),
             entries=places,
         )
 
@@ -258,6 +258,10 @@ class _Checker:
             if step.needs and calibration is None:
                 raise RecipeError(f"`{step.key()}` needs calibration data", span=place.place,
                                   remedy="add `calibration: {data: text.txt}`")
+
+    def _text(self, entries: dict[str, Tree], model: str | None) -> dict[str, Any]:
+        given = {} if model is None else {"model": model}
+        return {key: self._as_written(key, tree) for key, tree in entries.items() if key not in given} | given
 
     def _as_written(self, key: str, tree: Tree) -> Any:
         """Plain data of ``tree``; relative paths of included recipes made relative to the recipe."""

@@ -35,6 +35,12 @@ def parse_memory(value: Any) -> int:
     return round(float(match[1]) * UNITS[match[2] or ""])
 
 
+def format_memory(count: int) -> str:
+    """The shortest exact spelling: ``format_memory(5_000_000_000) == "5GB"``."""
+    unit = max((unit for unit, size in UNITS.items() if count % size == 0), key=lambda unit: UNITS[unit])
+    return f"{count // UNITS[unit]}{unit}B"
+
+
 Memory = Annotated[int, BeforeValidator(parse_memory), WithJsonSchema({"type": "string", "pattern": f"^{MEMORY}$"})]
 Count = Annotated[int, Field(ge=1)]
 
@@ -86,6 +92,17 @@ KEYS = ("model", "calibration", "passes", "emit", "evaluate", "run", "include")
 def option_names(cls: type) -> list[str]:
     """The options of a section or pass, as recipes spell them."""
     return [field.name.replace("_", "-") for field in dataclasses.fields(cls)]
+
+
+def spell(section: Any) -> dict[str, Any]:
+    """The options of a section or pass as a recipe spells them."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    spelt: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value, hint = getattr(section, field.name), hints[field.name]
+        sized = value is not None and Memory in (hint, *get_args(hint))
+        spelt[field.name.replace("_", "-")] = format_memory(value) if sized else value
+    return spelt
 
 
 def build(cls: type[T], tree: Tree, name: str) -> T:

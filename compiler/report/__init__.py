@@ -1,0 +1,1 @@
+"""What an output directory says about itself: model card, report as JSON and HTML, lock file."""

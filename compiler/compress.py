@@ -1,0 +1,191 @@
+"""The main job: a recipe becomes an output directory, complete or not there at all.
+
+Everything that can fail is tried on types before a weight is read; what takes long is resumable, because the work
+directory is named after a hash of all that determines the output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compiler.console import Console
+from compiler.errors import CheckpointError, RecipeError
+from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
+from compiler.ir.graph import Graph
+from compiler.output import OutputDirectory
+from compiler.parity import verify_by_reload
+from compiler.pipeline import Observer, Pipeline, Report
+from compiler.plan import bytes_in_file, open_model
+from compiler.recipe import Recipe
+from compiler.report.lock import job_key, make_lock
+from compiler.weights.checkpoint import Checkpoint
+from compiler.weights.writer import BUDGET
+
+SMALLEST_BUDGET = 64 << 20
+
+
+@dataclass
+class Result:
+    """A finished output directory. ``document`` is its report.json; ``report`` is None when it was made earlier."""
+
+    path: Path
+    document: dict[str, Any]
+    report: Report | None = None
+
+    def summary(self) -> str:
+        """What the command prints at the end."""
+        from compiler.report.text import summary
+
+        return summary(self.document, self.path)
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    recipe: Recipe
+    console: Console
+    trust_remote_code: bool
+    dump_graphs: Path | None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.console.say(f"{name} …")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def compress(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+    dump_graphs: Path | None = None,
+) -> Result:
+    """Do what ``recipe`` says and write the directory ``out``. An interrupted run, repeated, goes on.
+
+    Raises CompressError for everything that the recipe, the model or the disk can have wrong.
+    """
+    run = _Run(recipe, console or Console(quiet=True), trust_remote_code, dump_graphs)
+    with run.step("capture"):
+        graph = open_model(recipe.model)
+    _check_has_weights(graph, recipe)
+    lock = make_lock(recipe, graph)
+    output = OutputDirectory(Path(out), job_key(lock))
+    if output.finished:
+        run.console.say(f"{out} is already finished: nothing to do")
+        return _finished(output.path)
+    with output:
+        if output.resumed:
+            run.console.say("resuming an interrupted run")
+        with _interruptible(run, output):
+            return _make(run, graph, lock, output)
+
+
+def _finished(path: Path) -> Result:
+    document = json.loads((path / "compress" / "report.json").read_text(encoding="utf-8"))
+    return Result(path, document)
+
+
+def _check_has_weights(graph: Graph, recipe: Recipe) -> None:
+    if "model" not in graph.sources:
+        raise CheckpointError("the model has a config but no weights", where=recipe.model,
+                              remedy="`compress-model plan` works on a config alone; compressing needs the weights")
+
+
+@contextmanager
+def _interruptible(run: _Run, output: OutputDirectory) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.console.error(f"run the same command again to go on; what is done so far is in {output.state.parent}")
+        raise
+
+
+def _make(run: _Run, graph: Graph, lock: dict[str, Any], output: OutputDirectory) -> Result:
+    from backends.safetensors import emit
+    from compiler.report.write import Findings, write_reports
+
+    with run.step("passes"):
+        graph, report, emission = _passes(run, graph, output.state)
+    with run.step("write"), run.console.progress("write") as advance:
+        emit(emission, graph.sources, output.files, shard_bytes=run.recipe.emit[0].shard,
+             journal=output.state / "journal", budget=write_budget(run.recipe), on_progress=advance)
+    with run.step("hash"):
+        lock["inputs"]["model"]["files"] = digests_of(graph)
+    with run.step("verify"):
+        verification = verify_by_reload(graph, output.files, memory=memory_to_use(run.recipe))
+    evaluation = _evaluate(run, output)
+    findings = Findings(run.recipe, graph, report, emission, verification, evaluation, lock, run.seconds)
+    document = write_reports(findings, output.files)
+    output.commit()
+    return Result(output.path, document, report)
+
+
+def _passes(run: _Run, graph: Graph, state: Path) -> tuple[Graph, Report, Any]:
+    """Plan first, so that every mistake shows before a weight is read; run again where values are needed."""
+    from backends.safetensors import require
+
+    observers: list[Observer] = [run.recipe.locate(), Timing(), Narrate(run.console.say)]
+    if run.dump_graphs is not None:
+        observers.append(DumpGraphs(run.dump_graphs))
+    pipeline = Pipeline(run.recipe.passes)
+    report = pipeline.run(graph, observers=observers, planned=True, bytes_of=bytes_in_file)
+    emission = require(graph)
+    if not report.read_weights:
+        return graph, report, emission
+    graph = open_model(run.recipe.model)
+    report = pipeline.run(graph, observers=observers, workdir=state, bytes_of=bytes_in_file)
+    return graph, report, require(graph)
+
+
+def _evaluate(run: _Run, output: OutputDirectory) -> Any:
+    """The comparison with the original that the recipe asks for; None when it asks for none."""
+    from compiler.evaluate import evaluate_model
+
+    wanted = run.recipe.evaluate
+    if wanted is None:
+        return None
+    with run.step("evaluate"), run.console.progress("evaluate") as advance:
+        return evaluate_model(
+            output.files, against=run.recipe.model, data=wanted.data, metrics=wanted.metrics,
+            samples=wanted.samples, length=wanted.length, seed=wanted.seed,
+            trust_remote_code=run.trust_remote_code, on_progress=advance,
+        )
+
+
+def digests_of(graph: Graph) -> dict[str, str]:
+    """The sha256 of every file of the model's checkpoint."""
+    source = graph.sources["model"]
+    return source.digests() if isinstance(source, Checkpoint) else {}
+
+
+def memory_to_use(recipe: Recipe) -> int:
+    """The recipe's memory, or half of what is free now, in bytes."""
+    if recipe.run.memory is not None:
+        return recipe.run.memory
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def write_budget(recipe: Recipe) -> int:
+    """Bytes that writing may hold: what the recipe's memory leaves beside this process, at most the usual budget.
+
+    Raises RecipeError when that is too little to work with.
+    """
+    if recipe.run.memory is None:
+        return BUDGET
+    left = recipe.run.memory - peak_rss()
+    if left < SMALLEST_BUDGET:
+        raise RecipeError(f"`memory` leaves nothing to work with: the program itself takes {peak_rss()} bytes",
+                          where=str(recipe.path), remedy="give it at least 1GB")
+    return min(left, BUDGET)

@@ -1,0 +1,63 @@
+"""Proof by reloading: what was written, loaded by its own runtime, computes what the graph computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compiler.errors import ParityError
+from compiler.ir.graph import Graph
+from compiler.ir.layers import segments
+
+LENGTH = 24
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether the output was reloaded and compared, how far it was from the graph, and what was allowed.
+
+    ``error`` is the largest difference of an output over the largest output; ``skipped`` says why nothing was done.
+    """
+
+    performed: bool
+    error: float | None = None
+    tolerance: float | None = None
+    skipped: str = ""
+
+
+def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verification:
+    """Load ``directory`` with plain transformers and compare its outputs with the graph's, on random inputs.
+
+    Skipped when the model in float32 does not fit ``memory`` bytes. Raises ParityError when the outputs differ.
+    """
+    from compiler.evaluate import load_model
+    from compiler.inputs import random_windows
+    from compiler.ir.execute import run
+
+    needed = FLOAT32_BYTES * sum(param.type.numel for param in graph.params.values())
+    if needed > memory:
+        return Verification(False, skipped=f"the model needs {needed} bytes in float32, and {memory} are available")
+    model = load_model(directory)
+    (window,) = random_windows(model, 1, LENGTH, seed=0)
+    with torch.no_grad():
+        theirs = model(**window.arguments)
+    ours = run(graph, {name: window.arguments[name] for name in graph.inputs})
+    error = max(_distance(theirs[name].float(), value.float()) for name, value in ours.items())
+    tolerance = _tolerance(graph)
+    if not error <= tolerance:
+        raise ParityError(f"the written model differs from the graph by {error:.3g} of the output's scale",
+                          where=str(directory), remedy=f"at most {tolerance:.3g} is rounding; this is a bug")
+    return Verification(True, error, tolerance)
+
+
+def _distance(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    scale = ours.abs().max().item()
+    return (theirs - ours).abs().max().item() / (scale or 1.0)
+
+
+def _tolerance(graph: Graph) -> float:
+    """Rounding of float32 sums in another order: a few units in the last place, adding up over the layers."""
+    return 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))

@@ -1,0 +1,109 @@
+"""The lock file: everything that determines an output, so that the run can be repeated bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from compiler import __version__
+from compiler.ir.graph import Graph
+from compiler.recipe import Recipe
+from compiler.schema import spell
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "numpy")
+HEADER = "# What determined this output. The recipe below, on these inputs with these versions, repeats it.\n"
+
+
+def make_lock(recipe: Recipe, graph: Graph) -> dict[str, Any]:
+    """The resolved recipe, the fingerprints of all inputs, and the versions of everything that computes.
+
+    Holds no time, no path that the recipe does not name, and no environment.
+    """
+    return {
+        "recipe": resolved(recipe),
+        "inputs": _inputs(recipe, graph),
+        "versions": {"compress-model": __version__, "python": platform.python_version(),
+                     **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with its includes merged in and every option spelt out."""
+    text = recipe.text
+    settled: dict[str, Any] = {"model": text.get("model", recipe.model)}
+    if recipe.calibration is not None:
+        settled["calibration"] = _options(recipe.calibration, text.get("calibration", {}))
+    settled["passes"] = [{step.key(): plain(step.options())} for step in recipe.passes]
+    settled["emit"] = [{_emitter(options): _options(options, {})} for options in recipe.emit]
+    if recipe.evaluate is not None:
+        settled["evaluate"] = _options(recipe.evaluate, text.get("evaluate", {}))
+    return settled
+
+
+def job_key(lock: Mapping[str, Any]) -> str:
+    """A hash of the lock: equal for runs that give the same output."""
+    return hashlib.sha256(lock_text(lock).encode()).hexdigest()
+
+
+def lock_text(lock: Mapping[str, Any]) -> str:
+    """The lock as YAML."""
+    return HEADER + _yaml(lock)
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A resolved recipe as YAML."""
+    return _yaml(recipe)
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """``value`` as lists, dicts and scalars that YAML and JSON hold."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _options(section: Any, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a section; the path of its data as the recipe writes it."""
+    options = plain(spell(section))
+    return {**options, "data": written["data"]} if "data" in written else options
+
+
+def _emitter(options: Any) -> str:
+    return type(options).__name__.lower()
+
+
+def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"model": {
+        "architecture": graph.origin.architecture,
+        "fingerprint": graph.sources["model"].fingerprint(),
+    }}
+    for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
+        if section is not None:
+            inputs[name] = {"sha256": hashlib.sha256(section.data.read_bytes()).hexdigest()}
+    return inputs
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
