@@ -1,31 +1,32 @@
-"""compress-model: a compiler for trained models."""
+"""A compiler for trained models: capture a model as one typed graph, rewrite it, write it for stock runtimes.
+
+The public names load on first use, so that the command line starts without importing torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compiler.compress import compress as compress
-    from compiler.frontend import capture as capture
+    from compiler.frontend.capture import capture as capture
     from compiler.ir.graph import Graph as Graph
     from compiler.pipeline import Pipeline as Pipeline
     from compiler.recipe import Recipe as Recipe
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Graph": "compiler.ir.graph",
     "Pipeline": "compiler.pipeline",
     "Recipe": "compiler.recipe",
-    "capture": "compiler.frontend",
+    "capture": "compiler.frontend.capture",
     "compress": "compiler.compress",
 }
 
+__all__ = ["Graph", "Pipeline", "Recipe", "capture", "compress"]  # noqa: F822 - resolved by __getattr__
+
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used, so that the command's help is instant."""
-    import importlib
-
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module `compiler` has no attribute `{name}`")
+    return getattr(import_module(_HOMES[name]), name)

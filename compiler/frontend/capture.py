@@ -1,0 +1,61 @@
+"""Any model in, one graph out: export on the meta device, import, lift, verify. No weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from compiler.errors import CaptureError, CompressError
+from compiler.frontend.importer import Importer
+from compiler.frontend.lift import lift
+from compiler.frontend.subject import Subject, subject_of
+from compiler.ir.graph import Graph
+from compiler.ir.verify import verify
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def capture(
+    model: str | Path | nn.Module | PretrainedConfig,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    architecture: str | None = None,
+) -> Graph:
+    """The graph of a model, lifted and verified, its weights bound but unread.
+
+    ``model`` is a checkpoint (directory, GGUF file or hub id), a config, or a live module in eval mode. ``inputs`` are
+    example inputs by name, needed for a module that is no transformers model; only their shapes and dtypes matter.
+    ``architecture`` names a transformers class where the config does not. Raises CaptureError naming what cannot be
+    captured and where it stands.
+    """
+    subject = subject_of(model, inputs, architecture)
+    graph = Importer(subject, export(subject)).run()
+    lift(graph)
+    verify(graph)
+    return graph
+
+
+def export(subject: Subject) -> ExportedProgram:
+    """Trace the subject. Raises CaptureError when torch cannot follow the model."""
+    dynamic = {name: {axis: Dim.AUTO for axis in subject.dims[name]} for name in subject.inputs}
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                subject.module, (), dict(subject.inputs), dynamic_shapes=_by_parameter(subject, dynamic), strict=False
+            )
+    except CompressError:
+        raise
+    except Exception as reason:
+        first = str(reason).strip().partition("\n")[0]
+        name = type(subject.module).__name__
+        raise CaptureError(f"torch cannot trace `{name}`: {type(reason).__name__}: {first}") from reason
+
+
+def _by_parameter(subject: Subject, dynamic: dict[str, Any]) -> dict[str, Any]:
+    return {name: dynamic[name] for name in subject.inputs}

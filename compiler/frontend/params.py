@@ -1,0 +1,31 @@
+"""Parameters in the form that the graph wants them, as expressions over the form that the checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compiler.ir.graph import Graph, Param
+from compiler.weights.expr import Expr
+
+
+def rebind(graph: Graph, param: Param, expr: Expr) -> Param:
+    """Put a parameter of the same name that is made by ``expr`` in the place of ``param``."""
+    names = list(graph.params)
+    del graph.params[param.name]
+    new = graph.add_param(param.name, expr, param.storage, aliases=param.aliases, persistent=param.persistent)
+    graph.params = {name: graph.params[name] for name in names}
+    graph.replace(param, new)
+    return new
+
+
+def part(graph: Graph, param: Param, index: int, expr: Expr) -> Param:
+    """The parameter ``<name>.<index>`` that holds a part of ``param``, made once."""
+    name = f"{param.name}.{index}"
+    if name in graph.params:
+        return graph.params[name]
+    return graph.add_param(name, expr, param.storage, persistent=param.persistent)
+
+
+def constant_values(param: Param) -> Sequence[float] | None:
+    """The elements of a parameter that is written out in the graph, in row-major order."""
+    return param.expr.attr("values") if param.expr.op == "literal" else None

@@ -1,0 +1,177 @@
+"""Rules that bring equal programs into one form: no-ops go, layout changes merge, constants become attributes."""
+
+from __future__ import annotations
+
+from compiler.frontend.params import constant_values
+from compiler.frontend.rules.site import Rule, Site, made_by, scalar_of
+from compiler.ir.graph import Param, Value
+
+
+def merge_reshapes(site: Site) -> Value | None:
+    """reshape(reshape(x)) = reshape(x); a reshape to the same shape is x."""
+    x = site.node.input(0)
+    if x.shape == site.node.output.shape:
+        return x
+    inner = made_by(x, "reshape")
+    return None if inner is None else site.op("reshape", inner.input(0), shape=site.node.attr("shape"))
+
+
+def merge_transposes(site: Site) -> Value | None:
+    """transpose(transpose(x)) = transpose(x); the identity permutation is x."""
+    perm = site.node.attr("perm")
+    if perm == tuple(range(len(perm))):
+        return site.node.input(0)
+    inner = made_by(site.node.input(0), "transpose")
+    if inner is None:
+        return None
+    return site.op("transpose", inner.input(0), perm=tuple(inner.attr("perm")[axis] for axis in perm))
+
+
+def slice_of_concat(site: Site) -> Value | None:
+    """A slice that is exactly one part of a concatenation is that part."""
+    joined = made_by(site.node.input(0), "concat")
+    axis, start, stop = (site.node.attr(name) for name in ("axis", "start", "stop"))
+    if joined is None or joined.attr("axis") != axis or site.node.attr("step") != 1:
+        return None
+    offset = 0
+    for index in range(len(joined.inputs)):
+        size = joined.input(index).shape[axis]
+        if not isinstance(size, int):
+            return None
+        if (offset, offset + size) == (start, stop):
+            return joined.input(index)
+        offset += size
+    return None
+
+
+def slice_of_split_axis(site: Site) -> Value | None:
+    """Slicing blocks of a last axis that was split into blocks is slicing the last axis."""
+    split = made_by(site.node.input(0), "reshape")
+    if split is None or site.node.attr("step") != 1:
+        return None
+    x, axis = split.input(0), site.node.attr("axis")
+    inner = _product(split.output.shape[axis + 1 :])
+    start, stop = site.node.attr("start"), site.node.attr("stop")
+    splits = axis == x.type.rank - 1 and split.output.shape[:axis] == x.shape[:axis] and split.output.type.rank > axis + 1
+    if not splits or inner is None or not isinstance(start, int) or not isinstance(stop, int):
+        return None
+    block = site.op("slice", x, axis=axis, start=start * inner, stop=stop * inner)
+    return site.op("reshape", block, shape=site.node.output.shape)
+
+
+def _product(dims: tuple[int | str, ...]) -> int | None:
+    product = 1
+    for dim in dims:
+        if not isinstance(dim, int):
+            return None
+        product *= dim
+    return product
+
+
+def select_of_pairs(site: Site) -> Value | None:
+    """Element i of every pair of neighbours is every second element of the last axis from i."""
+    chosen = made_by(site.node.input(0), "slice")
+    pairs = None if chosen is None else made_by(chosen.input(0), "reshape")
+    if chosen is None or pairs is None:
+        return None
+    x, out = pairs.input(0), site.node.output
+    width = x.shape[-1]
+    is_pairs = isinstance(width, int) and pairs.output.shape == (*x.shape[:-1], width // 2, 2)
+    one = chosen.attr("axis") == x.type.rank and chosen.output.shape[-1] == 1
+    if not is_pairs or not one or out.shape != pairs.output.shape[:-1]:
+        return None
+    return site.op("slice", x, axis=x.type.rank - 1, start=chosen.attr("start"), stop=width, step=2)
+
+
+def drop_empty_parts(site: Site) -> Value | None:
+    """Parts of zero width add nothing to a concatenation."""
+    axis = site.node.attr("axis")
+    parts = [part for part in site.node.inputs if part is not None and part.shape[axis] != 0]
+    if len(parts) == len(site.node.inputs):
+        return None
+    return parts[0] if len(parts) == 1 else site.op("concat", *parts, axis=axis)
+
+
+def fold_constant(site: Site) -> Value | None:
+    """A one-element constant operand is a scalar."""
+    node = site.node
+    if len(node.inputs) != 2:
+        return None
+    x, y = node.input(0), node.input(1)
+    value = _single(y)
+    if value is None and node.op.name in ("add", "mul"):
+        x, value = y, _single(x)
+    if value is None or x.shape != node.output.shape or x.type.dtype != node.output.type.dtype:
+        return None
+    return x if (node.op.name, value) in (("mul", 1.0), ("add", 0.0)) else site.op(node.op.name, x, scalar=value)
+
+
+def _single(value: Value) -> float | None:
+    if isinstance(value, Param):
+        values = constant_values(value)
+        return values[0] if values is not None and len(values) == 1 else None
+    filled = made_by(value, "full")
+    return None if filled is None else filled.attr("value")
+
+
+def counted_positions(site: Site) -> Value | None:
+    """The first n of a stored 0, 1, 2, ... are counted instead."""
+    stored, start, stop = site.node.input(0), site.node.attr("start"), site.node.attr("stop")
+    values = constant_values(stored) if isinstance(stored, Param) else None
+    if values is None or site.node.attr("axis") != stored.type.rank - 1 or list(values) != list(range(len(values))):
+        return None
+    counted = site.op("arange", start=start, stop=stop)
+    return site.op("reshape", counted, shape=site.node.output.shape)
+
+
+def fold_expand(site: Site) -> Value | None:
+    """Elementwise operations broadcast by themselves."""
+    for index, value in enumerate(site.node.inputs):
+        wide = made_by(value, "expand")
+        if wide is None:
+            continue
+        inputs = [wide.input(0) if i == index else other for i, other in enumerate(site.node.inputs)]
+        narrow = site.op(site.node.op.name, *inputs, **site.node.attrs)
+        if narrow.type == site.node.output.type:
+            return narrow
+    return None
+
+
+def linear_under_reshape(site: Site) -> Value | None:
+    """A linear map does not care how its leading axes are arranged: reshape(linear(reshape(x))) = reshape(linear(x))."""
+    linear = made_by(site.node.input(0), "linear")
+    inner = None if linear is None else made_by(linear.input(0), "reshape")
+    if linear is None or inner is None or linear.output.single_user() is not site.node:
+        return None
+    if inner.input(0).shape[-1] != inner.output.shape[-1]:
+        return None
+    moved = site.op("linear", inner.input(0), *linear.inputs[1:])
+    return site.op("reshape", moved, shape=site.node.attr("shape"))
+
+
+def gelu_by_tanh(site: Site) -> Value | None:
+    """x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) is a gelu."""
+    half = made_by(site.node.input(0), "mul")
+    plus = made_by(site.node.inputs[1], "add") if len(site.node.inputs) == 2 else None
+    tanh = None if plus is None or scalar_of(plus) != 1.0 else made_by(plus.input(0), "tanh")
+    scaled = None if tanh is None else made_by(tanh.input(0), "mul")
+    inner = None if scaled is None else made_by(scaled.input(0), "add")
+    if half is None or scalar_of(half) != 0.5 or inner is None or len(inner.inputs) != 2:
+        return None
+    x = half.input(0)
+    cubic = made_by(inner.input(1), "mul")
+    cube = None if cubic is None or cubic.input(0) is x else made_by(cubic.input(0), "pow")
+    matches = inner.input(0) is x and cube is not None and cube.input(0) is x and scalar_of(cube) == 3.0
+    return site.op("gelu", x, approximate="tanh") if matches else None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "reshape": (merge_reshapes, select_of_pairs, linear_under_reshape),
+    "transpose": (merge_transposes,),
+    "slice": (slice_of_concat, slice_of_split_axis, counted_positions),
+    "concat": (drop_empty_parts,),
+    "mul": (fold_constant, gelu_by_tanh, fold_expand),
+    "add": (fold_constant, fold_expand),
+    "sub": (fold_constant, fold_expand),
+    "div": (fold_constant, fold_expand),
+}

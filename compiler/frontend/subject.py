@@ -1,0 +1,314 @@
+"""What is traced: a module on the meta device in float32, example inputs, and where its weights come from.
+
+No weight is read or made here. Buffers that no checkpoint holds (rotary frequencies, position ids) are computed on
+the CPU by the model's own initialiser, because their values are part of the architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compiler.errors import CaptureError
+from compiler.frontend.interfaces import register
+from compiler.ir.graph import Origin
+from compiler.ir.types import TensorType
+from compiler.weights.expr import Expr, load
+from compiler.weights.ops.basic import literal
+from compiler.weights.source import MemorySource, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MODEL = "model"
+_BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
+_MAX_LITERAL = 1 << 16
+
+
+@dataclass
+class Subject:
+    """A module to trace and everything the graph must know beyond its operations.
+
+    ``weights`` holds an expression for every parameter and buffer by module path; tied weights share an entry's
+    tensor, which ``names`` resolves: any module path to the first path of the same tensor.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dims: dict[str, dict[int, str]]
+    weights: dict[str, Expr]
+    names: dict[str, str]
+    transient: frozenset[str]
+    origin: Origin
+    sources: dict[str, Source] = field(default_factory=dict[str, "Source"])
+
+
+def subject_of(
+    model: str | Path | nn.Module | PretrainedConfig,
+    inputs: Mapping[str, Tensor] | None,
+    architecture: str | None,
+) -> Subject:
+    """Prepare ``model`` for tracing. Raises CaptureError, or CheckpointError for a damaged checkpoint."""
+    if isinstance(model, nn.Module):
+        return _from_module(model, inputs)
+    if isinstance(model, str | Path):
+        return _from_checkpoint(model, inputs, architecture)
+    return _from_config(model, inputs, architecture)
+
+
+# --- sources of weights --------------------------------------------------------------------------------------
+
+
+def _from_config(
+    config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, architecture: str | None
+) -> Subject:
+    module = build_on_meta(config, architecture)
+    storage = _storage(config, module)
+    weights = {
+        name: load(MODEL, name, TensorType(storage(name, tensor), tuple(tensor.shape)))
+        for name, tensor in _tensors(module)
+    }
+    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, None))
+
+
+def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
+    from compiler.weights.checkpoint import open_checkpoint
+    from compiler.weights.checkpoint_binding import bind
+
+    checkpoint = open_checkpoint(path)
+    module = build_on_meta(config_from_dict(checkpoint.config), architecture or checkpoint.architecture)
+    weights = dict(bind(checkpoint, module)) | computed_buffers(module)
+    subject = _subject(module, inputs, weights, _origin(module, str(checkpoint.path)))
+    subject.sources[MODEL] = checkpoint
+    return subject
+
+
+def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subject:
+    from transformers import PreTrainedModel
+
+    if live.training:
+        raise CaptureError("the module is in training mode", remedy="call .eval() on it first")
+    tensors = dict(_tensors(live))
+    module = _copy_on_meta(live)
+    if isinstance(module, PreTrainedModel):
+        _select_implementations(module)
+    transient = _transient(live)
+    weights = {
+        name: _literal(name, tensor) if name in transient else
+        load(MODEL, name, TensorType(tensor.dtype, tuple(tensor.shape)))
+        for name, tensor in tensors.items()
+    }
+    subject = _subject(module, inputs, weights, _origin(module, None))
+    subject.sources[MODEL] = MemorySource({name: t for name, t in tensors.items() if name not in transient})
+    return subject
+
+
+def _subject(
+    module: nn.Module, inputs: Mapping[str, Tensor] | None, weights: dict[str, Expr], origin: Origin
+) -> Subject:
+    examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
+    return Subject(
+        module=module,
+        inputs=examples,
+        dims=_dims(examples),
+        weights=weights,
+        names=_first_names(module),
+        transient=_transient(module),
+        origin=origin,
+    )
+
+
+def _origin(module: nn.Module, source: str | None) -> Origin:
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return Origin(source=source)
+    values = cast("PretrainedConfig", config).to_dict()
+    return Origin(architecture=type(module).__name__, config=values, source=source)
+
+
+# --- building a module on the meta device --------------------------------------------------------------------
+
+
+def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The typed config of a ``config.json``. Raises CaptureError when transformers does not know the model type."""
+    from transformers import AutoConfig
+
+    kind = values.get("model_type")
+    known = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
+    try:
+        return AutoConfig.for_model(str(kind), **known)
+    except ValueError as reason:
+        raise CaptureError(f"transformers does not know the model type `{kind}`") from reason
+
+
+def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
+    """The model of ``config`` in float32 on the meta device, with our attention and experts implementations."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    cls = _model_class(config, architecture)
+    storage = config.dtype
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=torch.float32, attn_implementation=register()).eval()
+    _select_implementations(model)
+    model.config.dtype = storage
+    return model
+
+
+def _model_class(config: PretrainedConfig, architecture: str | None) -> type[PreTrainedModel]:
+    import transformers
+
+    name = architecture or next(iter(config.architectures or ()), None)
+    if name is None:
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if type(config) not in mapping:
+            raise CaptureError(
+                f"the config of a `{config.model_type}` does not name a model class",
+                remedy="pass architecture=, for example the class name that config.json's `architectures` holds",
+            )
+        return mapping[type(config)]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CaptureError(f"transformers has no model class `{name}`")
+    return cls
+
+
+def _select_implementations(model: PreTrainedModel) -> None:
+    name = register()
+    model.set_attn_implementation(name)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(name)
+
+
+def _copy_on_meta(live: nn.Module) -> nn.Module:
+    """A copy of ``live`` whose tensors are on the meta device and whose floating ones are float32."""
+    memo: dict[int, Any] = {}
+    for _, tensor in _tensors(live):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(live, memo)
+
+
+# --- parameters and buffers ----------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(module)}
+
+
+def _transient_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, child in module.named_modules():
+        for name in child._non_persistent_buffers_set:
+            if child._buffers.get(name) is not None:
+                yield (f"{path}.{name}" if path else name), child, name
+
+
+def _transient(module: nn.Module) -> frozenset[str]:
+    return frozenset(path for path, _, _ in _transient_buffers(module))
+
+
+def computed_buffers(model: PreTrainedModel) -> dict[str, Expr]:
+    """The values of buffers that no checkpoint holds, as the model's initialiser computes them on the CPU."""
+    found: dict[str, Expr] = {}
+    for path, child, name in list(_transient_buffers(model)):
+        meta = child._buffers[name]
+        assert meta is not None  # listed because it is there
+        real = torch.full(meta.shape, torch.nan if meta.is_floating_point() else -1, dtype=meta.dtype)
+        child._buffers[name] = real
+        with torch.no_grad():
+            model._init_weights(child)
+        value, child._buffers[name] = child._buffers[name], meta
+        if value is None or value.is_meta or bool((value.isnan() if value.is_floating_point() else value < 0).any()):
+            raise CaptureError("the buffer is in no checkpoint, and the model does not compute it", where=path)
+        found[path] = _literal(path, value)
+    return found
+
+
+def _literal(path: str, value: Tensor) -> Expr:
+    if value.numel() > _MAX_LITERAL:
+        raise CaptureError(f"a buffer of {value.numel()} elements is in no checkpoint", where=path)
+    return literal(value.flatten().tolist(), value.shape, value.dtype)
+
+
+def _storage(config: PretrainedConfig, model: PreTrainedModel) -> Any:
+    """The dtype each tensor has in a checkpoint of ``config``: the config's, but for what its class keeps in float32."""
+    default = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        floating = tensor.is_floating_point()
+        in_float32 = any(part in kept or f".{part}." in f".{name}." for part in kept)
+        return tensor.dtype if not floating or in_float32 else default
+
+    return dtype_of
+
+
+# --- example inputs ------------------------------------------------------------------------------------------
+
+
+def _default_inputs(module: nn.Module) -> dict[str, Tensor]:
+    main = getattr(module, "main_input_name", None)
+    config = getattr(module, "config", None)
+    if not isinstance(main, str) or config is None:
+        raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
+    inputs = {main: _example(main, config)}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in inspect.signature(module.forward).parameters:
+        inputs["decoder_input_ids"] = _tokens(_DECODER_TOKENS)
+    return inputs
+
+
+def _example(name: str, config: Any) -> Tensor:
+    if name == "input_ids":
+        return _tokens(_TOKENS)
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(_BATCH, config.num_channels, height, width, device="meta")
+    if name == "input_features":
+        return torch.zeros(_BATCH, config.num_mel_bins, 2 * config.max_source_positions, device="meta")
+    raise CaptureError(f"no example of the input `{name}` is known", remedy="pass inputs=")
+
+
+def _tokens(length: int) -> Tensor:
+    return torch.zeros(_BATCH, length, dtype=torch.int64, device="meta")
+
+
+def _shaped_like(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of these shapes on the meta device; sizes of 1 on dynamic axes grow, since tracing would fix them."""
+    examples: dict[str, Tensor] = {}
+    for name, tensor in inputs.items():
+        shape = list(tensor.shape)
+        for axis in _dynamic_axes(tensor):
+            shape[axis] = max(shape[axis], 2)
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        examples[name] = torch.zeros(shape, dtype=dtype, device="meta")
+    return examples
+
+
+def _dynamic_axes(tensor: Tensor) -> list[int]:
+    """The batch axis, and the token axis of ids [B, T] and of embeddings [B, T, D]."""
+    tokens = tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
+    return [0, 1] if tokens else [0][: tensor.dim()]
+
+
+def _dims(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Names of the axes that stay symbolic: B, and T, or S for the encoder beside a decoder."""
+    has_decoder = any(name.startswith("decoder_") for name in inputs)
+    return {
+        name: {axis: ("B", "S" if has_decoder and not name.startswith("decoder_") else "T")[axis]
+               for axis in _dynamic_axes(tensor)}
+        for name, tensor in inputs.items()
+    }
