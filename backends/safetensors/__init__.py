@@ -1,0 +1,9 @@
+"""Checkpoints that stock transformers loads: ``require`` finds the class and the tensors, ``emit`` writes them."""
+
+from __future__ import annotations
+
+from backends.safetensors.compressed import stored_tensors
+from backends.safetensors.emission import Emission, Proposal, Refusal, propose, require
+from backends.safetensors.emit import emit
+
+__all__ = ["Emission", "Proposal", "Refusal", "emit", "propose", "require", "stored_tensors"]

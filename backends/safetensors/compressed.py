@@ -9,9 +9,10 @@ from typing import Any
 
 from backends.safetensors.formats import Format, Scheme, format_of, scheme_of
 from backends.safetensors.unify import Mismatch
+from compiler.ir.graph import Param
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import take
-from compiler.weights.ops.basic import reshape
+from compiler.weights.ops.basic import cast, reshape
 
 STORED_ROWS = ("slice", "reshape")
 
@@ -31,6 +32,25 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
         return {key: expr}
     stem = key.removesuffix("weight")
     return {stem + suffix: part for suffix, part in format_of(scheme_of(value)).parts(value).items()}
+
+
+def stored_tensors(param: Param) -> list[Expr]:
+    """The tensors of a file that stand for ``param``, without their names: what they take is known from this alone.
+
+    Checkpoints hold quantised experts one by one, and the two halves of a gated one apart.
+    """
+    if param.expr.op != "dequantize":
+        return [cast(param.expr, param.storage)]
+    matrices = [param.expr] if param.type.rank == 2 else _expert_matrices(param)
+    return [part for matrix in matrices for part in stored_parts("weight", matrix).values()]
+
+
+def _expert_matrices(param: Param) -> list[Expr]:
+    gated = any(node.op.name == "experts" and node.inputs[3] is param for node in param.users)
+    count, rows, width = param.expr.shape
+    halves = 2 if gated else 1
+    split = reshape(param.expr, (count * halves, rows // halves, width))
+    return [reshape(take(split, 0, i, i + 1), (rows // halves, width)) for i in range(count * halves)]
 
 
 def as_dequantize(expr: Expr) -> Expr | None:
