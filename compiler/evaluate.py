@@ -84,6 +84,19 @@ class Speed:
         return self.decode / self.reference_decode
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt. ``seconds`` counts reading the prompt and writing, not loading."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
 @dataclass
 class _Kept:
     """Outputs of the reference in a file, written in one pass over the windows and read in the next."""
@@ -212,13 +225,14 @@ def compare_speed(
 def generate(
     path: str | Path,
     prompt: str,
-    *,
     max_new_tokens: int = 128,
+    *,
     chat: bool | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
-) -> Iterator[str]:
-    """The model's greedy continuation of ``prompt``, one piece of text per token (empty inside a character).
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """The model's greedy continuation of ``prompt``; ``on_text`` gets it piece by piece as it is made.
 
     ``chat`` puts the prompt into the tokenizer's chat template; by default when there is one. Raises CheckpointError
     when model or tokenizer do not load, DataError when the model does not generate text.
@@ -227,7 +241,12 @@ def generate(
     model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if not is_causal(model):
         raise DataError(f"a {type(model).__name__} does not continue texts", where=str(path))
-    return pieces(model, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens)
+    started, made = time.perf_counter(), list[str]()
+    for piece in pieces(model, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens):
+        made.append(piece)
+        if on_text is not None:
+            on_text(piece)
+    return Answer("".join(made), len(made), time.perf_counter() - started)
 
 
 def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:

@@ -140,9 +140,11 @@ def test_generation_is_transformers_own_greedy_decoding(models):
     model, tokenizer = load_model(models[0]), byte_tokenizer()
     ids = tokenizer("crows", return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    pieces = list(generate(models[0], "crows", max_new_tokens=12))
-    assert len(pieces) == len(expected)
-    assert tokenizer.decode(expected).startswith("".join(pieces))
+    pieces = []
+    answer = generate(models[0], "crows", 12, on_text=pieces.append)
+    assert answer.tokens == len(pieces) == len(expected)
+    assert tokenizer.decode(expected).startswith(answer.text)
+    assert answer.text == "".join(pieces)
 
 
 def test_speed_is_a_ratio_of_two_models_timed_in_turns(models):
