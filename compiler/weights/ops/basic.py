@@ -36,6 +36,8 @@ def reshape(x: Expr, shape: Sequence[int]) -> Expr:
     """The same elements in row-major order under another shape; one dim may be -1."""
     known = -math.prod(shape)
     sizes = tuple(x.type.numel // known if size == -1 and known else size for size in shape)
+    if x.op == "reshape":
+        x = x.args[0]
     return x if sizes == x.shape else apply("reshape", [x], {"shape": sizes})
 
 
@@ -43,7 +45,9 @@ def transpose(x: Expr, perm: Sequence[int] | None = None) -> Expr:
     """Permute axes: result axis i is axis perm[i]. Without ``perm``, swap the last two."""
     if perm is None:
         perm = (*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2)
-    return apply("transpose", [x], {"perm": tuple(perm)})
+    if x.op == "transpose":
+        x, perm = x.args[0], [x.attr("perm")[axis] for axis in perm]
+    return x if tuple(perm) == tuple(range(x.type.rank)) else apply("transpose", [x], {"perm": tuple(perm)})
 
 
 def slice(x: Expr, axis: int, start: int, stop: int) -> Expr:
@@ -167,7 +171,7 @@ def _take_reshape(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
     sizes = list(accumulate(x.shape, lambda a, b: a * b, initial=1))
     for own_axis, (before, _) in enumerate(pairwise(sizes)):
         own_inner = math.prod(x.shape[own_axis + 1 :])
-        if before != outer or not own_inner or (start * inner) % own_inner or (stop * inner) % own_inner:
+        if before != outer or not expr.type.numel or (start * inner) % own_inner or (stop * inner) % own_inner:
             continue
         part = take(x, own_axis, start * inner // own_inner, stop * inner // own_inner)
         return reshape(part, _replaced(expr.shape, axis, stop - start))
@@ -196,11 +200,15 @@ def _slice(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return tensors[0].narrow(attrs["axis"], attrs["start"], attrs["stop"] - attrs["start"])
 
 
-def _take_slice(expr: Expr, axis: int, start: int, stop: int) -> Expr:
-    own_axis, own_start, own_stop = expr.attr("axis"), expr.attr("start"), expr.attr("stop")
+def _take_slice(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
+    """Slices of one axis merge; of several, the first axis is cut innermost, where it makes a read shorter."""
+    (x,), own_axis, own_start, own_stop = expr.args, expr.attr("axis"), expr.attr("start"), expr.attr("stop")
     if axis == own_axis:
-        return take(expr.args[0], axis, own_start + start, own_start + stop)
-    return slice(take(expr.args[0], axis, start, stop), own_axis, own_start, own_stop)
+        return take(x, axis, own_start + start, own_start + stop)
+    narrowed = take(x, axis, start, stop)
+    if axis > own_axis and narrowed.op == "slice" and narrowed.args[0] is x:
+        return None
+    return slice(narrowed, own_axis, own_start, own_stop)
 
 
 def _index_type(types: Types, attrs: Attrs) -> TensorType:
@@ -208,6 +216,10 @@ def _index_type(types: Types, attrs: Attrs) -> TensorType:
     result = _replaced(shape, axis, len(indices))
     _need(all(0 <= i < shape[axis] for i in indices), f"an index is not within axis {axis}, of {shape[axis]}")
     return types[0].with_shape(result)
+
+
+def _index(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    return tensors[0].index_select(attrs["axis"], torch.tensor(attrs["indices"], dtype=torch.int64))
 
 
 def _take_index(expr: Expr, axis: int, start: int, stop: int) -> Expr:
@@ -306,7 +318,9 @@ def _take_repeat(expr: Expr, axis: int, start: int, stop: int) -> Expr:
         return _take_one(expr, axis, start, stop)
     first, last = start // times, -(-stop // times)
     covering = repeat(take(x, axis, first, last), axis, times)
-    return slice(covering, axis, start - first * times, stop - first * times)
+    start, stop = start - first * times, stop - first * times
+    whole = (start, stop) == (0, covering.shape[axis])
+    return covering if whole else apply("slice", [covering], {"axis": axis, "start": start, "stop": stop})
 
 
 def _expand_type(types: Types, attrs: Attrs) -> TensorType:
@@ -347,7 +361,7 @@ OPS: tuple[WeightOp, ...] = (
     WeightOp("reshape", _reshape_type, lambda t, a: t[0].reshape(a["shape"]), _take_reshape),
     WeightOp("transpose", _transpose_type, lambda t, a: t[0].permute(a["perm"]), _take_transpose),
     WeightOp("slice", _slice_type, _slice, _take_slice),
-    WeightOp("index", _index_type, lambda t, a: t[0].index_select(a["axis"], torch.tensor(a["indices"])), _take_index),
+    WeightOp("index", _index_type, _index, _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),
     WeightOp("scale", _scale_type, lambda t, a: t[0] * a["by"], _take_one),
