@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -138,14 +139,17 @@ def _origin(module: nn.Module, source: str | None) -> Origin:
 
 def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
     """The typed config of a ``config.json``. Raises CaptureError when transformers does not know the model type."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import __version__ as version
 
     kind = values.get("model_type")
     known = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
     try:
         return AutoConfig.for_model(str(kind), **known)
     except ValueError as reason:
-        raise CaptureError(f"transformers does not know the model type `{kind}`") from reason
+        near = get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else f"transformers {version} may be too old for it"
+        raise CaptureError(f"transformers does not know the model type `{kind}`", remedy=remedy) from reason
 
 
 def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
