@@ -210,8 +210,11 @@ def to_torch(graph: Graph, *, device: torch.device | str = "cpu") -> fx.GraphMod
         call = lowered.call_function(node.op.eval, tuple(_padded(node, operands)), attrs)
         results.update(_unpacked(lowered, node, call))
     lowered.output({name: results[value] for name, value in graph.outputs.items()})
-    lowered.eliminate_dead_code()
-    return fx.GraphModule(root, lowered, graph.name)
+    module = fx.GraphModule(root, lowered, graph.name)
+    for param in graph.params.values():
+        if not param.persistent:
+            _forget(module, param.name)
+    return module
 
 
 def _unpacked(lowered: fx.Graph, node: Node, call: fx.Node) -> dict[Value, fx.Node]:
@@ -246,4 +249,11 @@ def _register(root: nn.Module, param: Param, tensor: Tensor) -> None:
     if tensor.is_floating_point() and param.persistent:
         module.register_parameter(leaf, nn.Parameter(tensor))
     else:
-        module.register_buffer(leaf, tensor, persistent=param.persistent)
+        module.register_buffer(leaf, tensor)
+
+
+def _forget(root: nn.Module, name: str) -> None:
+    """Keep a buffer out of the state dict: a GraphModule copies buffers, but not that they are not persistent."""
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    module.register_buffer(leaf, root.get_buffer(name), persistent=False)

@@ -217,7 +217,7 @@ def _eval_attention(
     if plain and (not causal or query.shape[2] == key.shape[2]):
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal and query.shape[2] > 1, scale=scale, enable_gqa=grouped
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous()
     return _explicit_attention(query, key, value, mask, bias, sinks, scale, causal, window, softcap)
