@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from compiler.pipeline import Pipeline as Pipeline
     from compiler.recipe import Recipe as Recipe
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Graph": "compiler.ir.graph",
     "Pipeline": "compiler.pipeline",
