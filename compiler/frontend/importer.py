@@ -214,7 +214,8 @@ class Importer:
     def _spliced(self, view: fx.Node, written: Value) -> Value:
         """The base of a slice with the slice replaced, as a concatenation."""
         base: Value = self._read(cast("fx.Node", view.args[0]))
-        axis, start, stop, step = [*self._argument(view.args[1:]), 0, None, None, 1][:4]
+        given = self._argument(view.args[1:])
+        axis, start, stop, step = [*given, *(0, None, None, 1)[len(given) :]]
         size = base.shape[axis]
         if step != 1 or not isinstance(size, int):
             raise self.fail("a write to a strided or symbolic slice cannot be followed")
