@@ -259,9 +259,20 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(location, **arguments)
             factory = _model_class(transformers, config)
-            return factory.from_pretrained(location, config=config, dtype=getattr(torch, dtype), **arguments).eval()
+            quantised = getattr(config, "quantization_config", None) is not None
+            wanted = "auto" if quantised else getattr(torch, dtype)
+            model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
+            return _dense(model, getattr(torch, dtype)) if quantised else model
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as reason:
         raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from reason
+
+
+def _dense(model: Any, dtype: torch.dtype) -> Any:
+    """A quantised model with the weights that it computes with, of the dtype it is stored in, cast to ``dtype``."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.compressor.decompress_model(model)
+    return torch.nn.Module.to(model, dtype)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -32,7 +32,7 @@ def quantise(
     """``weight`` [..., out, in] rounded to the nearest of ``bits``-bit codes: a ``dequantize`` expression.
 
     ``group`` divides ``in``, or is 0 for one scale a row. With ``search`` every group takes the scale of least
-    squared error among a small grid, otherwise the smallest scale that clips nothing. The value is float32.
+    squared error among a small grid, otherwise the smallest scale that clips nothing. The value is of that dtype too.
     Raises OpError when the group does not divide the input width.
     """
     attrs = {"bits": bits, "group": group}
@@ -207,16 +207,16 @@ def _infer_dequantize(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
     codes, scale = types[0], types[1]
     if codes.dtype != torch.int8 or _infer_per_group(types, attrs) != scale.static_shape:
         raise ValueError(f"scales {scale} do not go with codes {codes} in groups of {attrs['group']}")
-    return codes.with_dtype(torch.float32)
+    return codes.with_dtype(scale.dtype)
 
 
 def _compute_dequantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
-    """(q - z) * s in float32, which holds the product of a code and a 16-bit scale exactly."""
+    """(q - z) * s in the dtype of the scale: the weights that a loader computes with."""
     codes, scale = tensors[0], tensors[1]
-    values = _grouped(codes, scale.shape[-1]).float()
+    values = _grouped(codes, scale.shape[-1]).to(scale.dtype)
     if len(tensors) > 2:
-        values -= tensors[2].unsqueeze(-1)
-    return values.mul_(scale.unsqueeze(-1).float()).reshape(codes.shape)
+        values -= tensors[2].unsqueeze(-1).to(scale.dtype)
+    return values.mul_(scale.unsqueeze(-1)).reshape(codes.shape)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
