@@ -32,7 +32,9 @@ class Builder:
         return self.graph.op("linear", [x, weight, self.weight(f"{scope}.bias", width) if bias else None], scope=scope)
 
     def norm(self, x: Value, scope: str) -> Value:
-        return self.graph.op("rms_norm", [x, self.weight(f"{scope}.weight", int(x.shape[-1]))], {"eps": 1e-6}, scope=scope)
+        return self.graph.op(
+            "rms_norm", [x, self.weight(f"{scope}.weight", int(x.shape[-1]))], {"eps": 1e-6}, scope=scope
+        )
 
     def done(self, **outputs: Value) -> Graph:
         self.graph.outputs.update(outputs)

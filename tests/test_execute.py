@@ -119,7 +119,20 @@ def test_one_dim_has_one_size():
 
 
 @pytest.mark.parametrize(
-    "dim", ["T", "4*B*T", "T+1", "B-T", "T**2", "floor(T/2)", "ceiling(T/2)", "floor(T/2+1/2)", "Max(1,T)", "Mod(T,3)", "T*(B+2)"]
+    "dim",
+    [
+        "T",
+        "4*B*T",
+        "T+1",
+        "B-T",
+        "T**2",
+        "floor(T/2)",
+        "ceiling(T/2)",
+        "floor(T/2+1/2)",
+        "Max(1,T)",
+        "Mod(T,3)",
+        "T*(B+2)",
+    ],
 )
 def test_dims_are_evaluated_as_sympy_does(dim):
     for batch in (1, 2, 5):

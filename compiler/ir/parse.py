@@ -63,7 +63,7 @@ class _Parser:
     def graph(self) -> Graph:
         self._header(self.lines[0])
         position, frame = 1, _Frame()
-        while position < len(self.lines) and not self.lines[position].peek("return"):
+        while position < len(self.lines) and not _ends(self.lines[position]):
             position = self._item(position, frame)
         if position + 1 >= len(self.lines):
             raise self.lines[-1].error("the graph should end with `return` and `}`")
@@ -102,6 +102,7 @@ class _Parser:
         """Read the line or block at ``position``; where the next one starts."""
         line = self.lines[position]
         if re.match(r"(repeat|at) ", line.text[line.skip() :]):
+            frame.weightless = ""
             return self._block(position)
         self._line(line, frame)
         return position + 1
@@ -117,9 +118,13 @@ class _Parser:
 
     def _block(self, position: int) -> int:
         header = self.lines[position]
-        end = next((i for i, line in enumerate(self.lines) if i > position and line.text.strip() == "}"), None)
-        if end is None:
+        end = position + 1
+        while end < len(self.lines) and not _ends(self.lines[end]):
+            end += 1
+        if end == len(self.lines) or not self.lines[end].peek("}"):
             raise header.error("this block is never closed")
+        self.lines[end].expect("}")
+        self.lines[end].finish()
         body = self.lines[position + 1 : end]
         if header.accept("at "):
             base = header.take(NAME, "a module path")
@@ -225,7 +230,7 @@ class _Parser:
             if name not in frame.shared:
                 raise line.error(f"`{name}` is not defined above", start=start)
             return frame.shared[name]
-        op = line.take(r"\w+", "a weight expression")
+        op = line.take(r"[A-Za-z]\w*", "a weight expression")
         line.expect("(")
         if op == "load":
             return self._load(line)
@@ -287,6 +292,11 @@ class _Parser:
         if name not in op.attrs:
             raise line.error(f"`{op.name}` has no attribute `{name}`", f"it has: {', '.join(op.attrs)}", start=start)
         return name, _attr_value(line, op.attrs[name]) if line.accept("=") else True
+
+
+def _ends(line: Cursor) -> bool:
+    """Whether the line closes a block or the graph."""
+    return line.peek("}") or re.match(r"return\b", line.text[line.skip() :]) is not None
 
 
 def _attr_value(line: Cursor, spec: Attr) -> Any:
