@@ -198,12 +198,14 @@ def _topk(
     return importer.emit_all("topk", x, count=count, axis=_last(x, axis))
 
 
-def _max(importer: Importer, x: Value, *args: Any) -> Value:
+def _max(importer: Importer, x: Value, *args: Any) -> Value | list[Value]:
     if len(args) == 1 and isinstance(args[0], Value):
         return _binary("maximum")(importer, x, args[0])
-    if args:
-        raise importer.fail("a maximum with its index is not in the graph's vocabulary")
-    return _reduction("max")(importer, x)
+    if not args:
+        return _reduction("max")(importer, x)
+    if len(args) > 1 and args[1]:
+        raise importer.fail("a maximum with its index, keeping the axis, is not in the graph's vocabulary")
+    return [importer.emit("max", x, axes=(_axis(x, args[0]),)), _argmax(importer, x, args[0])]
 
 
 # --- shapes --------------------------------------------------------------------------------------------------

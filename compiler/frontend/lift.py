@@ -15,9 +15,8 @@ def lift(graph: Graph) -> None:
     rules = _by_operation(tidy.RULES, norms.RULES, rotary.RULES, heads.RULES)
     graph.prune()
     while _sweep(graph, rules):
+        _merge_duplicates(graph)
         graph.prune()
-    _merge_duplicates(graph)
-    graph.prune()
 
 
 def _by_operation(*tables: dict[str, tuple[Rule, ...]]) -> dict[str, list[Rule]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from compiler.frontend.rules.site import Rule, Site, last_axis_slice, made_by, orders, scalar_of
 from compiler.ir.graph import Node, Value
+from compiler.ir.types import dim_product
 
 
 @dataclass(frozen=True)
@@ -128,26 +129,32 @@ def _swap(value: Value) -> tuple[Value, str] | None:
     if parts is None or negated is None:
         return None
     pair = _pair(parts[1], negated.input(0))
-    if pair is None or (pair[1] == "interleaved") != parts[2]:
+    if pair is None or (pair[1] == "interleaved") != parts[2] or pair[0].shape != value.shape:
         return None
-    return pair[0], pair[1]
+    return pair
 
 
 def _two_parts(value: Value) -> tuple[Value, Value, bool] | None:
-    """The two values that ``value`` joins along its last axis, and whether element by element."""
+    """The two values that ``value`` joins along its last axis, and whether element by element.
+
+    Leading axes may be arranged in another way than in the parts.
+    """
     flat = made_by(value, "reshape")
     joined = made_by(value if flat is None else flat.input(0), "concat")
     if joined is None or len(joined.inputs) != 2 or joined.attr("axis") != joined.output.type.rank - 1:
         return None
     if flat is None:
         return joined.input(0), joined.input(1), False
-    columns = [made_by(part, "reshape") for part in joined.inputs]
-    if any(c is None or c.output.shape != (*c.input(0).shape, 1) for c in columns):
+    first, second = (_column(part) for part in joined.inputs)
+    if first is None or second is None or dim_product((2, first.shape[-1])) != value.shape[-1]:
         return None
-    stacked = columns[0], columns[1]
-    assert stacked[0] is not None and stacked[1] is not None  # checked just above
-    fits = value.shape == (*stacked[0].input(0).shape[:-1], joined.output.shape[-2] * 2)  # pyright: ignore[reportOperatorIssue]
-    return (stacked[0].input(0), stacked[1].input(0), True) if fits else None
+    return first, second, True
+
+
+def _column(value: Value | None) -> Value | None:
+    """What is given a last axis of size 1 here."""
+    node = made_by(value, "reshape")
+    return None if node is None or node.output.shape != (*node.input(0).shape, 1) else node.input(0)
 
 
 def _pair(first: Value, second: Value) -> tuple[Value, str] | None:
@@ -181,7 +188,9 @@ def rotated_by_parts(site: Site) -> Value | None:
             pair, tables = _pair(a, b), _tables(cos, sin)
             if pair is None or tables is None or tables[0].spread or not _is_imaginary(imaginary, a, b, cos, sin):
                 continue
-            return _joined(site, pair, tables[0], parts[2])
+            rope = _joined(site, pair, tables[0], parts[2])
+            same = rope is None or rope.shape == site.node.output.shape
+            return rope if same else site.op("reshape", rope, shape=site.node.output.shape)
     return None
 
 

@@ -74,12 +74,13 @@ def select_of_pairs(site: Site) -> Value | None:
     pairs = None if chosen is None else made_by(chosen.input(0), "reshape")
     if chosen is None or pairs is None:
         return None
-    x, out = pairs.input(0), site.node.output
+    x, out, shape = pairs.input(0), site.node.output, pairs.output.shape
     width = x.shape[-1]
-    is_pairs = isinstance(width, int) and pairs.output.shape == (*x.shape[:-1], width // 2, 2)
-    one = chosen.attr("axis") == x.type.rank and chosen.output.shape[-1] == 1
-    if not is_pairs or not one or out.shape != pairs.output.shape[:-1]:
+    one = chosen.attr("axis") == len(shape) - 1 and chosen.output.shape[-1] == 1 and out.shape == shape[:-1]
+    if not isinstance(width, int) or not one or shape[-2:] != (width // 2, 2):
         return None
+    if (*shape[:-2], width) != x.shape:
+        x = site.op("reshape", x, shape=(*shape[:-2], width))
     return site.op("slice", x, axis=x.type.rank - 1, start=chosen.attr("start"), stop=width, step=2)
 
 
