@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from compiler.errors import CompressError, UsageError
 from compiler.console import Console
+from compiler.errors import CompressError, UsageError
 
 Handler = Callable[[argparse.Namespace, Console], None]
 
@@ -73,8 +74,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
     else:
         rest = arguments or ["--help"]
         fill, handler = _compress_options, _compress
-        parser = _Parser(prog="compress-model", description=handler.__doc__, epilog=OVERVIEW,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = _Parser(
+            prog="compress-model",
+            description=handler.__doc__,
+            epilog=OVERVIEW,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     fill(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but results and errors")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
@@ -89,14 +94,22 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _trust_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust-remote-code", action="store_true",
-                        help="let Python code that comes with a checkpoint run on this machine")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python code that comes with a checkpoint run on this machine",
+    )
 
 
 def _compress_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
-    parser.add_argument("-o", "--out", metavar="OUT", type=Path,
-                        help="the directory to write; default: the recipe's name, in the current directory")
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT",
+        type=Path,
+        help="the directory to write; default: the recipe's name, in the current directory",
+    )
 
 
 def _compress(options: argparse.Namespace, console: Console) -> None:
@@ -106,8 +119,9 @@ def _compress(options: argparse.Namespace, console: Console) -> None:
 
     recipe = Recipe.load(options.recipe, model=options.model)
     out = options.out or Path(options.recipe.stem)
-    result = compress(recipe, out, console=console, trust_remote_code=options.trust_remote_code,
-                      dump_graphs=options.dump_graphs)
+    result = compress(
+        recipe, out, console=console, trust_remote_code=options.trust_remote_code, dump_graphs=options.dump_graphs
+    )
     console.result(result.summary())
 
 
@@ -151,17 +165,34 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window (512)")
     parser.add_argument("--seed", type=int, default=0, help="where the windows lie (0)")
     parser.add_argument("--metrics", type=lambda text: text.split(","), help="comma-separated; default: those that fit")
-    parser.add_argument("--speed", action="store_true", help="also measure tokens per second")
+    parser.add_argument("--speed", action="store_true", help="also time both models, in turns; needs --against")
     parser.add_argument("--json", action="store_true", help="print JSON")
     _trust_option(parser)
 
 
 def _eval(options: argparse.Namespace, console: Console) -> None:
     """Measure a model as plain transformers loads it: how well it predicts, how far it is from another."""
-    from compiler.report.measured import evaluation_text, measured
+    if options.speed and options.against is None:
+        raise UsageError("`--speed` compares two models", remedy="add `--against REF`")
+    from compiler.evaluate import compare_speed, evaluate_model
+    from compiler.report.text import evaluation_text
 
-    result = measured(options, console)
-    console.result(json.dumps(result, indent=2) if options.json else evaluation_text(result))
+    with console.progress("evaluate") as advance:
+        found = evaluate_model(
+            options.model,
+            against=options.against,
+            data=options.data,
+            metrics=options.metrics,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            on_progress=advance,
+        ).to_dict()
+    if options.speed:
+        speed = compare_speed(options.model, options.against, trust_remote_code=options.trust_remote_code)
+        found["speed"] = dataclasses.asdict(speed)
+    console.result(json.dumps(found, indent=2) if options.json else evaluation_text(found))
 
 
 def _diff_options(parser: argparse.ArgumentParser) -> None:
@@ -191,9 +222,14 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     """Let a model answer a prompt, loaded by plain transformers."""
     from compiler.evaluate import generate
 
-    answer = generate(options.model, options.prompt, options.max_new_tokens,
-                      trust_remote_code=options.trust_remote_code)
-    console.result(answer.text)
+    answer = generate(
+        options.model,
+        options.prompt,
+        options.max_new_tokens,
+        on_text=console.stream,
+        trust_remote_code=options.trust_remote_code,
+    )
+    console.result("")
     if options.tokens_per_second:
         console.result(f"{answer.tokens_per_second:.1f} tokens/s")
 

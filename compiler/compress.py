@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from compiler.ir.graph import Graph
 from compiler.output import OutputDirectory
 from compiler.parity import verify_by_reload
 from compiler.pipeline import Observer, Pipeline, Report
-from compiler.plan import bytes_in_file, open_model
+from compiler.plan import bytes_in_file, open_recipe_model
 from compiler.recipe import Recipe
 from compiler.report.lock import job_key, make_lock
 from compiler.weights.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def step(self, name: str) -> Generator[None]:
         self.console.say(f"{name} …")
         started = time.perf_counter()
         yield
@@ -78,7 +78,7 @@ def compress(
     """
     run = _Run(recipe, console or Console(quiet=True), trust_remote_code, dump_graphs)
     with run.step("capture"):
-        graph = open_model(recipe.model)
+        graph = open_recipe_model(recipe)
     _check_has_weights(graph, recipe)
     lock = make_lock(recipe, graph)
     output = OutputDirectory(Path(out), job_key(lock))
@@ -99,12 +99,15 @@ def _finished(path: Path) -> Result:
 
 def _check_has_weights(graph: Graph, recipe: Recipe) -> None:
     if "model" not in graph.sources:
-        raise CheckpointError("the model has a config but no weights", where=recipe.model,
-                              remedy="`compress-model plan` works on a config alone; compressing needs the weights")
+        raise CheckpointError(
+            "the model has a config but no weights",
+            where=recipe.model,
+            remedy="`compress-model plan` works on a config alone; compressing needs the weights",
+        )
 
 
 @contextmanager
-def _interruptible(run: _Run, output: OutputDirectory) -> Iterator[None]:
+def _interruptible(run: _Run, output: OutputDirectory) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -119,8 +122,15 @@ def _make(run: _Run, graph: Graph, lock: dict[str, Any], output: OutputDirectory
     with run.step("passes"):
         graph, report, emission = _passes(run, graph, output.state)
     with run.step("write"), run.console.progress("write") as advance:
-        emit(emission, graph.sources, output.files, shard_bytes=run.recipe.emit[0].shard,
-             journal=output.state / "journal", budget=write_budget(run.recipe), on_progress=advance)
+        emit(
+            emission,
+            graph.sources,
+            output.files,
+            shard_bytes=run.recipe.emit[0].shard,
+            journal=output.state / "journal",
+            budget=write_budget(run.recipe),
+            on_progress=advance,
+        )
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     with run.step("verify"):
@@ -144,7 +154,7 @@ def _passes(run: _Run, graph: Graph, state: Path) -> tuple[Graph, Report, Any]:
     emission = require(graph)
     if not report.read_weights:
         return graph, report, emission
-    graph = open_model(run.recipe.model)
+    graph = open_recipe_model(run.recipe)
     report = pipeline.run(graph, observers=observers, workdir=state, bytes_of=bytes_in_file)
     return graph, report, require(graph)
 
@@ -158,9 +168,15 @@ def _evaluate(run: _Run, output: OutputDirectory) -> Any:
         return None
     with run.step("evaluate"), run.console.progress("evaluate") as advance:
         return evaluate_model(
-            output.files, against=run.recipe.model, data=wanted.data, metrics=wanted.metrics,
-            samples=wanted.samples, length=wanted.length, seed=wanted.seed,
-            trust_remote_code=run.trust_remote_code, on_progress=advance,
+            output.files,
+            against=run.recipe.model,
+            data=wanted.data,
+            metrics=wanted.metrics,
+            samples=wanted.samples,
+            length=wanted.length,
+            seed=wanted.seed,
+            trust_remote_code=run.trust_remote_code,
+            on_progress=advance,
         )
 
 
@@ -186,6 +202,9 @@ def write_budget(recipe: Recipe) -> int:
         return BUDGET
     left = recipe.run.memory - peak_rss()
     if left < SMALLEST_BUDGET:
-        raise RecipeError(f"`memory` leaves nothing to work with: the program itself takes {peak_rss()} bytes",
-                          where=str(recipe.path), remedy="give it at least 1GB")
+        raise RecipeError(
+            f"`memory` leaves nothing to work with: the program itself takes {peak_rss()} bytes",
+            where=str(recipe.path),
+            remedy="give it at least 1GB",
+        )
     return min(left, BUDGET)

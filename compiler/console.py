@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -28,6 +28,11 @@ class Console:
         self._out.write(text if text.endswith("\n") else text + "\n")
         self._out.flush()
 
+    def stream(self, text: str) -> None:
+        """Print a part of what the user asked for, at once."""
+        self._out.write(text)
+        self._out.flush()
+
     def say(self, text: str) -> None:
         """Tell what is going on."""
         if not self.quiet:
@@ -40,7 +45,7 @@ class Console:
         self._err.flush()
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Advance]:
+    def progress(self, what: str) -> Generator[Advance]:
         """Show the progress of ``what``; the function yielded takes (done, all) in any unit."""
         if self.quiet:
             yield lambda done, total: None
@@ -52,12 +57,25 @@ class Console:
 
 
 @contextmanager
-def _bar(what: str, stream: TextIO) -> Iterator[Advance]:
+def _bar(what: str, stream: TextIO) -> Generator[Advance]:
     from rich.console import Console as Rich
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Rich(file=stream)) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

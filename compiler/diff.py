@@ -17,9 +17,7 @@ from compiler.weights.checkpoint import Checkpoint, open_checkpoint
 SHOWN = 20
 
 
-def diff(
-    left: str, right: str, *, values: bool = True, on_progress: Callable[[int, int], None] | None = None
-) -> str:
+def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[int, int], None] | None = None) -> str:
     """A text that says how the checkpoint ``right`` differs from ``left``.
 
     With ``values``, tensors of the same name and type are read and compared, one pair at a time.
@@ -49,8 +47,15 @@ def _totals(a: Checkpoint, b: Checkpoint) -> str:
     for name, checkpoint in (("A", a), ("B", b)):
         types = list(checkpoint.types.values())
         dtypes = Counter(str(type.dtype).removeprefix("torch.") for type in types)
-        rows.append((f"{name} {checkpoint.path}", str(len(types)), human_count(sum(t.numel for t in types)),
-                     human_bytes(sum(t.nbytes for t in types)), " ".join(name for name, _ in dtypes.most_common())))
+        rows.append(
+            (
+                f"{name} {checkpoint.path}",
+                str(len(types)),
+                human_count(sum(t.numel for t in types)),
+                human_bytes(sum(t.nbytes for t in types)),
+                " ".join(name for name, _ in dtypes.most_common()),
+            )
+        )
     return table(rows)
 
 
@@ -88,9 +93,7 @@ def _tensor_changes(left: Mapping[str, TensorType], right: Mapping[str, TensorTy
     return _changes(*shown)
 
 
-def _value_changes(
-    a: Checkpoint, b: Checkpoint, on_progress: Callable[[int, int], None] | None
-) -> Iterable[str]:
+def _value_changes(a: Checkpoint, b: Checkpoint, on_progress: Callable[[int, int], None] | None) -> Iterable[str]:
     common = [name for name, type in a.types.items() if b.types.get(name) == type]
     for index, name in enumerate(common, 1):
         x, y = a.read(name), b.read(name)

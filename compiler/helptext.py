@@ -10,7 +10,7 @@ from typing import Any
 from compiler.console import table
 from compiler.errors import UsageError, nearest
 from compiler.pipeline import Pass
-from compiler.schema import describe
+from compiler.schema import describe, spell_value
 from passes import pass_class, pass_names
 
 
@@ -46,24 +46,13 @@ def _exactness(cls: type[Pass]) -> str:
         return "Exact: never."
     if not cls.exact_when:
         return "Exact: always."
-    options = ", ".join(f"{name.replace('_', '-')}: {_spelt(value)}" for name, value in cls.exact_when.items())
+    options = ", ".join(f"{name.replace('_', '-')}: {spell_value(value)}" for name, value in cls.exact_when.items())
     return f"Exact when {options}."
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return _spelt(field.default)
+        return spell_value(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return _spelt(field.default_factory())
+        return spell_value(field.default_factory())
     return "required"
-
-
-def _spelt(value: Any) -> str:
-    """A value as a recipe spells it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, typing.cast(tuple[Any, ...], value)))}]"
-    return str(value)

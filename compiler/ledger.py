@@ -10,7 +10,6 @@ import torch
 
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import layer_of
-from compiler.weights.expr import Expr
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,11 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verificat
     error = max(_distance(theirs[name].float(), value.float()) for name, value in ours.items())
     tolerance = _tolerance(graph)
     if not error <= tolerance:
-        raise ParityError(f"the written model differs from the graph by {error:.3g} of the output's scale",
-                          where=str(directory), remedy=f"at most {tolerance:.3g} is rounding; this is a bug")
+        raise ParityError(
+            f"the written model differs from the graph by {error:.3g} of the output's scale",
+            where=str(directory),
+            remedy=f"at most {tolerance:.3g} is rounding; this is a bug",
+        )
     return Verification(True, error, tolerance)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError, TargetError, UsageError, nearest
+from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs, peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Ledger
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
 
     Raises what capture and the passes raise; errors of passes point at the recipe.
     """
-    graph = open_model(recipe.model)
+    graph = open_recipe_model(recipe)
     model = f"{graph.origin.architecture or graph.name} from {recipe.model}"
     report = run_passes(recipe, graph, dump_graphs=dump_graphs)
     output, refusal, memory = None, "", 0
@@ -98,9 +98,19 @@ def bytes_in_file(param: Param) -> int:
     return sum(expr.type.nbytes for expr in stored_tensors(param))
 
 
+def open_recipe_model(recipe: Recipe) -> Graph:
+    """The graph of the recipe's model; an error points at the recipe's ``model``."""
+    try:
+        return open_model(recipe.model)
+    except CompressError as error:
+        place = recipe.places.get("model")
+        error.span = error.span or (place.span if place is not None and not error.where else None)
+        raise
+
+
 def open_model(model: str) -> Graph:
     """The graph of a checkpoint, or of a config alone (a directory without weights, or a ``config.json``)."""
-    from compiler.frontend import capture
+    from compiler.frontend.capture import capture
 
     config = _config_alone(Path(model))
     return capture(model) if config is None else _from_config(config)
@@ -115,12 +125,14 @@ def _config_alone(path: Path) -> Path | None:
 
 
 def _has_weights(path: Path) -> bool:
-    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
-               for file in path.iterdir())
+    return any(
+        file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        for file in path.iterdir()
+    )
 
 
 def _from_config(file: Path) -> Graph:
-    from compiler.frontend import capture
+    from compiler.frontend.capture import capture
     from compiler.frontend.subject import config_from_dict
 
     try:
@@ -137,14 +149,16 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
     """
     if not model.endswith((".yaml", ".yml")):
         if after is not None:
-            raise UsageError("`--after` shows what a recipe's pass makes, and this is no recipe",
-                             remedy="give a recipe (.yaml) instead of a model")
+            raise UsageError(
+                "`--after` shows what a recipe's pass makes, and this is no recipe",
+                remedy="give a recipe (.yaml) instead of a model",
+            )
         return open_model(model)
     recipe = Recipe.load(model)
     keys = [step.key() for step in recipe.passes]
     if after is not None and after not in keys:
         raise UsageError(f"the recipe has no pass `{after}`", remedy=nearest(after, keys))
-    graph = open_model(recipe.model)
+    graph = open_recipe_model(recipe)
     run_passes(recipe, graph, up_to=None if after is None else len(keys) - keys[::-1].index(after))
     return graph
 
@@ -170,8 +184,12 @@ def ledger_table(report: Report) -> str:
 
 
 def _cells(ledger: Ledger) -> tuple[str, ...]:
-    return (human_count(ledger.parameters), human_bytes(ledger.stored_bytes), human_count(ledger.flops_per_token),
-            human_bytes(ledger.cache_bytes_per_token))
+    return (
+        human_count(ledger.parameters),
+        human_bytes(ledger.stored_bytes),
+        human_count(ledger.flops_per_token),
+        human_bytes(ledger.cache_bytes_per_token),
+    )
 
 
 def _change(before: Ledger, after: Ledger) -> tuple[str, ...]:

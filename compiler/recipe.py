@@ -7,13 +7,13 @@ order of passes. Every error points at the place in the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
-from compiler.pipeline import Observer, Pass, PassReport, order_conflicts, order_remedy
+from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
 from compiler.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Run, build
 from compiler.yamltree import Tree, read_tree
 from passes import pass_class, pass_names
@@ -25,7 +25,8 @@ INCLUDED = "included"
 class Recipe:
     """A checked recipe. ``model`` and data paths are ready to open; ``text`` is the recipe as merged and written.
 
-    ``entries`` are the places of the passes, in order, for errors that appear once the model is known.
+    ``places`` are where its keys stand, ``entries`` where its passes stand, for errors that appear once the model is
+    known.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
     path: Path | None = None
     text: dict[str, Any] = field(default_factory=dict[str, Any])
+    places: Mapping[str, Tree] = field(default_factory=dict[str, Tree], repr=False)
     entries: tuple[Tree, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -67,8 +69,9 @@ def _merge(path: Path, root: Path, chain: tuple[Path, ...]) -> dict[str, Tree]:
     """The top-level entries of the recipe at ``path`` with its includes merged in."""
     tree = read_tree(path)
     if not isinstance(tree.value, dict):
-        raise RecipeError(f"a recipe is a mapping of keys, not {tree.kind}", span=tree.span,
-                          remedy=f"its keys are: {', '.join(KEYS)}")
+        raise RecipeError(
+            f"a recipe is a mapping of keys, not {tree.kind}", span=tree.span, remedy=f"its keys are: {', '.join(KEYS)}"
+        )
     for key, value in tree.value.items():
         if key not in KEYS:
             raise RecipeError(f"a recipe has no key `{key}`", span=value.key, remedy=nearest(key, KEYS))
@@ -84,7 +87,11 @@ def _include_list(tree: Tree | None) -> Sequence[Tree]:
     items = tree.value if isinstance(tree.value, tuple) else (tree,)
     for item in items:
         if not isinstance(item.value, str):
-            raise RecipeError(f"`include` must be a path or a list of paths, not {item.kind}", span=item.span)
+            raise RecipeError(
+                f"`include` must be a path or a list of paths, not {item.kind}",
+                span=item.span,
+                remedy="write `include: other.yaml`",
+            )
     return items
 
 
@@ -92,14 +99,20 @@ def _included_path(item: Tree, root: Path, chain: tuple[Path, ...]) -> Path:
     path = item.span.path.parent / str(item.value)
     resolved = path.resolve()
     if not resolved.is_relative_to(root):
-        raise RecipeError(f"`{item.value}` leaves the recipe's directory", span=item.span,
-                          remedy="an included recipe lies beside the recipe or below it")
+        raise RecipeError(
+            f"`{item.value}` leaves the recipe's directory",
+            span=item.span,
+            remedy="an included recipe lies beside the recipe or below it",
+        )
     if resolved in chain:
-        names = " includes ".join(f"`{step.name}`" for step in (*chain[chain.index(resolved):], resolved))
+        names = " includes ".join(f"`{step.name}`" for step in (*chain[chain.index(resolved) :], resolved))
         raise RecipeError(f"recipes include each other: {names}", span=item.span, remedy="remove one of the includes")
     if not resolved.is_file():
-        raise RecipeError(f"there is no recipe `{item.value}`", span=item.span,
-                          remedy="paths are relative to the file that names them")
+        raise RecipeError(
+            f"there is no recipe `{item.value}`",
+            span=item.span,
+            remedy="paths are relative to the file that names them",
+        )
     return path
 
 
@@ -123,17 +136,23 @@ def _overlay(base: dict[str, Tree], top: dict[str, Tree]) -> dict[str, Tree]:
 
 def _passes_after(base: Tree | None, top: Tree) -> Tree:
     if not isinstance(top.value, tuple):
-        raise RecipeError(f"`passes` must be a list, not {top.kind}", span=top.place,
-                          remedy="write one pass a line: `- name: {option: value}`")
+        raise RecipeError(
+            f"`passes` must be a list, not {top.kind}",
+            span=top.place,
+            remedy="write one pass a line: `- name: {option: value}`",
+        )
     earlier = base.value if base is not None and isinstance(base.value, tuple) else ()
     marks = [index for index, entry in enumerate(top.value) if entry.value == INCLUDED]
     if len(marks) > 1:
         raise RecipeError("`included` stands here twice", span=top.value[marks[1]].span, remedy="keep one")
     if marks and base is None:
-        raise RecipeError("`included` stands for the passes of an `include`, and there are none",
-                          span=top.value[marks[0]].span, remedy="remove it, or add `include: other.yaml`")
+        raise RecipeError(
+            "`included` stands for the passes of an `include`, and there are none",
+            span=top.value[marks[0]].span,
+            remedy="remove it, or add `include: other.yaml`",
+        )
     at = marks[0] if marks else 0
-    return replace(top, value=(*top.value[:at], *earlier, *top.value[at + len(marks):]))
+    return replace(top, value=(*top.value[:at], *earlier, *top.value[at + len(marks) :]))
 
 
 class _Checker:
@@ -159,6 +178,7 @@ class _Checker:
             run=self._section(entries, "run") or Run(),
             path=self._path,
             text=self._text(entries, model),
+            places={key: tree for key, tree in entries.items() if key != "model" or model is None},
             entries=places,
         )
 
@@ -169,14 +189,21 @@ class _Checker:
             span = first.key if first and first.key else Span(self._path, 1, 1, 1, "")
             raise RecipeError("the recipe names no `model`", span=span, remedy="add `model: path/to/checkpoint`")
         if not isinstance(tree.value, str) or not tree.value:
-            raise RecipeError(f"`model` must be a path or a hub id, not {tree.kind}", span=tree.span)
+            raise RecipeError(
+                f"`model` must be a path or a hub id, not {tree.kind}",
+                span=tree.span,
+                remedy="write `model: path/to/checkpoint`",
+            )
         path = self._resolve(tree)
         if path.exists():
             return str(path)
         if _is_hub_id(tree.value):
             return tree.value
-        raise RecipeError(f"there is no model `{tree.value}`", span=tree.span,
-                          remedy="paths are relative to the recipe; a hub id looks like `owner/name`")
+        raise RecipeError(
+            f"there is no model `{tree.value}`",
+            span=tree.span,
+            remedy="paths are relative to the recipe; a hub id looks like `owner/name`",
+        )
 
     def _list(self, entries: dict[str, Tree], key: str) -> Iterator[tuple[str, Tree]]:
         """(name, options) of each entry of ``passes`` or ``emit``; the options' key is the entry's name."""
@@ -184,8 +211,11 @@ class _Checker:
         if tree is None or tree.value == ():
             return
         if not isinstance(tree.value, tuple):
-            raise RecipeError(f"`{key}` must be a list, not {tree.kind}", span=tree.place,
-                              remedy="write one entry a line: `- name` or `- name: {option: value}`")
+            raise RecipeError(
+                f"`{key}` must be a list, not {tree.kind}",
+                span=tree.place,
+                remedy="write one entry a line: `- name` or `- name: {option: value}`",
+            )
         for item in tree.value:
             yield self._entry(item, key)
 
@@ -193,13 +223,19 @@ class _Checker:
         if isinstance(item.value, str):
             return item.value, Tree(None, item.span, item.span)
         if not isinstance(item.value, dict) or not item.value:
-            raise RecipeError(f"an entry of `{key}` is a name, or a name with options, not {item.kind}",
-                              span=item.span, remedy="write `- name` or `- name: {option: value}`")
+            raise RecipeError(
+                f"an entry of `{key}` is a name, or a name with options, not {item.kind}",
+                span=item.span,
+                remedy="write `- name` or `- name: {option: value}`",
+            )
         names = list(item.value)
         if len(names) > 1:
             second = item.value[names[1]]
-            raise RecipeError(f"one entry of `{key}` holds `{names[0]}` and `{names[1]}`", span=second.place,
-                              remedy=f"start a new entry: `- {names[1]}`, or indent it as an option")
+            raise RecipeError(
+                f"one entry of `{key}` holds `{names[0]}` and `{names[1]}`",
+                span=second.place,
+                remedy=f"start a new entry: `- {names[1]}`, or indent it as an option",
+            )
         return names[0], item.value[names[0]]
 
     def _pass(self, name: str, tree: Tree) -> Pass:
@@ -221,8 +257,11 @@ class _Checker:
                 raise RecipeError(f"`{name}` is emitted twice", span=tree.place, remedy="keep one")
             chosen[name] = build(EMITTERS[name], tree, name)
         if not chosen:
-            raise RecipeError("`emit` is empty: nothing would be written", span=entries["emit"].place,
-                              remedy="write `emit: [safetensors]`, or leave `emit` out")
+            raise RecipeError(
+                "`emit` is empty: nothing would be written",
+                span=entries["emit"].place,
+                remedy="write `emit: [safetensors]`, or leave `emit` out",
+            )
         return tuple(chosen.values())
 
     def _section(self, entries: dict[str, Tree], name: str) -> Any:
@@ -236,8 +275,11 @@ class _Checker:
     def _data(self, tree: Tree) -> Path:
         path = self._resolve(tree)
         if not path.is_file():
-            raise RecipeError(f"there is no file `{tree.value}`", span=tree.span,
-                              remedy="paths are relative to the file that names them")
+            raise RecipeError(
+                f"there is no file `{tree.value}`",
+                span=tree.span,
+                remedy="paths are relative to the file that names them",
+            )
         return path
 
     def _resolve(self, tree: Tree) -> Path:
@@ -245,8 +287,11 @@ class _Checker:
         path = tree.span.path.parent / str(tree.value)
         own = tree.span.path.resolve() == self._path.resolve()
         if not own and not path.resolve().is_relative_to(self._root):
-            raise RecipeError(f"`{tree.value}` leaves the recipe's directory", span=tree.span,
-                              remedy="only the recipe itself, not one that it includes, may name files elsewhere")
+            raise RecipeError(
+                f"`{tree.value}` leaves the recipe's directory",
+                span=tree.span,
+                remedy="only the recipe itself, not one that it includes, may name files elsewhere",
+            )
         return path
 
     def _check_order(self, passes: Sequence[Pass], places: Sequence[Tree]) -> None:
@@ -256,8 +301,11 @@ class _Checker:
     def _check_needs(self, passes: Sequence[Pass], places: Sequence[Tree], calibration: Calibration | None) -> None:
         for step, place in zip(passes, places, strict=True):
             if step.needs and calibration is None:
-                raise RecipeError(f"`{step.key()}` needs calibration data", span=place.place,
-                                  remedy="add `calibration: {data: text.txt}`")
+                raise RecipeError(
+                    f"`{step.key()}` needs calibration data",
+                    span=place.place,
+                    remedy="add `calibration: {data: text.txt}`",
+                )
 
     def _text(self, entries: dict[str, Tree], model: str | None) -> dict[str, Any]:
         given = {} if model is None else {"model": model}

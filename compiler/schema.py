@@ -12,13 +12,14 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from compiler.errors import CompressError, RecipeError, nearest
-from compiler.yamltree import Tree
+from compiler.yamltree import Tree, plain_scalar
 
 T = TypeVar("T")
 
@@ -63,9 +64,11 @@ class Evaluate:
     samples: Count = 16
     length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
-    metrics: tuple[
-        Literal["perplexity", "bits-per-byte", "kl", "agreement", "cosine", "relative-error"], ...
-    ] = ("perplexity", "kl", "agreement")
+    metrics: tuple[Literal["perplexity", "bits-per-byte", "kl", "agreement", "cosine", "relative-error"], ...] = (
+        "perplexity",
+        "kl",
+        "agreement",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ def spell(section: Any) -> dict[str, Any]:
     spelt: dict[str, Any] = {}
     for field in dataclasses.fields(section):
         value, hint = getattr(section, field.name), hints[field.name]
-        sized = value is not None and Memory in (hint, *get_args(hint))
+        sized = isinstance(value, int) and Memory in (hint, *get_args(hint))
         spelt[field.name.replace("_", "-")] = format_memory(value) if sized else value
     return spelt
 
@@ -151,7 +154,43 @@ def _explain(cls: type, tree: Tree, name: str, failure: ValidationError) -> Reci
     item = _item(hint) if wrong is not tree.at((option,)) else None
     subject = f"an entry of `{option}`" if item else f"`{option}`"
     cause = f"{subject} must be {_expected(item or hint, dict(error))}, not {wrong.kind}"
-    return RecipeError(cause, span=wrong.span, remedy=_choices_remedy(hint, wrong.value))
+    return RecipeError(cause, span=wrong.span, remedy=_remedy(cls, option, hint, wrong.value))
+
+
+def _remedy(cls: type, option: str, hint: Any, value: Any) -> str:
+    """The choice that was meant, or how the option is written."""
+    choices = [str(choice) for choice in _choices(hint)]
+    if isinstance(value, str) and get_close_matches(value, choices, n=1):
+        return nearest(value, choices)
+    if isinstance(value, str) and not isinstance(plain_scalar(value), str):
+        return "remove the quotes"
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == option.replace("-", "_"))
+    if field.default not in (dataclasses.MISSING, None, ()):
+        return f"the default is `{option}: {spell_value(field.default)}`"
+    return f"write it like `{option}: {_example(hint)}`"
+
+
+def _example(hint: Any) -> str:
+    if Memory in (hint, *get_args(hint)):
+        return "4GB"
+    return next((f"[{_EXAMPLES[str]}]" for part in _alternatives(hint) if get_args(part)), "") or next(
+        _EXAMPLES[part] for part in _alternatives(hint) if part in _EXAMPLES
+    )
+
+
+_EXAMPLES: Mapping[Any, str] = {int: "16", float: "0.5", bool: "true", str: "lm_head", Path: "path/to/text.txt"}
+
+
+def spell_value(value: Any) -> str:
+    """A value as a recipe spells it, on one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(spell_value, typing.cast(Sequence[Any], value)))}]"
+    if isinstance(value, Mapping):
+        entries = typing.cast(Mapping[str, Any], value).items()
+        return f"{{{', '.join(f'{name}: {spell_value(inner)}' for name, inner in entries)}}}"
+    return "null" if value is None else str(value)
 
 
 def _item(hint: Any) -> Any:
@@ -160,19 +199,18 @@ def _item(hint: Any) -> Any:
     return next((get_args(part)[0] for part in lists), None)
 
 
-def _choices_remedy(hint: Any, value: Any) -> str:
-    choices = [str(choice) for choice in _choices(hint)]
-    return nearest(value, choices) if choices and isinstance(value, str) else ""
-
-
 def _choices(hint: Any) -> list[Any]:
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [choice for part in get_args(hint) for choice in _choices(part)]
 
 
-_BOUNDS = {"greater_than_equal": "at least {ge:g}", "greater_than": "greater than {gt:g}",
-           "less_than_equal": "at most {le:g}", "less_than": "less than {lt:g}"}
+_BOUNDS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "greater than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+}
 
 
 def _expected(hint: Any, error: Mapping[str, Any]) -> str:
@@ -192,8 +230,13 @@ def describe(hint: Any) -> str:
     return " or ".join(dict.fromkeys(names))
 
 
-_WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number or a percentage", bool: "true or false",
-                             str: "text", Path: "a path"}
+_WORDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number or a percentage",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
 
 
 _PLURALS: Mapping[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -234,8 +277,10 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             "model": {**text, "description": "A checkpoint directory, a hub id, or a .gguf file"},
-            "include": {"anyOf": [text, {"type": "array", "items": text}],
-                        "description": "Recipes to build on; their passes come first"},
+            "include": {
+                "anyOf": [text, {"type": "array", "items": text}],
+                "description": "Recipes to build on; their passes come first",
+            },
             "passes": {"type": "array", "items": _entry_schema(passes, ("included",))},
             "emit": {"type": "array", "items": _entry_schema(EMITTERS)},
             **{name: _options_schema(cls) for name, cls in SECTIONS.items()},
@@ -246,8 +291,13 @@ def json_schema() -> dict[str, Any]:
 def _entry_schema(classes: Mapping[str, type], bare: tuple[str, ...] = ()) -> dict[str, Any]:
     """A list entry: a name, or a mapping of one name to its options."""
     properties = {key: {"anyOf": [_options_schema(cls), {"type": "null"}]} for key, cls in classes.items()}
-    named = {"type": "object", "properties": properties, "additionalProperties": False,
-             "minProperties": 1, "maxProperties": 1}
+    named = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
     return {"anyOf": [{"enum": [*classes, *bare]}, named]}
 
 
@@ -278,8 +328,10 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
             return resolve(definitions[mapping["$ref"].rsplit("/", 1)[-1]])
         return {name: resolve(value) for name, value in mapping.items() if name != "title"}
 
-    return {name: {key: resolve(value) for key, value in schema[name].items()} if name == "properties" else value
-            for name, value in schema.items()}
+    return {
+        name: {key: resolve(value) for key, value in schema[name].items()} if name == "properties" else value
+        for name, value in schema.items()
+    }
 
 
 def _percent(schema: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     DocumentStartEvent,
@@ -23,6 +23,7 @@ from ruamel.yaml.events import (
     SequenceEndEvent,
     SequenceStartEvent,
 )
+from ruamel.yaml.reader import ReaderError
 
 from compiler.errors import RecipeError, Span
 
@@ -101,9 +102,8 @@ def read_tree(path: Path) -> Tree:
         return _Builder(path, lines).document(text)
     except MarkedYAMLError as error:
         raise _syntax_error(path, lines, error) from error
-    except YAMLError as error:
-        first_line = str(error).partition("\n")[0]
-        raise RecipeError(f"this is not valid YAML: {first_line}", where=str(path)) from error
+    except ReaderError as error:
+        raise _character_error(path, lines, text, error) from error
 
 
 def _text(path: Path) -> str:
@@ -116,27 +116,45 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise RecipeError(f"`{path}` cannot be read: {error.strerror}") from error
     if len(content) > MAX_BYTES:
-        raise RecipeError(f"`{path}` has {len(content)} bytes: that is no recipe", remedy="name the recipe's .yaml file")
+        raise RecipeError(
+            f"`{path}` has {len(content)} bytes: that is no recipe", remedy="name the recipe's .yaml file"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            f"byte {content[error.start]:#04x} on line {line} is not UTF-8", where=f"{path}:{line}",
-            remedy="save the file as UTF-8",
-        ) from error
+        before = content[: error.start].decode("utf-8").split("\n")
+        line = content.decode("utf-8", "replace").split("\n")[len(before) - 1]
+        span = Span(path, len(before), len(before[-1]) + 1, 1, line)
+        cause = f"byte {content[error.start]:#04x} is not UTF-8"
+        raise RecipeError(cause, span=span, remedy="save the file as UTF-8") from error
 
 
 def _syntax_error(path: Path, lines: list[str], error: MarkedYAMLError) -> RecipeError:
-    mark = error.problem_mark or error.context_mark
-    problem = " ".join(str(part) for part in (error.context, error.problem) if part)
-    if mark is None:
-        return RecipeError(f"this is not valid YAML: {problem}", where=str(path))
-    line = min(mark.line, len(lines) - 1)
-    column = min(mark.column, len(lines[line])) + 1
+    """Points at the problem, or at what was left open when the problem is that the file ends."""
+    mark = error.problem_mark
+    if error.context_mark is not None and (
+        mark is None or (mark.line >= len(lines) - 1 and "end" in str(error.problem))
+    ):
+        mark = error.context_mark
+    problem = ", ".join(str(part) for part in (error.context, error.problem) if part)
+    line = min(mark.line, len(lines) - 1) if mark else 0
+    column = min(mark.column, len(lines[line])) + 1 if mark else 1
     return RecipeError(
-        f"this is not valid YAML: {problem}", span=Span(path, line + 1, column, 1, lines[line]),
+        f"this is not valid YAML: {problem}",
+        span=Span(path, line + 1, column, 1, lines[line]),
         remedy="look for an unclosed bracket or quote, a missing `: `, or wrong indentation",
+    )
+
+
+def _character_error(path: Path, lines: list[str], text: str, error: ReaderError) -> RecipeError:
+    position = text.index(chr(error.character) if isinstance(error.character, int) else str(error.character))
+    line = text.count("\n", 0, position)
+    column = position - (text.rfind("\n", 0, position) + 1)
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in lines[line])
+    return RecipeError(
+        f"the character {text[position]!r} cannot stand in YAML",
+        remedy="remove it",
+        span=Span(path, line + 1, column + 1, 1, shown),
     )
 
 
@@ -169,7 +187,11 @@ class _Builder:
         if event.tag:
             raise RecipeError("tags are not allowed in a recipe", span=span, remedy="remove the `!` tag")
         if depth > MAX_DEPTH:
-            raise RecipeError(f"values are nested more than {MAX_DEPTH} deep", span=span)
+            raise RecipeError(
+                f"values are nested more than {MAX_DEPTH} deep",
+                span=span,
+                remedy="no recipe needs that: look for stray brackets",
+            )
         if isinstance(event, MappingStartEvent):
             return Tree(self._mapping(events, depth), span)
         if isinstance(event, SequenceStartEvent):
@@ -188,20 +210,25 @@ class _Builder:
             key = self._value(event, events, depth + 1)
             value = self._value(next(events), events, depth + 1)
             if not isinstance(key.value, str):
-                raise RecipeError(f"a key must be text, not {key.kind}", span=key.span)
+                raise RecipeError(
+                    f"a key must be text, not {key.kind}",
+                    span=key.span,
+                    remedy="a key is the name of a section, a pass or an option",
+                )
             if key.value in entries:
                 first = entries[key.value].place.line
                 raise RecipeError(
                     f"`{key.value}` stands here twice", span=key.span, remedy=f"keep one; the first is on line {first}"
                 )
-            entries[key.value] = Tree(value.value, value.span, key.span)
+            span = key.span if value.value is None else value.span  # nothing to point at but the key
+            entries[key.value] = Tree(value.value, span, key.span)
         return entries
 
     def _scalar(self, event: Any, span: Span) -> Scalar:
         text = str(event.value)
         value = text if event.style else plain_scalar(text)
         if isinstance(value, float) and not abs(value) < float("inf"):
-            raise RecipeError(f"`{text}` is not a finite number", span=span)
+            raise RecipeError(f"`{text}` is not a finite number", span=span, remedy="write a number")
         return value
 
     def _span(self, event: Any) -> Span:

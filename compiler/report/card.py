@@ -28,8 +28,10 @@ def _head(document: Document) -> Iterator[str]:
     yield ""
     steps = [entry["name"] for entry in document["passes"]]
     done = f"by {', then '.join(f'`{step}`' for step in steps)}" if steps else "without changing what it computes"
-    yield (f"This is `{_name(model)}` ({document['inputs']['model']['architecture']}), rewritten {done}. "
-           f"It is now a {document['output']['architecture']}.")
+    yield (
+        f"This is `{_name(model)}` ({document['inputs']['model']['architecture']}), rewritten {done}. "
+        f"It is now a {document['output']['architecture']}."
+    )
     yield ""
 
 
@@ -45,8 +47,10 @@ def _done(document: Document) -> Iterator[str]:
         exact = "computes the same function" if entry["exact"] else "changes what the model computes"
         options = spelt(entry["options"])
         places = len(entry["rewritten"])
-        yield (f"{index}. `{entry['name']}`{f' with `{options}`' if options else ''}: "
-               f"{places} {'place' if places == 1 else 'places'} rewritten; this step {exact}.")
+        yield (
+            f"{index}. `{entry['name']}`{f' with `{options}`' if options else ''}: "
+            f"{places} {'place' if places == 1 else 'places'} rewritten; this step {exact}."
+        )
     if not document["passes"]:
         yield "Nothing but the file format."
     yield ""
@@ -58,7 +62,7 @@ def _load(document: Document) -> Iterator[str]:
     yield "```python"
     yield "from transformers import AutoTokenizer, " + document["output"]["architecture"]
     yield ""
-    yield f"model = {document['output']['architecture']}.from_pretrained(\"path/to/this/directory\")"
+    yield f'model = {document["output"]["architecture"]}.from_pretrained("path/to/this/directory")'
     yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
     yield "```"
     yield ""
@@ -88,8 +92,10 @@ def _evaluation_sentences(document: Document) -> Iterator[str]:
         yield "The quality of the result was not measured: the recipe has no `evaluate`."
         return
     inputs = found["inputs"]
-    yield (f"Quality was measured in {found['dtype']} on {inputs['samples']} windows of {inputs['length']} tokens "
-           f"of `{_data(document)}`; intervals are 95 % bootstrap intervals over the windows.")
+    yield (
+        f"Quality was measured in {found['dtype']} on {inputs['samples']} windows of {inputs['length']} tokens "
+        f"of `{_data(document)}`; intervals are 95 % bootstrap intervals over the windows."
+    )
 
 
 def _data(document: Document) -> Any:
@@ -117,5 +123,7 @@ def _repeat(document: Document) -> Iterator[str]:
     yield recipe_text(document["recipe"]).rstrip()
     yield "```"
     yield ""
-    yield ("`compress/recipe.lock.yaml` holds the hashes of all inputs and the versions of all packages; "
-           "`compress/report.html` shows every step and every layer.")
+    yield (
+        "`compress/recipe.lock.yaml` holds the hashes of all inputs and the versions of all packages; "
+        "`compress/report.html` shows every step and every layer."
+    )

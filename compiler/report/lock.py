@@ -27,8 +27,11 @@ def make_lock(recipe: Recipe, graph: Graph) -> dict[str, Any]:
     return {
         "recipe": resolved(recipe),
         "inputs": _inputs(recipe, graph),
-        "versions": {"compress-model": __version__, "python": platform.python_version(),
-                     **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "compress-model": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
     }
 
 
@@ -92,10 +95,12 @@ def _emitter(options: Any) -> str:
 
 
 def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"model": {
-        "architecture": graph.origin.architecture,
-        "fingerprint": graph.sources["model"].fingerprint(),
-    }}
+    inputs: dict[str, Any] = {
+        "model": {
+            "architecture": graph.origin.architecture,
+            "fingerprint": graph.sources["model"].fingerprint(),
+        }
+    }
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if section is not None:
             inputs[name] = {"sha256": hashlib.sha256(section.data.read_bytes()).hexdigest()}

@@ -47,8 +47,10 @@ def page(document: Document) -> str:
 def _head(document: Document) -> Iterator[str]:
     output = document["output"]
     yield f"<h1>{escape(str(document['recipe']['model']))}, compressed</h1>"
-    yield (f'<p class="soft">{escape(str(document["inputs"]["model"]["architecture"]))} to '
-           f"{escape(output['architecture'])}, {human_bytes(output['tensor_bytes'])} of weights</p>")
+    yield (
+        f'<p class="soft">{escape(str(document["inputs"]["model"]["architecture"]))} to '
+        f"{escape(output['architecture'])}, {human_bytes(output['tensor_bytes'])} of weights</p>"
+    )
     yield f"<p>{escape(verification_sentence(document))}</p>"
     for note in output["loads_in"]:
         yield f"<p>{escape(note)}</p>"
@@ -61,8 +63,10 @@ def _comparison(document: Document) -> Iterator[str]:
 
 def _steps(document: Document) -> Iterator[str]:
     yield "<h2>Step by step</h2>"
-    yield from _table(("step", "parameters", "stored", "FLOPs/token", "cache/token", "rewritten", "exact", "options"),
-                      _step_rows(document))
+    yield from _table(
+        ("step", "parameters", "stored", "FLOPs/token", "cache/token", "rewritten", "exact", "options"),
+        _step_rows(document),
+    )
     for entry in document["passes"]:
         places = [f"{rewrite['scope']}: {rewrite['what']}" for rewrite in entry["rewritten"]]
         yield f"<details><summary>{escape(entry['name'])}: {len(places)} rewritten</summary>"
@@ -77,8 +81,12 @@ def _step_rows(document: Document) -> Iterator[Sequence[str]]:
 
 
 def _ledger(ledger: Document) -> tuple[str, ...]:
-    return (human_count(ledger["parameters"]), human_bytes(ledger["stored_bytes"]),
-            human_count(ledger["flops_per_token"]), human_bytes(ledger["cache_bytes_per_token"]))
+    return (
+        human_count(ledger["parameters"]),
+        human_bytes(ledger["stored_bytes"]),
+        human_count(ledger["flops_per_token"]),
+        human_bytes(ledger["cache_bytes_per_token"]),
+    )
 
 
 def _layers(document: Document) -> Iterator[str]:
@@ -89,8 +97,11 @@ def _layers(document: Document) -> Iterator[str]:
 
 def _skipped(document: Document) -> Iterator[str]:
     yield "<h2>Left alone, and why</h2>"
-    rows = [(entry["name"], str(len(places)), f"{reason}: {', '.join(places)}")
-            for entry in document["passes"] for reason, places in skips(entry)]
+    rows = [
+        (entry["name"], str(len(places)), f"{reason}: {', '.join(places)}")
+        for entry in document["passes"]
+        for reason, places in skips(entry)
+    ]
     if rows:
         yield from _table(("step", "places", "why, and where"), rows)
     else:
@@ -108,7 +119,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
     yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{escape(cell)}</th>" for cell in header)
     yield "</tr></thead><tbody>"
     for row in rows:
-        cells = [f'<td class="words">{escape(cell)}</td>' if len(cell) > 40 else f"<td>{escape(cell)}</td>"
-                 for cell in row]
+        cells = [
+            f'<td class="words">{escape(cell)}</td>' if len(cell) > 40 else f"<td>{escape(cell)}</td>" for cell in row
+        ]
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"

@@ -16,10 +16,15 @@ def layer_picture(before: Mapping[str, int], after: Mapping[str, int]) -> str:
     scopes = list(dict.fromkeys([*before, *after]))
     most = max([*before.values(), *after.values(), 1])
     width = LEFT + SLOT * len(scopes) + 8
-    bars = [bar for index, scope in enumerate(scopes)
-            for bar in _bars(index, scope, before.get(scope, 0), after.get(scope, 0), most)]
+    bars = [
+        bar
+        for index, scope in enumerate(scopes)
+        for bar in _bars(index, scope, before.get(scope, 0), after.get(scope, 0), most)
+    ]
     total = TOP + HEIGHT + BOTTOM
-    head = f'<svg viewBox="0 0 {width} {total}" width="{width}" height="{total}" role="img" aria-label="bytes by layer">'
+    head = (
+        f'<svg viewBox="0 0 {width} {total}" width="{width}" height="{total}" role="img" aria-label="bytes by layer">'
+    )
     return "\n".join([head, *_axis(most, width), *bars, "</svg>"])
 
 

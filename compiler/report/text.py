@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.console import human_bytes, human_count, table
+from compiler.schema import spell_value
 
 Document = Mapping[str, Any]
 Row = tuple[str, str, str, str]
@@ -51,14 +52,21 @@ def _row(name: str, before: float, after: float, show: Any) -> Row:
     return name, show(before), show(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
-def _measured(evaluation: Mapping[str, Any] | None) -> list[Row]:
-    if evaluation is None:
+def _measured(found: Mapping[str, Any] | None) -> list[Row]:
+    """Rows of what an evaluation measured; empty cells where there is no reference."""
+    if found is None:
         return []
-    reference = evaluation["reference"]
-    return [
-        (METRIC_NAMES.get(name, name), _estimate(reference.get(name)), _estimate(found), "")
-        for name, found in evaluation["metrics"].items()
-    ]
+    rows = [_metric(name, found["reference"].get(name), estimate) for name, estimate in found["metrics"].items()]
+    if found["cache"] is None:
+        return rows
+    theirs = found["reference_cache"] or {}
+    cells = (_count(theirs.get("values_per_token")), _count(found["cache"]["values_per_token"]))
+    return [("cached values a token, live", *cells, ""), *rows]
+
+
+def _metric(name: str, before: Mapping[str, float] | None, after: Mapping[str, float]) -> Row:
+    change = f"{100 * (after['value'] / before['value'] - 1):+.2f} %" if before else ""
+    return METRIC_NAMES.get(name, name), _estimate(before), _estimate(after), change
 
 
 def _estimate(found: Mapping[str, float] | None) -> str:
@@ -68,13 +76,42 @@ def _estimate(found: Mapping[str, float] | None) -> str:
     return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
 
 
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def evaluation_text(found: Mapping[str, Any]) -> str:
+    """What ``compress-model eval`` prints."""
+    rows = _measured(found)
+    speed = found.get("speed")
+    if speed is not None:
+        rows += [
+            (
+                f"{name}, tokens/s",
+                f"{speed[f'reference_{name}']:.1f}",
+                f"{speed[name]:.1f}",
+                f"{speed[name] / speed[f'reference_{name}']:.2f} x",
+            )
+            for name in ("prefill", "decode")
+        ]
+    inputs = found["inputs"]
+    conditions = f"{inputs['samples']} windows of {inputs['length']} tokens, in {found['dtype']}, 95 % intervals"
+    if found["against"] is None:
+        return "\n".join(
+            [table([("", found["model"]), *((name, value) for name, _, value, _ in rows)]), "", conditions]
+        )
+    return "\n".join([table([("", found["against"], found["model"], "change"), *rows]), "", conditions])
+
+
 def verification_sentence(document: Document) -> str:
     """Whether the result was reloaded, and what came of it."""
     found = document["verification"]
     if not found["performed"]:
         return f"Not verified by reloading: {found['skipped']}."
-    return (f"Reloaded by plain transformers: outputs equal the compiled graph's to {found['error']:.2g} "
-            f"of their scale (allowed: {found['tolerance']:.2g}).")
+    return (
+        f"Reloaded by plain transformers: outputs equal the compiled graph's to {found['error']:.2g} "
+        f"of their scale (allowed: {found['tolerance']:.2g})."
+    )
 
 
 def skips(entry: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -87,14 +124,4 @@ def skips(entry: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 def spelt(options: Mapping[str, Any]) -> str:
     """Options as a recipe spells them, in flow style."""
-    return ", ".join(f"{name}: {_value(value)}" for name, value in options.items())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{spelt(value)}}}"
-    return "null" if value is None else str(value)
+    return spell_value(options)[1:-1]
