@@ -57,7 +57,7 @@ def layout(tensors: Mapping[str, Expr], shard_bytes: int = SHARD_BYTES) -> list[
         raise OutputError("there is no tensor to write")
     for name, expr in tensors.items():
         if expr.dtype not in DTYPE_CODES:
-            raise OutputError(f"tensor {name} is {expr.type}: safetensors cannot hold that dtype")
+            raise OutputError(f"tensor {name} is {expr.dtype}, which safetensors cannot hold")
     parts = _fill(tensors, shard_bytes)
     return [Shard(_shard_name(i, len(parts)), _aligned(part)) for i, part in enumerate(parts)]
 

@@ -1,0 +1,173 @@
+"""The writer: files that others load, the same bytes however the work is cut, bounded working sets."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from compiler.errors import CheckpointError, OutputError
+from compiler.ir.types import TensorType
+from compiler.weights.evaluate import evaluate, working_set
+from compiler.weights.expr import load
+from compiler.weights.layout import layout
+from compiler.weights.ops import basic
+from compiler.weights.ops.quant import pack_bits, quantise
+from compiler.weights.source import MemorySource
+from compiler.weights.tasks import plan
+from compiler.weights.tensorfile import DTYPES
+from compiler.weights.writer import write
+
+INDEX = "model.safetensors.index.json"
+
+
+def model(rows=8, layers=3):
+    """Sources and tensors of a small quantised model: packed codes, scales, plain weights, shapes."""
+    generator = torch.Generator().manual_seed(rows)
+    weights = {f"layers.{i}.w": torch.randn(rows, 16, generator=generator).bfloat16() for i in range(layers)}
+    weights["embed"] = torch.randn(3 * rows, 16, generator=generator).bfloat16()
+    source = MemorySource(weights)
+    tensors = {"embed": load("model", "embed", source.types["embed"])}
+    for name in list(weights)[:-1]:
+        quantised = quantise(load("model", name, source.types[name]), 4, 8, symmetric=False, scale_dtype=torch.bfloat16)
+        codes, scale, zero = quantised.args
+        tensors[f"{name}.packed"] = pack_bits(codes, 4)
+        tensors[f"{name}.scale"] = scale
+        tensors[f"{name}.zero"] = pack_bits(zero, 4, axis=-2)
+        tensors[f"{name}.shape"] = basic.literal([rows, 16], dtype=torch.int64)
+    return {"model": source}, tensors
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_written_tensors_are_loaded_by_safetensors(tmp_path):
+    sources, tensors = model()
+    (file,) = write(tensors, sources, tmp_path)
+    loaded = load_file(file.path)
+    assert file.size == file.path.stat().st_size
+    assert set(loaded) == set(tensors)
+    for name, value in zip(tensors, evaluate(list(tensors.values()), sources), strict=True):
+        assert torch.equal(loaded[name], value), name
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_any_mixture_of_dtypes_and_shapes_survives(tmp_path_factory, kinds):
+    directory = tmp_path_factory.mktemp("mixture")
+    values = {f"t{i}": torch.ones(shape, dtype=torch.uint8).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
+    source = MemorySource(values)
+    tensors = {name: load("model", name, type) for name, type in source.types.items()}
+    write(tensors, {"model": source}, directory)
+    loaded = load_file(directory / "model.safetensors")
+    assert {n: (t.dtype, t.shape) for n, t in loaded.items()} == {n: (t.dtype, t.shape) for n, t in values.items()}
+    assert all(torch.equal(loaded[name].reshape(-1).view(torch.uint8), values[name].reshape(-1).view(torch.uint8))
+               for name in values)
+
+
+@pytest.mark.parametrize("budget, threads", [(1 << 30, 1), (1 << 30, 2), (1500, 1), (1500, 2), (1, 2)])
+def test_the_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, budget, threads):
+    sources, tensors = model()
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    write(tensors, sources, tmp_path / "whole", shard_bytes=600, threads=1)
+    write(tensors, sources, tmp_path / "cut", shard_bytes=600, budget=budget, threads=threads)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_shards_hold_what_the_index_says(tmp_path):
+    sources, tensors = model()
+    files = write(tensors, sources, tmp_path, shard_bytes=700)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert {file.path.name for file in files} == {*index["weight_map"].values(), INDEX}
+    assert index["metadata"]["total_size"] == sum(expr.type.nbytes for expr in tensors.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    assert all(sum(e.type.nbytes for e in shard.tensors.values()) <= 768 for shard in layout(tensors, 700))
+
+
+def test_progress_counts_every_byte(tmp_path):
+    sources, tensors = model()
+    seen = []
+    write(tensors, sources, tmp_path, on_progress=lambda done, total: seen.append((done, total)))
+    total = sum(expr.type.nbytes for expr in tensors.values())
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_parts_of_one_weight_are_made_together():
+    """Codes, scales and zero points need the weight; it is read once."""
+    _, tensors = model(layers=1)
+    made = [{piece.name for piece in task.pieces} for task in plan(tensors, 1 << 30)]
+    assert {"layers.0.w.packed", "layers.0.w.scale", "layers.0.w.zero"} in made
+
+
+def test_tasks_fit_the_budget():
+    """A tensor that is large for the budget is made in ranges of rows, which together are all its rows."""
+    weight = load("model", "w", TensorType(torch.bfloat16, (4096, 64)))
+    codes, scale = quantise(weight, 4, 32, scale_dtype=torch.bfloat16).args
+    tensors = {"packed": pack_bits(codes, 4), "scale": scale, "half": basic.cast(weight, torch.float16)}
+    whole, budget = working_set(list(tensors.values())), 60_000
+    tasks = plan(tensors, budget)
+    assert whole > 10 * budget
+    assert all(working_set([piece.expr for piece in task.pieces]) <= budget for task in tasks)
+    for name, expr in tensors.items():
+        rows = [(piece.start, piece.expr.shape[0]) for task in tasks for piece in task.pieces if piece.name == name]
+        assert [start for start, _ in rows] == [sum(count for _, count in rows[:i]) for i in range(len(rows))]
+        assert sum(count for _, count in rows) == expr.shape[0]
+    assert [task.completes for task in tasks if task.completes] == [tuple(tensors)]
+
+
+def test_what_cannot_be_cut_cheaply_is_made_whole():
+    """Rows of a transposed read each need all of it."""
+    flipped = basic.transpose(load("model", "w", TensorType(torch.float32, (256, 256))))
+    assert len(plan({"t": flipped}, 1000)) == 1
+
+
+def test_tied_names_and_scalars(tmp_path):
+    source = MemorySource({"s": torch.tensor(3.0), "e": torch.ones(0, 4)})
+    tensors = {name: load("model", name, type) for name, type in source.types.items()}
+    write({**tensors, "again": tensors["s"]}, {"model": source}, tmp_path)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded["again"] == loaded["s"] == 3
+    assert loaded["e"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_finite_are_named(tmp_path, bad, dtype):
+    damaged = torch.ones(50, 16, dtype=dtype)
+    damaged[37, 5] = bad
+    source = MemorySource({"good": torch.ones(50, 16, dtype=dtype), "damaged": damaged})
+    good, other = (load("model", name, source.types[name]) for name in ("good", "damaged"))
+    tensors = {"sum": basic.add(good, other)}
+    with pytest.raises(CheckpointError, match="tensor damaged holds NaN or infinite values") as error:
+        write(tensors, {"model": source}, tmp_path)
+    assert "model" in str(error.value)
+
+
+def test_damage_shows_through_quantisation(tmp_path):
+    weight = torch.ones(8, 16)
+    weight[3, 3] = float("nan")
+    source = MemorySource({"w": weight})
+    quantised = quantise(load("model", "w", source.types["w"]), 4, 8, scale_dtype=torch.float32)
+    tensors = {"w.packed": pack_bits(quantised.args[0], 4), "w.scale": quantised.args[1]}
+    with pytest.raises(CheckpointError, match="tensor w holds NaN"):
+        write(tensors, {"model": source}, tmp_path)
+
+
+def test_overflow_is_told_from_damage(tmp_path):
+    source = MemorySource({"w": torch.full((4,), 1e30)})
+    with pytest.raises(OutputError, match="computing tensor w gave NaN or infinite values, its inputs are finite"):
+        write({"w": basic.cast(load("model", "w", source.types["w"]), torch.float16)}, {"model": source}, tmp_path)
+
+
+def test_what_cannot_be_stored_is_refused():
+    with pytest.raises(OutputError, match="no tensor to write"):
+        layout({})
+    with pytest.raises(OutputError, match=r"safetensors cannot hold"):
+        layout({"x": load("model", "x", TensorType(torch.complex128, (2,)))})
