@@ -33,7 +33,8 @@ $(GGUF): | $(VENV)/.user
 	$(BIN)/python benchmarks/fetch.py smollm2
 
 demo: $(VENV)/.user $(GGUF) ## install, fetch SmolLM2-135M, compress it, compare it, and let the result answer a prompt
-	$(BIN)/python benchmarks/demo.py $(DEMO)
+	$(BIN)/compress-model recipes/demo.yaml -o $(DEMO)
+	$(BIN)/python benchmarks/answer.py $(DEMO) "What is the capital of France?"
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,65 @@
+"""What the benchmarks share: running the command on a recipe, timing processes, printing tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = ROOT / "models" / "minilm"
+WORK = ROOT / "out" / "benchmarks"
+COMMAND = [sys.executable, "-m", "compiler.cli"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well: what it printed, wall seconds, and the most resident memory it held, in bytes."""
+
+    output: str
+    seconds: float
+    peak_rss: int
+
+
+def run(command: Sequence[str], **environment: str) -> Finished:
+    """Run ``command`` in the project's root; its errors go to our standard error. Exits when it fails."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, env={**os.environ, **environment})
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        sys.exit(f"`{' '.join(command)}` failed with {process.returncode}\n{text}")
+    return Finished(text, time.perf_counter() - started, usage.ru_maxrss * 1024)
+
+
+def compress(name: str, model: Path, passes: Sequence[Any]) -> tuple[Path, Finished]:
+    """Compress ``model`` with ``passes`` (as a recipe spells them) into out/benchmarks/NAME."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    recipe = WORK / f"{name}.yaml"
+    recipe.write_text(json.dumps({"model": str(model), "passes": list(passes), "emit": ["safetensors"]}))
+    out = WORK / name
+    return out, run([*COMMAND, str(recipe), "-o", str(out), "--quiet"])
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of the weight files in a checkpoint."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table; the first row is its head."""
+    print(f"\n{title}\n")
+    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+    for row in rows[1:]:
+        print(f"| {' | '.join(row)} |")
