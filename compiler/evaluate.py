@@ -53,10 +53,8 @@ class Evaluation:
     inputs: Mapping[str, Any]
     dtype: str
     positions: int
-    parameters: int
     metrics: Mapping[str, Estimate]
     cache: CacheSize | None
-    reference_parameters: int | None
     reference: Mapping[str, Estimate]
     reference_cache: CacheSize | None
     seconds: float
@@ -119,7 +117,6 @@ class _Kept:
 @dataclass(frozen=True)
 class _Measured:
     metrics: Mapping[str, Estimate]
-    parameters: int
     positions: int
     cache: CacheSize | None
 
@@ -182,10 +179,8 @@ def evaluate_model(
         inputs={"data": text.fingerprint() if text else "random", "samples": samples, "length": length, "seed": seed},
         dtype=dtype,
         positions=ours.positions,
-        parameters=ours.parameters,
         metrics=ours.metrics,
         cache=ours.cache,
-        reference_parameters=theirs.parameters if theirs else None,
         reference=theirs.metrics if theirs else {},
         reference_cache=theirs.cache if theirs else None,
         seconds=time.perf_counter() - started,
@@ -349,7 +344,7 @@ def _measure(
             sums[name].add(*METRICS[name].score(scored))
         tick()
     metrics = {name: sums[name].estimate(METRICS[name], seed) for name in names}
-    return _Measured(metrics, sum(p.numel() for p in model.parameters()), positions, _cache_size(model))
+    return _Measured(metrics, positions, _cache_size(model))
 
 
 def _output(model: Any, window: Window, needs_logits: bool) -> Tensor:
