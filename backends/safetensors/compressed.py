@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backends.safetensors.formats import Format, Scheme, format_of, scheme_of
+from backends.safetensors.formats import Scheme, format_of, pack_quantized, scheme_of
 from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr, apply
@@ -15,6 +15,7 @@ from compiler.weights.ops import take
 from compiler.weights.ops.basic import cast, reshape
 
 STORED_ROWS = ("slice", "reshape")
+EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
     value = as_dequantize(expr)
     if value is None:
         return {key: expr}
-    stem = key.removesuffix("weight")
-    return {stem + suffix: part for suffix, part in format_of(scheme_of(value)).parts(value).items()}
+    storage = format_of(scheme_of(value), expert=bool(EXPERT.search(key)))
+    return {key.removesuffix("weight") + suffix: part for suffix, part in storage.parts(value).items()}
 
 
 def stored_tensors(param: Param) -> list[Expr]:
@@ -42,7 +43,8 @@ def stored_tensors(param: Param) -> list[Expr]:
     if param.expr.op != "dequantize":
         return [cast(param.expr, param.storage)]
     matrices = [param.expr] if param.type.rank == 2 else _expert_matrices(param)
-    return [part for matrix in matrices for part in stored_parts("weight", matrix).values()]
+    key = "weight" if param.type.rank == 2 else "experts.0.weight"
+    return [part for matrix in matrices for part in stored_parts(key, matrix).values()]
 
 
 def _expert_matrices(param: Param) -> list[Expr]:
@@ -74,8 +76,7 @@ def as_dequantize(expr: Expr) -> Expr | None:
 def quantization_config(tensors: Mapping[str, Expr], module: Any) -> Quantised | Mismatch | None:
     """The config for ``tensors`` (dense expressions by checkpoint name) of ``module``; None when all are dense.
 
-    The commonest scheme is the one of every linear map that is not named elsewhere, so that the lists of names stay
-    short. A Mismatch says which weight cannot be stored quantised.
+    A Mismatch says which weight cannot be stored quantised.
     """
     schemes: dict[str, Scheme] = {}
     dense: set[str] = set()
@@ -97,18 +98,20 @@ def _is_dense(expr: Expr, known: set[str]) -> bool:
     return expr.key in known
 
 
-def _config(schemes: Mapping[str, Scheme], module: Any) -> Quantised:
+def _config(schemes: Mapping[str, Scheme], module: Any) -> Quantised | Mismatch:
     from torch import nn
 
     linears = dict.fromkeys(name for name, child in module.named_modules() if isinstance(child, nn.Linear))
-    by_scheme: dict[Scheme, list[str]] = {}
+    by_scheme: dict[tuple[Scheme, bool], list[str]] = {}
     for name, scheme in schemes.items():
-        by_scheme.setdefault(scheme, []).append(name)
-    common = max(by_scheme, key=lambda scheme: sum(name in linears for name in by_scheme[scheme]))
-    groups: dict[str, Any] = {}
-    for index, (scheme, names) in enumerate(by_scheme.items()):
-        targets = _named(name for name in names if scheme != common or name not in linears)
-        groups[f"group_{index}"] = _group(scheme, [*targets, *(["Linear"] if scheme == common else [])])
+        by_scheme.setdefault((scheme, bool(EXPERT.search(name))), []).append(name)
+    reason = _unloadable(list(by_scheme))
+    if reason:
+        return Mismatch(reason)
+    common = max(by_scheme, key=lambda key: sum(name in linears for name in by_scheme[key]))
+    ordered = sorted(by_scheme, key=lambda key: key == common)  # names before the class: loaders take the first match
+    described = [_group(key, by_scheme[key], linears, key == common) for key in ordered]
+    groups = {f"group_{index}": group for index, group in enumerate(described)}
     formats = {group["format"] for group in groups.values()}
     config = {
         "quant_method": "compressed-tensors",
@@ -119,28 +122,44 @@ def _config(schemes: Mapping[str, Scheme], module: Any) -> Quantised:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    if any(_has_packed_zeros(*key) for key in by_scheme):
+        config["dequantize"] = True  # transformers reads packed zero points only when it dequantises while loading
     return Quantised(config, tuple(_fused_notes(schemes, linears)))
 
 
-def _named(names: Iterable[str]) -> list[str]:
-    """Names as targets; the experts of one projection, which are no modules, share a pattern."""
-    targets: dict[str, None] = {}
-    for name in names:
-        expert = re.fullmatch(r"(.*\.experts)\.\d+\.(.*)", name)
-        pattern = expert and f"re:.*\\.experts\\.\\d+\\.{re.escape(expert[2])}$"
-        targets[pattern or name] = None
-    return list(targets)
+def _unloadable(schemes: list[tuple[Scheme, bool]]) -> str:
+    """Why transformers cannot load a model with weights of these schemes (and whether they are experts); "" if it can.
+
+    Without zero points for experts, and for one scheme at a time when it dequantises while loading.
+    """
+    if any(expert and not scheme.symmetric for scheme, expert in schemes):
+        return "transformers reads no zero points of experts; make them symmetric"
+    if len(schemes) > 1 and any(_has_packed_zeros(*key) for key in schemes):
+        return "transformers reads packed zero points only of models with one scheme; make the weights symmetric"
+    return ""
 
 
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    storage: Format = format_of(scheme)
+def _has_packed_zeros(scheme: Scheme, expert: bool) -> bool:
+    return not scheme.symmetric and format_of(scheme, expert=expert) is pack_quantized.FORMAT
+
+
+def _group(key: tuple[Scheme, bool], names: list[str], linears: Mapping[str, None], common: bool) -> dict[str, Any]:
+    """A config group. The commonest one holds every linear map that is not named elsewhere."""
+    scheme, expert = key
+    targets = _patterns(names) if expert else [name for name in names if not common or name not in linears]
     return {
-        "targets": targets,
+        "targets": [*targets, *(["Linear"] if common else [])],
         "weights": scheme.weights_config(),
         "input_activations": None,
         "output_activations": None,
-        "format": storage.name,
+        "format": format_of(scheme, expert=expert).name,
     }
+
+
+def _patterns(experts: list[str]) -> list[str]:
+    """One pattern for the experts of each projection, of all layers."""
+    kinds = dict.fromkeys(name[name.rindex(".") + 1 :] for name in experts)
+    return [f"re:.*\\.experts\\.\\d+\\.{re.escape(kind)}$" for kind in kinds]
 
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))

@@ -94,7 +94,7 @@ def _attention_reason(site: AttentionSite) -> str:
 
 
 def projection(value: Value) -> Projection | str:
-    """How ``value`` [B, H, T, d] is made from a linear map: heads split, perhaps rotated, perhaps a part of its rows."""
+    """How ``value`` [B, H, T, d] comes from a linear map, split into heads and maybe rotated, or what prevents it."""
     node, rope = value.node, None
     if node is not None and node.op.name == "rope":
         rope, node = node, node.input(0).node

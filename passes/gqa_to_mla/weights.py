@@ -45,6 +45,11 @@ class Shape:
     def rotary_dim(self) -> int:
         return self.groups * self.rotated
 
+    @property
+    def latent_head_dim(self) -> int:
+        """The width of a query of latent attention, n + R."""
+        return self.unrotated + self.rotary_dim
+
 
 @dataclass(frozen=True)
 class NormConstants:

@@ -7,13 +7,9 @@ from backends.safetensors.formats.scheme import Format, Scheme, scheme_of
 
 FORMATS: tuple[Format, ...] = (int_quantized.FORMAT, pack_quantized.FORMAT)
 
-__all__ = ["FORMATS", "Format", "Scheme", "format_named", "format_of", "scheme_of"]
+__all__ = ["FORMATS", "Format", "Scheme", "format_of", "scheme_of"]
 
 
-def format_of(scheme: Scheme) -> Format:
-    """The first format that holds ``scheme``. Every scheme that a ``dequantize`` can have is held by one."""
-    return next(format for format in FORMATS if format.holds(scheme))
-
-
-def format_named(name: str) -> Format:
-    return next(format for format in FORMATS if format.name == name)
+def format_of(scheme: Scheme, *, expert: bool = False) -> Format:
+    """The first format that holds ``scheme``. Loaders of experts, which are no modules, know the packed one only."""
+    return pack_quantized.FORMAT if expert else next(format for format in FORMATS if format.holds(scheme))
