@@ -5,16 +5,19 @@
     rms_norm = op("mul", op("mul", x, op("rsqrt", op("add", mean, scalar=attr("eps")))), weight)
 
 A name that stands twice must be the same value both times. The operands of add, mul, minimum, maximum and the logical
-operations match in either order. A match that fails says what was expected, what was found, and where.
+operations match in either order. A match that fails says what was expected, what was found, and where. ``rule`` makes
+a rewrite rule of a pattern and a function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from compiler.ir.graph import Node, Param, Value
+from compiler.rewrite.site import Refused, Rule, Site
 
 _COMMUTATIVE = frozenset({"add", "mul", "minimum", "maximum", "logical_and", "logical_or"})
 
@@ -36,14 +39,14 @@ class AttrVar:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation. ``shared`` allows its result to be used outside the match; ``name`` binds the node's result."""
+    """An operation. The result of a ``private`` one is used nowhere else; ``name`` binds the node's result."""
 
     names: tuple[str, ...]
     operands: tuple[Pattern | None, ...]
     attrs: tuple[tuple[str, Any], ...]
     output: int = 0
     name: str = ""
-    shared: bool = False
+    private: bool = False
 
     @property
     def size(self) -> int:
@@ -77,10 +80,10 @@ def attr(name: str) -> AttrVar:
 
 
 def op(
-    names: str, *operands: Pattern | None, output: int = 0, name: str = "", shared: bool = False, **attrs: Any
+    names: str, *operands: Pattern | None, output: int = 0, name: str = "", private: bool = False, **attrs: Any
 ) -> Op:
     """An operation (``"silu|gelu"``: one of several) on ``operands``; attributes not given have their default."""
-    return Op(tuple(names.split("|")), operands, tuple(attrs.items()), output, name, shared)
+    return Op(tuple(names.split("|")), operands, tuple(attrs.items()), output, name, private)
 
 
 def either(*options: Pattern) -> Either:
@@ -129,11 +132,30 @@ class Mismatch:
     fitted: int
 
 
+def rule(pattern: Op) -> Callable[[Callable[[Site, Match], Value | Refused | None]], Rule]:
+    """Make a rule of a function that says what replaces a match of ``pattern``, or why it must be left alone.
+
+    Where at least half of the pattern fits, the rule says why the rest does not.
+    """
+
+    def decorate(replace: Callable[[Site, Match], Value | Refused | None]) -> Rule:
+        @functools.wraps(replace)
+        def apply(site: Site) -> Value | Refused | None:
+            found = match(pattern, site.node)
+            if isinstance(found, Match):
+                return replace(site, found)
+            return Refused(found.reason, found.where) if 2 * found.fitted >= pattern.size else None
+
+        return apply
+
+    return decorate
+
+
 def match(pattern: Op, root: Node) -> Match | Mismatch:
     """Fit ``pattern`` with its outermost operation at ``root``."""
     search = _Search(Mismatch("", root, -1))
-    if not root.outputs or pattern.output >= len(root.outputs):
-        return search.failed(_State(), root, f"`{root.op.name}` has no output {pattern.output}")
+    if pattern.output >= len(root.outputs):
+        return Mismatch(f"`{root.op.name}` has no output {pattern.output}", root, 0)
     for state in search.fit(pattern, root.outputs[pattern.output], _State(), root):
         escaped = _escape(state, root)
         if escaped is None:
@@ -143,11 +165,10 @@ def match(pattern: Op, root: Node) -> Match | Mismatch:
 
 
 def _escape(state: _State, root: Node) -> Node | None:
-    """A matched node whose result is needed outside the match, other than the root and shared ones."""
+    """A private node of the match, other than the root, whose result is used outside the match."""
     inside = set(state.nodes)
-    for node in state.nodes:
-        private = node is not root and node not in state.shared
-        if private and any(not output.users.keys() <= inside for output in node.outputs):
+    for node in state.private:
+        if node is not root and any(not output.users.keys() <= inside for output in node.outputs):
             return node
     return None
 
@@ -158,17 +179,17 @@ class _State:
 
     bound: Mapping[str, Any] = field(default_factory=dict[str, Any])
     nodes: tuple[Node, ...] = ()
-    shared: frozenset[Node] = frozenset()
+    private: frozenset[Node] = frozenset()
 
     def binding(self, name: str, value: Any) -> _State | None:
         if name in self.bound:
             known = self.bound[name]
             return self if known is value or (not isinstance(value, Value) and known == value) else None
-        return _State({**self.bound, name: value}, self.nodes, self.shared)
+        return _State({**self.bound, name: value}, self.nodes, self.private)
 
-    def visiting(self, node: Node, shared: bool) -> _State:
+    def visiting(self, node: Node, private: bool) -> _State:
         nodes = self.nodes if node in self.nodes else (*self.nodes, node)
-        return _State(self.bound, nodes, self.shared | {node} if shared else self.shared)
+        return _State(self.bound, nodes, self.private | {node} if private else self.private)
 
 
 @dataclass
@@ -219,7 +240,7 @@ class _Search:
             begun = begun.binding(pattern.name, value)
         if begun is not None:
             for operands in _orders(node):
-                yield from self._fit_operands(pattern, operands, begun.visiting(node, pattern.shared), node)
+                yield from self._fit_operands(pattern, operands, begun.visiting(node, pattern.private), node)
 
     def _fit_attrs(self, pattern: Op, node: Node, state: _State) -> _State | None:
         expected = dict(pattern.attrs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from compiler.frontend.params import part, rebind
-from compiler.frontend.rules.site import Rule, Site, last_axis_slice, made_by, orders, scalar_of
 from compiler.ir.graph import Node, Param, Value
+from compiler.rewrite.site import Rule, Site, last_axis_slice, made_by, orders, scalar_of
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, slice, transpose
 

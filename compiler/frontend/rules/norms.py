@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from compiler.frontend.rules.site import Rule, Site, made_by, orders, scalar_of
 from compiler.ir.graph import Node, Param, Value
+from compiler.rewrite.pattern import Match, attr, either, op, rule, var
+from compiler.rewrite.site import Refused, Rule, Site, made_by, orders, scalar_of
+
+_X = var("x")
+_SQUARE = either(op("pow", _X, scalar=2.0), op("mul", _X, _X))
+_MEAN_SQUARE = op("mean", _SQUARE, axes=attr("axes"), keep=True)
 
 
-def normalised(site: Site) -> Value | None:
+@rule(op("mul", _X, op("rsqrt", op("add", _MEAN_SQUARE, scalar=attr("eps")))))
+def normalised(site: Site, found: Match) -> Value | Refused:
     """x * rsqrt(mean(x^2) + eps) is a norm without a weight."""
-    for x, factor in orders(site.node):
-        root = made_by(factor, "rsqrt")
-        shifted = None if root is None else made_by(root.input(0), "add")
-        mean = None if shifted is None else made_by(shifted.input(0), "mean")
-        if shifted is None or mean is None or scalar_of(shifted) is None or not _over_last_axis(mean):
-            continue
-        if _squared(mean.input(0)) is x:
-            return site.op("rms_norm", x, eps=scalar_of(shifted))
-    return None
+    x = found.value("x")
+    if found["axes"] != (x.type.rank - 1,) or found["eps"] is None:
+        return Refused("the mean is not over the last axis, or nothing fixed is added to it")
+    return site.op("rms_norm", x, eps=found["eps"])
 
 
 def _over_last_axis(node: Node) -> bool:
     return node.attr("axes") == (node.input(0).type.rank - 1,) and node.attr("keep")
-
-
-def _squared(value: Value) -> Value | None:
-    node = made_by(value, "pow", "mul")
-    if node is None:
-        return None
-    if node.op.name == "pow":
-        return node.input(0) if scalar_of(node) == 2.0 else None
-    return node.input(0) if len(node.inputs) == 2 and node.input(0) is node.input(1) else None
 
 
 def weighted(site: Site) -> Value | None:

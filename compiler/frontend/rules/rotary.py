@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from compiler.frontend.rules.site import Rule, Site, last_axis_slice, made_by, orders, scalar_of
 from compiler.ir.graph import Node, Value
 from compiler.ir.types import dim_product
+from compiler.rewrite.site import Rule, Site, last_axis_slice, made_by, orders, scalar_of
 
 
 @dataclass(frozen=True)

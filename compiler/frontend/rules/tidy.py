@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from compiler.frontend.params import constant_values
-from compiler.frontend.rules.site import Rule, Site, made_by, scalar_of
 from compiler.ir.graph import Param, Value
+from compiler.rewrite.pattern import Match, attr, op, rule, var
+from compiler.rewrite.site import Refused, Rule, Site, made_by
 
 
 def merge_reshapes(site: Site) -> Value | None:
@@ -150,20 +153,17 @@ def linear_under_reshape(site: Site) -> Value | None:
     return site.op("reshape", moved, shape=site.node.attr("shape"))
 
 
-def gelu_by_tanh(site: Site) -> Value | None:
+_X = var("x")
+_CUBIC = op("add", _X, op("mul", op("pow", _X, scalar=3.0), scalar=attr("cubic")))
+_TANH = op("tanh", op("mul", _CUBIC, scalar=attr("slope")))
+
+
+@rule(op("mul", op("mul", _X, scalar=0.5), op("add", _TANH, scalar=1.0)))
+def gelu_by_tanh(site: Site, found: Match) -> Value | Refused:
     """x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) is a gelu."""
-    half = made_by(site.node.input(0), "mul")
-    plus = made_by(site.node.inputs[1], "add") if len(site.node.inputs) == 2 else None
-    tanh = None if plus is None or scalar_of(plus) != 1.0 else made_by(plus.input(0), "tanh")
-    scaled = None if tanh is None else made_by(tanh.input(0), "mul")
-    inner = None if scaled is None else made_by(scaled.input(0), "add")
-    if half is None or scalar_of(half) != 0.5 or inner is None or len(inner.inputs) != 2:
-        return None
-    x = half.input(0)
-    cubic = made_by(inner.input(1), "mul")
-    cube = None if cubic is None or cubic.input(0) is x else made_by(cubic.input(0), "pow")
-    matches = inner.input(0) is x and cube is not None and cube.input(0) is x and scalar_of(cube) == 3.0
-    return site.op("gelu", x, approximate="tanh") if matches else None
+    if not math.isclose(found["cubic"], 0.044715) or not math.isclose(found["slope"], math.sqrt(2 / math.pi)):
+        return Refused(f"{found['slope']} and {found['cubic']} are not the constants of a gelu")
+    return site.op("gelu", found.value("x"), approximate="tanh")
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

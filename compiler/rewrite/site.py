@@ -20,7 +20,16 @@ class Site:
         return self.graph.op(op, inputs, attrs, scope=self.node.scope, before=self.node)
 
 
-Rule = Callable[[Site], Value | None]
+@dataclass(frozen=True)
+class Refused:
+    """A rule fits a node but must leave it alone, or nearly fits it: why, and where if not at the node itself."""
+
+    reason: str
+    where: Node | None = None
+
+
+Rule = Callable[[Site], Value | Refused | None]
+"""What replaces the only output of the site's node, a reason against it, or None where the rule has nothing to say."""
 
 
 def made_by(value: Value | None, *ops: str) -> Node | None:
