@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from compiler.weights.tasks import Piece, Task, plan
 from compiler.weights.tensorfile import row_bytes
 
 BUDGET = 512 << 20
-_SYNC_BYTES = 256 << 20
+SAFE_BYTES = 256 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
@@ -51,12 +52,14 @@ def write(
     journal: Path | None = None,
     budget: int = BUDGET,
     threads: int = 2,
+    safe_bytes: int = SAFE_BYTES,
     on_progress: Progress | None = None,
 ) -> list[WrittenFile]:
     """Compute every tensor and write model.safetensors, or shards with an index, into ``directory``.
 
     ``budget`` bounds the bytes that all ``threads`` together hold, as far as single rows allow. ``journal`` (a file
-    outside ``directory``) records what is done: a later call with the same tensors and sources goes on from there.
+    outside ``directory``) records what is done, every ``safe_bytes``: a later call with the same tensors and sources
+    goes on from there.
     ``on_progress`` is called with (bytes done, bytes in all), first for what an earlier run has left.
 
     Raises CheckpointError when a source is damaged or holds NaN or infinite values, OutputError when a result is
@@ -66,10 +69,11 @@ def write(
     record = Journal(journal, _job_key(shards, sources))
     with _explained(directory), ExitStack() as stack:
         files = [_File(shard, directory, stack) for shard in shards]
+        _check_space(files, directory)
         record.begin(name for file in files if not file.fresh for name in file.shard.tensors)
         for file in files:
             file.prepare()
-        writer = _Writer(files, sources, record, on_progress or _silent)
+        writer = _Writer(files, sources, record, safe_bytes, on_progress or _silent)
         with _single_threaded_torch():
             writer.run(plan(writer.pending(tensors), budget // threads), threads)
         return [*(file.finish() for file in files), *_write_index(shards, directory)]
@@ -85,6 +89,11 @@ class _File:
         stack.callback(os.close, self._descriptor)
         same_size = os.fstat(self._descriptor).st_size == shard.size
         self.fresh = not same_size or os.pread(self._descriptor, len(shard.header), 0) != shard.header
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the file that have no place on the disk yet."""
+        return max(0, self.shard.size - os.fstat(self._descriptor).st_blocks * 512)
 
     def prepare(self) -> None:
         """Write the header and reserve the space, so that a full disk is known before any work is done."""
@@ -133,12 +142,14 @@ class _Writer:
     """Runs tasks and records what is finished."""
 
     def __init__(
-        self, files: Sequence[_File], sources: Mapping[str, Source], record: Journal, on_progress: Progress
+        self, files: Sequence[_File], sources: Mapping[str, Source], record: Journal, safe_bytes: int,
+        on_progress: Progress,
     ) -> None:
         self._file_of = {name: file for file in files for name in file.shard.tensors}
         self._files = files
         self._sources = {name: _FiniteSource(name, source) for name, source in sources.items()}
         self._record = record
+        self._safe_bytes = safe_bytes
         self._on_progress = on_progress
         self._total = sum(file.shard.tensor_bytes for file in files)
 
@@ -155,7 +166,7 @@ class _Writer:
             finished += task.completes
             done, unsynced = done + task.nbytes, unsynced + task.nbytes
             self._on_progress(done, self._total)
-            if unsynced >= _SYNC_BYTES:
+            if unsynced >= self._safe_bytes:
                 self._checkpoint(finished)
                 finished, unsynced = [], 0
         self._checkpoint(finished)
@@ -214,6 +225,14 @@ def _write_at(descriptor: int, data: memoryview, position: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], position + done)
+
+
+def _check_space(files: Sequence[_File], directory: Path) -> None:
+    needed = sum(file.missing for file in files)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OutputError(f"the disk is too full: {needed:,} bytes are needed, {free:,} are free", where=str(directory),
+                          remedy="free some space and run again: what is finished is reused")
 
 
 def _reserve(descriptor: int, size: int) -> None:
