@@ -35,7 +35,14 @@ class Importer:
         self.graph.sources.update(subject.sources)
         self.scope = ""
         self.out = TensorType(torch.float32, ())
+        signature = program.graph_signature
+        self._weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._constants = signature.inputs_to_lifted_tensor_constants
         self._known: dict[fx.Node, Any] = {}
+        self._aliases: dict[str, tuple[str, ...]] = {}
+        for other, first in subject.names.items():
+            if other != first:
+                self._aliases[first] = (*self._aliases.get(first, ()), other)
         self._views: dict[fx.Node, list[fx.Node]] = {}
         self._dims: dict[str, str] = {}
 
@@ -79,12 +86,10 @@ class Importer:
     # --- placeholders ---------------------------------------------------------------------------------------
 
     def _placeholder(self, node: fx.Node) -> None:
-        signature = self.program.graph_signature
-        weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        if node.name in weights:
-            self._known[node] = self._param(weights[node.name])
-        elif node.name in signature.inputs_to_lifted_tensor_constants:
-            self._known[node] = self._constant(signature.inputs_to_lifted_tensor_constants[node.name])
+        if node.name in self._weights:
+            self._known[node] = self._param(self._weights[node.name])
+        elif node.name in self._constants:
+            self._known[node] = self._constant(self._constants[node.name])
         elif isinstance(node.meta["val"], Tensor):
             self._known[node] = self._input(node)
 
@@ -92,7 +97,7 @@ class Importer:
         name = self.subject.names[path]
         if name in self.graph.params:
             return self.graph.params[name]
-        aliases = tuple(other for other, first in self.subject.names.items() if first == name and other != name)
+        aliases = self._aliases.get(name, ())
         expr = next((self.subject.weights[n] for n in (name, *aliases) if n in self.subject.weights), None)
         if expr is None:
             raise CaptureError("no checkpoint tensor is bound to this parameter", where=name)
@@ -201,9 +206,10 @@ class Importer:
         base = target.args[0] if target.args and target in self._views.get(cast("fx.Node", target.args[0]), ()) else None
         if base is None:
             return
-        if target.target is not torch.ops.aten.slice.Tensor:
+        if target.target not in (torch.ops.aten.slice.Tensor, torch.ops.aten.alias.default):
             raise self.fail(f"a write through `{target.target}` cannot be followed")
-        self._rebind_written(cast("fx.Node", base), self._spliced(target, written))
+        whole = target.target is torch.ops.aten.alias.default
+        self._rebind_written(cast("fx.Node", base), written if whole else self._spliced(target, written))
         self._known[target] = written
 
     def _forget_views(self, base: fx.Node) -> None:
