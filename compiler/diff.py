@@ -5,16 +5,54 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compiler.console import human_bytes, human_count, table
+from compiler.errors import CheckpointError
 from compiler.ir.types import TensorType
-from compiler.weights.checkpoint import Checkpoint, open_checkpoint
+from compiler.weights.checkpoint import open_checkpoint
+from compiler.weights.tensorfile import parse_json, read_header, read_tensor
 
 SHOWN = 20
+
+
+class _Files(Protocol):
+    """What is compared: a config and tensors. Unlike a model to compress, it may be quantised."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def types(self) -> Mapping[str, TensorType]: ...
+
+    def read(self, key: str) -> Tensor: ...
+
+
+class _Directory:
+    """The safetensors files of a directory, whatever they hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = path / "config.json"
+        self.config = parse_json(config.read_bytes(), config) if config.is_file() else {}
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError("the directory holds no safetensors file", where=str(path))
+        self._tensors = {name: (file, stored) for file in files for name, stored in read_header(file).items()}
+
+    @property
+    def types(self) -> Mapping[str, TensorType]:
+        return {name: stored.type for name, (_, stored) in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return read_tensor(*self._tensors[key])
+
+
+def _open(path: str) -> _Files:
+    return _Directory(Path(path)) if Path(path).is_dir() else open_checkpoint(path)
 
 
 def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[int, int], None] | None = None) -> str:
@@ -23,7 +61,7 @@ def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[i
     With ``values``, tensors of the same name and type are read and compared, one pair at a time.
     Raises CheckpointError when one cannot be opened.
     """
-    a, b = open_checkpoint(left), open_checkpoint(right)
+    a, b = _open(left), _open(right)
     sections = [
         _totals(a, b),
         _section("config.json", _changes(_flat(a.config), _flat(b.config))),
@@ -31,7 +69,7 @@ def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[i
         _section("tensors", _tensor_changes(a.types, b.types)),
     ]
     if values:
-        sections.append(_section("values", _value_changes(a, b, on_progress)))
+        sections.append(_section("values of the tensors that both have", _value_changes(a, b, on_progress)))
     return "\n\n".join(sections)
 
 
@@ -42,7 +80,7 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return "\n".join([f"{title}: {len(found)} differences" if found else f"{title}: the same", *shown, *more])
 
 
-def _totals(a: Checkpoint, b: Checkpoint) -> str:
+def _totals(a: _Files, b: _Files) -> str:
     rows = [("", "tensors", "elements", "bytes", "dtypes")]
     for name, checkpoint in (("A", a), ("B", b)):
         types = list(checkpoint.types.values())
@@ -93,7 +131,7 @@ def _tensor_changes(left: Mapping[str, TensorType], right: Mapping[str, TensorTy
     return _changes(*shown)
 
 
-def _value_changes(a: Checkpoint, b: Checkpoint, on_progress: Callable[[int, int], None] | None) -> Iterable[str]:
+def _value_changes(a: _Files, b: _Files, on_progress: Callable[[int, int], None] | None) -> Iterable[str]:
     common = [name for name, type in a.types.items() if b.types.get(name) == type]
     for index, name in enumerate(common, 1):
         x, y = a.read(name), b.read(name)
