@@ -182,6 +182,9 @@ def _described(node: Node) -> _Node | None:
     for axis, atoms, _ in sorted(spots, key=lambda spot: len(spot[1])):
         _learn_sizes(found.sizes, atoms, static_size(axis))
     for axis, atoms, fixed in spots:
+        size = math.prod(found.sizes.get(atom, 0) for atom in atoms)
+        if size and static_size(axis) not in (0, 1, size):
+            return None
         found.places += _placed(found.sizes, axis, atoms, fixed)
     return found
 

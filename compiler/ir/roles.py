@@ -83,7 +83,7 @@ def _by_operation(node: Node) -> Iterator[tuple[Value | None, str]]:
     match node.op.name:
         case "linear":
             yield node.input(1), "linear"
-        case "embedding":
+        case "embedding" | "take":
             yield node.input(0), "embedding"
         case "rms_norm" | "layer_norm":
             yield from ((value, "norm") for value in node.inputs[1:])

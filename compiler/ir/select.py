@@ -26,7 +26,7 @@ _Test = Callable[[Param], bool]
 def resolve(graph: Graph, selector: Selector, skip: Sequence[str] = ()) -> list[Param]:
     """The weights that ``selector`` selects and no entry of ``skip`` does, in order of first use.
 
-    An entry is a role, a glob on names (aliases count), or a module path or its end (``lm_head``). Raises
+    An entry is a role, a glob on names (aliases count), or a part of a module path (``lm_head``). Raises
     SelectorError when nothing is left, when a number differs from ``expect``, when the selector is malformed, or when
     an entry of ``skip`` that is no role matches no weight at all.
     """
@@ -106,10 +106,9 @@ def _any_role(value: Any, known: Mapping[Param, set[str]]) -> _Test:
 
 
 def _named(param: Param, pattern: str) -> bool:
-    """Whether a name of ``param`` matches a glob, or its module path is, or ends in, ``pattern``."""
+    """Whether a name of ``param`` matches a glob, or has ``pattern`` as consecutive parts (``lm_head``, ``layers.3``)."""
     return any(
-        fnmatchcase(name, pattern) or f".{name.rpartition('.')[0]}".endswith(f".{pattern}")
-        for name in (param.name, *param.aliases)
+        fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for name in (param.name, *param.aliases)
     )
 
 

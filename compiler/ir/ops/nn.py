@@ -378,12 +378,14 @@ OPS = (
               "c*tanh(s/c)."),
     OpDef("latent_attention", "query latent rotary_key up mask?", _infer_latent_attention, _eval_latent_attention,
           {"scale": Attr("float"), "causal": Attr("bool", False)},
+          axes="b h t q!, b u r, b u p!, (h! m!) r, b u? -> b t h v!",
           doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
               "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
               "rows -> [B, T, H, v]. The cache holds latent and rotary_key."),
     OpDef("experts", "x indices weights gate_up down gate_up_bias? down_bias?", _infer_experts, _eval_experts,
           {"activation": Attr("text", choices=(*GATES, "clamped_swish")), "alpha": Attr("float", 1.0),
            "limit": Attr("float", 0.0)},
+          axes="n d, n k!, n k!, e! (two! f) d, e! d f, e! (two! f)?, e! d? -> n d",
           doc="Sum over k of weights[:, k] * expert indices[:, k] of x [N, D]. An expert is down (gate(g) * u) with "
               "g, u the halves of gate_up x: gate_up [E, 2F, D], down [E, D, F], biases [E, 2F] and [E, D]. "
               "`clamped_swish` is (clip(u, +-limit) + 1) * m * sigmoid(alpha m) with m = min(g, limit)."),
