@@ -166,6 +166,8 @@ def latent(site: Site) -> Value | None:
     node = site.node
     plain = not any(node.attr(name) for name in ("window", "softcap")) and len(node.inputs) <= 4
     joined, taken = made_by(node.input(1), "concat"), last_axis_slice(node.input(2))
+    if plain and joined is None:
+        return _fully_rotated_latent(site)
     if not plain or joined is None or taken is None or len(joined.inputs) != 2:
         return None
     unrotated, shared = last_axis_slice(joined.input(0)), made_by(joined.input(1), "expand")
@@ -175,12 +177,24 @@ def latent(site: Site) -> Value | None:
         return None
     key, width = shared.input(0), taken[0].shape[-1]
     whole = (unrotated[1], unrotated[3], taken[1:]) == (0, 1, (unrotated[2], width, 1))
-    if not whole or key.shape[1] != 1:
+    return _latent_attention(site, key, up) if whole and key.shape[1] == 1 else None
+
+
+def _fully_rotated_latent(site: Site) -> Value | None:
+    """Latent attention whose keys have no unrotated part: every head has the shared key, and only values expand."""
+    shared, heads = made_by(site.node.input(1), "expand"), made_by(site.node.input(2), "split_heads")
+    up = None if heads is None else made_by(heads.input(0), "linear")
+    if shared is None or up is None or shared.input(0).shape[1] != 1 or len(up.inputs) != 2:
         return None
+    return _latent_attention(site, shared.input(0), up) if made_by(up.input(0), "rms_norm") is not None else None
+
+
+def _latent_attention(site: Site, key: Value, up: Node) -> Value:
+    """``key`` [B, 1, T, R] is shared by all heads, ``up`` expands the latent."""
+    node = site.node
     rotary = site.op("reshape", key, shape=(key.shape[0], *key.shape[2:]))
-    mask = node.optional_input(3)
     attrs = {"scale": node.attr("scale"), "causal": node.attr("causal")}
-    return site.op("latent_attention", node.input(0), up.input(0), rotary, up.input(1), mask, **attrs)
+    return site.op("latent_attention", node.input(0), up.input(0), rotary, up.input(1), node.optional_input(3), **attrs)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
