@@ -114,6 +114,7 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
 def _subject(
     module: nn.Module, inputs: Mapping[str, Tensor] | None, weights: dict[str, Expr], origin: Origin
 ) -> Subject:
+    _settle_frequencies(module)
     examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
     return Subject(
         module=module,
@@ -124,6 +125,15 @@ def _subject(
         transient=_transient(module),
         origin=origin,
     )
+
+
+def _settle_frequencies(module: nn.Module) -> None:
+    """A "longrope" table that is the same for short and long texts is plain: nothing is chosen at run time."""
+    for child in module.modules():
+        if getattr(child, "rope_type", None) == "longrope":
+            parameters = cast(Any, child).config.rope_parameters
+            if parameters["short_factor"] == parameters["long_factor"]:
+                child.rope_type = "default"
 
 
 def _origin(module: nn.Module, source: str | None) -> Origin:
