@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from compiler.errors import CaptureError, CompressError
+from compiler.frontend.fold import NotFoldableError, layer_lists, passing_through, unfold
 from compiler.frontend.importer import Importer
 from compiler.frontend.lift import lift
 from compiler.frontend.subject import Subject, subject_of
@@ -35,19 +36,38 @@ def capture(
     captured and where it stands.
     """
     subject = subject_of(model, inputs, architecture)
+    graph = _folded(subject) or _lifted(subject)
+    verify(graph)
+    return graph
+
+
+def _folded(subject: Subject) -> Graph | None:
+    """The graph from two traced layers of each kind, or None when they do not stand for all."""
+    lists = layer_lists(subject.module)
+    if not lists:
+        return None
+    try:
+        with passing_through(subject.module, lists):
+            graph = _lifted(subject)
+        unfold(graph, subject, lists)
+    except (NotFoldableError, CaptureError):
+        return None
+    return graph
+
+
+def _lifted(subject: Subject) -> Graph:
     graph = Importer(subject, export(subject)).run()
     lift(graph)
-    verify(graph)
     return graph
 
 
 def export(subject: Subject) -> ExportedProgram:
     """Trace the subject. Raises CaptureError when torch cannot follow the model."""
-    dynamic = {name: {axis: Dim.AUTO for axis in subject.dims[name]} for name in subject.inputs}
+    dynamic: dict[str, Any] = {name: {axis: Dim.AUTO for axis in subject.dims[name]} for name in subject.inputs}
     try:
         with torch.no_grad():
             return torch.export.export(
-                subject.module, (), dict(subject.inputs), dynamic_shapes=_by_parameter(subject, dynamic), strict=False
+                subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False
             )
     except CompressError:
         raise
@@ -56,6 +76,3 @@ def export(subject: Subject) -> ExportedProgram:
         name = type(subject.module).__name__
         raise CaptureError(f"torch cannot trace `{name}`: {type(reason).__name__}: {first}") from reason
 
-
-def _by_parameter(subject: Subject, dynamic: dict[str, Any]) -> dict[str, Any]:
-    return {name: dynamic[name] for name in subject.inputs}
