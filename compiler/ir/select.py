@@ -194,8 +194,9 @@ def _nothing(graph: Graph, selector: Selector, known: Mapping[Param, set[str]], 
 
 def _near(graph: Graph, text: str, known: Mapping[Param, set[str]]) -> str:
     present = [role for role in ROLES if any(has_role(names, role) for names in known.values())]
-    names = [name for param in _in_order(graph) for name in (param.name, param.name.rpartition(".")[0])]
-    near = difflib.get_close_matches(text, [*present, *names], 1, cutoff=0.7)
+    names = [name for param in _in_order(graph) for name in (param.name, *param.aliases)]
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    near = difflib.get_close_matches(text, [*present, *names, *sorted(parts)], 1, cutoff=0.7)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return f"{hint}roles present: {', '.join(present)}"
 
