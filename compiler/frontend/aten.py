@@ -14,7 +14,7 @@ import torch
 
 from compiler.frontend.experts import expert_operands
 from compiler.ir.graph import Value
-from compiler.ir.types import Dim, canonical_dim
+from compiler.ir.types import Dim, Shape, canonical_dim
 
 if TYPE_CHECKING:
     from compiler.frontend.importer import Importer
@@ -212,8 +212,7 @@ def _max(importer: Importer, x: Value, *args: Any) -> Value | list[Value]:
 
 
 def _reshape(importer: Importer, x: Value, *args: Any, **kwargs: Any) -> Value:
-    shape = importer.out.shape
-    return x if x.shape == shape else importer.emit("reshape", x, shape=shape)
+    return _reshaped(importer, x, importer.out.shape)
 
 
 def _permute(importer: Importer, x: Value, perm: Sequence[int]) -> Value:
@@ -298,17 +297,27 @@ def _stack(importer: Importer, parts: Sequence[Value], axis: int = 0) -> Value:
 
 
 def _expand(importer: Importer, x: Value, *args: Any, **kwargs: Any) -> Value:
-    shape = importer.out.shape
-    return x if x.shape == shape else importer.emit("expand", x, shape=shape)
+    return _expanded(importer, x, importer.out.shape)
 
 
 def _repeat(importer: Importer, x: Value, times: Sequence[Dim]) -> Value:
-    """Each axis of size n, repeated m times, is [m, n] merged."""
+    """An axis of size n, repeated m times, is [m, n] merged."""
     padded = (1,) * (len(times) - x.type.rank) + tuple(x.shape)
-    pairs = [(count, size) for count, size in zip(times, padded, strict=True)]
-    split = importer.emit("reshape", x, shape=tuple(dim for _, size in pairs for dim in (1, size)))
-    wide = importer.emit("expand", split, shape=tuple(dim for pair in pairs for dim in pair))
-    return importer.emit("reshape", wide, shape=importer.out.shape)
+    split: list[Dim] = []
+    wide: list[Dim] = []
+    for count, size in zip(times, padded, strict=True):
+        split += [size] if 1 in (count, size) else [1, size]
+        wide += [size] if count == 1 else [count] if size == 1 else [count, size]
+    spread = _expanded(importer, _reshaped(importer, x, tuple(split)), tuple(wide))
+    return _reshaped(importer, spread, importer.out.shape)
+
+
+def _reshaped(importer: Importer, x: Value, shape: Shape) -> Value:
+    return x if x.shape == shape else importer.emit("reshape", x, shape=shape)
+
+
+def _expanded(importer: Importer, x: Value, shape: Shape) -> Value:
+    return x if x.shape == shape else importer.emit("expand", x, shape=shape)
 
 
 def _repeat_interleave(importer: Importer, x: Value, times: int, axis: int, **kwargs: Any) -> Value:

@@ -7,6 +7,7 @@ they are only ever traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,19 @@ NAME = "compress_model"
 
 # Keywords that transformers passes to every attention function and that say nothing about what is computed here.
 _IRRELEVANT = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "dropout", "deterministic"})
+
+# What masks may be composed of. Packing is derived from position ids and never applies to a batch of whole sequences.
+_UNDERSTOOD_MASKS = frozenset(
+    {
+        "and_masks",
+        "causal_mask_function",
+        "bidirectional_mask_function",
+        "sliding_window_overlay",
+        "sliding_window_bidirectional_overlay",
+        "packed_sequence_mask_function",
+        "remap_positions_for_packed_sequence",
+    }
+)
 
 
 @torch.library.custom_op("compress_model::attention", mutates_args=())
@@ -89,9 +103,24 @@ def _attention(
     return result, None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    # Causality and window travel with the attention itself; only the padding mask [B, S] is data.
+def _mask(
+    *args: Any, mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The padding mask [B, S] or None: causality and windows travel as attributes of the attention itself."""
+    for name in _mask_functions(mask_function):
+        if name not in _UNDERSTOOD_MASKS:
+            raise CaptureError(f"the attention mask `{name}` is not in the graph's vocabulary")
     return attention_mask
+
+
+def _mask_functions(function: Any) -> Iterator[str]:
+    """The functions that a mask is composed of, which transformers nests in closures."""
+    for cell in getattr(function, "__closure__", None) or ():
+        for part in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
+            if callable(part):
+                yield from _mask_functions(part)
+    if function is not None:
+        yield function.__qualname__.partition(".")[0]
 
 
 def _experts(module: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -257,15 +257,16 @@ def _literal(path: str, value: Tensor) -> Expr:
     return literal(value.flatten().tolist(), value.shape, value.dtype)
 
 
-def _storage(config: PretrainedConfig, model: PreTrainedModel) -> Any:
-    """The dtype each tensor has in a checkpoint of ``config``: the config's, but for what its class keeps in float32."""
-    default = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+def _storage(config: PretrainedConfig, model: PreTrainedModel) -> Callable[[str, Tensor], torch.dtype]:
+    """The dtype a tensor has in a checkpoint of ``config``: the config's, but for what its class keeps in float32."""
+    named = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
+    default = named if isinstance(named, torch.dtype) else torch.float32
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
-        floating = tensor.is_floating_point()
-        in_float32 = any(part in kept or f".{part}." in f".{name}." for part in kept)
-        return tensor.dtype if not floating or in_float32 else default
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if any(f".{part}." in f".{name}." for part in kept) else default
 
     return dtype_of
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from compiler.frontend.params import constant_values
-from compiler.ir.graph import Param, Value
+from compiler.frontend.params import constant_values, part
+from compiler.ir.graph import Node, Param, Value
 from compiler.rewrite.pattern import Match, attr, op, rule, var
 from compiler.rewrite.site import Refused, Rule, Site, made_by
+from compiler.weights.ops.basic import slice
 
 
 def merge_reshapes(site: Site) -> Value | None:
@@ -153,6 +154,44 @@ def linear_under_reshape(site: Site) -> Value | None:
     return site.op("reshape", moved, shape=site.node.attr("shape"))
 
 
+_ROW_WISE = ("linear", "layer_norm", "rms_norm", "relu", "gelu", "silu", "tanh", "sigmoid", "add", "mul")
+
+
+def unflattened_rows(site: Site) -> Value | None:
+    """What is computed row by row on [N, D] and then viewed as [B, T, D] is computed on [B, T, D]."""
+    rows, shape = site.node.input(0), site.node.output.shape
+    node = made_by(rows, *_ROW_WISE)
+    if node is None or rows.type.rank != 2 or len(shape) != 3 or shape[-1] != rows.shape[-1]:
+        return None
+    operands = [value for value in node.inputs if value is not None and value.type.rank == 2 and not _is_weight(value)]
+    if rows.single_user() is not site.node or any(value.shape[0] != rows.shape[0] for value in operands):
+        return None
+    moved = {value: site.op("reshape", value, shape=(*shape[:2], value.shape[1])) for value in operands}
+    inputs = [None if value is None else moved.get(value, value) for value in node.inputs]
+    return site.op(node.op.name, *inputs, **node.attrs)
+
+
+def _is_weight(value: Value) -> bool:
+    return isinstance(value, Param)
+
+
+def parts_of_parameter(site: Site) -> Value | None:
+    """Rows of a parameter are a parameter."""
+    whole = site.node.input(0)
+    if not isinstance(whole, Param) or not whole.persistent or not all(map(_takes_rows, whole.users)):
+        return None
+    for index, node in enumerate(sorted(whole.users, key=lambda user: user.attr("start"))):
+        rows = slice(whole.expr, 0, node.attr("start"), node.attr("stop"))
+        site.graph.replace(node.output, part(site.graph, whole, index, rows))
+    return None
+
+
+def _takes_rows(node: Node) -> bool:
+    if node.op.name != "slice" or node.attr("axis") != 0 or node.attr("step") != 1:
+        return False
+    return isinstance(node.attr("start"), int) and isinstance(node.attr("stop"), int)
+
+
 _X = var("x")
 _CUBIC = op("add", _X, op("mul", op("pow", _X, scalar=3.0), scalar=attr("cubic")))
 _TANH = op("tanh", op("mul", _CUBIC, scalar=attr("slope")))
@@ -167,9 +206,9 @@ def gelu_by_tanh(site: Site, found: Match) -> Value | Refused:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "reshape": (merge_reshapes, select_of_pairs, linear_under_reshape),
+    "reshape": (merge_reshapes, select_of_pairs, linear_under_reshape, unflattened_rows),
     "transpose": (merge_transposes,),
-    "slice": (slice_of_concat, slice_of_split_axis, counted_positions),
+    "slice": (slice_of_concat, slice_of_split_axis, counted_positions, parts_of_parameter),
     "concat": (drop_empty_parts,),
     "mul": (fold_constant, gelu_by_tanh, fold_expand),
     "add": (fold_constant, fold_expand),
