@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compiler.compress import compress as compress
+    from compiler.job import compress as compress
     from compiler.frontend.capture import capture as capture
     from compiler.ir.graph import Graph as Graph
     from compiler.pipeline import Pipeline as Pipeline
@@ -22,7 +22,7 @@ _HOMES = {
     "Pipeline": "compiler.pipeline",
     "Recipe": "compiler.recipe",
     "capture": "compiler.frontend.capture",
-    "compress": "compiler.compress",
+    "compress": "compiler.job",
 }
 
 __all__ = ["Graph", "Pipeline", "Recipe", "capture", "compress"]  # noqa: F822 - resolved by __getattr__

@@ -114,7 +114,7 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
 
 def _compress(options: argparse.Namespace, console: Console) -> None:
     """Compress a model as a recipe says: capture, run the passes, write, verify, evaluate, report."""
-    from compiler.compress import compress
+    from compiler.job import compress
     from compiler.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, model=options.model)
