@@ -13,7 +13,7 @@ from compiler.weights.evaluate import reads, work, working_set
 from compiler.weights.expr import Expr
 from compiler.weights.ops import take
 
-_REDUNDANCY = 1.5  # how much more work a cut may cost before making the whole is the better choice
+_REDUNDANCY = 1.5  # how many times the work of the whole all the pieces together may cost
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ def _cut(part: Mapping[str, Expr], budget: int) -> list[Task]:
     if working_set(exprs) <= budget or rows < 2:
         return [whole]
     step = _step(exprs, rows, budget)
-    return [whole] if step >= rows else list(_ranges(part, rows, step))
+    return [whole] if step == rows else list(_ranges(part, rows, step))
 
 
 def _step(exprs: Sequence[Expr], rows: int, budget: int) -> int:
-    """The most rows, by halving, whose working set fits; ``rows`` when cutting would repeat too much work."""
-    step = rows
+    """The most rows, by halving, whose working set fits, or the fewest before too much work would be repeated."""
+    step, allowed = rows, _REDUNDANCY * work(exprs)
     while step > 1 and working_set([take(expr, 0, 0, step) for expr in exprs]) > budget:
-        step = -(-step // 2)
-    pieces = -(-rows // step)
-    repeated = work([take(expr, 0, 0, step) for expr in exprs]) * pieces
-    return step if repeated <= _REDUNDANCY * work(exprs) else rows
+        half = -(-step // 2)
+        if work([take(expr, 0, 0, half) for expr in exprs]) * -(-rows // half) > allowed:
+            break
+        step = half
+    return step
 
 
 def _ranges(part: Mapping[str, Expr], rows: int, step: int) -> Iterator[Task]:

@@ -28,7 +28,7 @@ from compiler.weights.source import Source
 from compiler.weights.tasks import Piece, Task, plan
 from compiler.weights.tensorfile import row_bytes
 
-BUDGET = 512 << 20
+BUDGET = 64 << 20  # small, so that memory is reused: fresh pages cost more time than the arithmetic on them
 SAFE_BYTES = 256 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -238,12 +238,21 @@ def _compute_pack(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     """Element i of a row occupies the bits from i * bits on, little-endian, offset to be unsigned."""
     codes = tensors[0] if attrs["axis"] == -1 else tensors[0].mT
     bits, width = attrs["bits"], codes.shape[-1]
+    if bits == 4 and width % 8 == 0:
+        return _packed_nibbles(codes)
     words = torch.zeros(*codes.shape[:-1], _packed_width(width, bits), dtype=torch.int32)
     for first in range(32):  # 32 elements fill exactly `bits` words, so each residue has one place in them
         if first < width:
             values = codes[..., first::32].to(torch.int32) + (1 << (bits - 1))
             _place(words, values, first * bits, bits)
     return words if attrs["axis"] == -1 else words.mT.contiguous()
+
+
+def _packed_nibbles(codes: Tensor) -> Tensor:
+    """The common case, several times faster: two codes in their two bytes are one 16-bit word with gaps."""
+    spread = (codes + 8).flatten().view(torch.int16)
+    words = (spread | (spread >> 4)).to(torch.uint8).view(torch.int32)
+    return words.reshape(*codes.shape[:-1], codes.shape[-1] // 8)
 
 
 def _place(words: Tensor, values: Tensor, bit: int, bits: int) -> None:
