@@ -63,7 +63,7 @@ def _lifted(subject: Subject) -> Graph:
 
 def export(subject: Subject) -> ExportedProgram:
     """Trace the subject. Raises CaptureError when torch cannot follow the model."""
-    dynamic: dict[str, Any] = {name: {axis: Dim.AUTO for axis in subject.dims[name]} for name in subject.inputs}
+    dynamic: dict[str, Any] = {name: dict.fromkeys(subject.dims[name], Dim.AUTO) for name in subject.inputs}
     try:
         with torch.no_grad():
             return torch.export.export(

@@ -72,6 +72,15 @@ def scaled_query(site: Site) -> Value | None:
     return site.op("attention", product.input(0), *site.node.inputs[1:], **attrs)
 
 
+def no_bias(site: Site) -> Value | None:
+    """A bias of zeros is none."""
+    inputs = [*site.node.inputs, None, None][:6]
+    zeros = made_by(inputs[4], "full")
+    if zeros is None or zeros.attr("value") != 0.0:
+        return None
+    return site.op("attention", *inputs[:4], None, inputs[5], **site.node.attrs)
+
+
 # --- linear maps ---------------------------------------------------------------------------------------------
 
 
@@ -205,5 +214,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "matmul": (transposed_weight,),
     "add": (bias_of_linear,),
     "mul": (unfuse_gate,),
-    "attention": (scaled_query, latent, unfuse_attention),
+    "attention": (no_bias, scaled_query, latent, unfuse_attention),
 }

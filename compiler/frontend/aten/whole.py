@@ -1,0 +1,138 @@
+"""Linear maps, norms, attention and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compiler.frontend.aten.shared import Complex, Handler
+from compiler.frontend.experts import expert_operands
+from compiler.ir.graph import Value
+
+if TYPE_CHECKING:
+    from compiler.frontend.importer import Importer
+
+
+def _linear(importer: Importer, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    return importer.emit("linear", x, weight, bias)
+
+
+def _matmul(importer: Importer, x: Value, y: Value) -> Value:
+    return importer.emit("matmul", x, y)
+
+
+def _addmm(importer: Importer, bias: Value, x: Value, y: Value) -> Value:
+    return importer.emit("add", importer.emit("matmul", x, y), bias)
+
+
+def _layer_norm(
+    importer: Importer,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    *args: Any,
+) -> Value:
+    if len(shape) != 1:
+        raise importer.fail("a layer norm over several axes is not in the graph's vocabulary")
+    return importer.emit("layer_norm", x, weight, bias, eps=eps)
+
+
+def _rms_norm(
+    importer: Importer, x: Value, shape: Sequence[int], weight: Value | None = None, eps: float | None = None
+) -> Value:
+    if len(shape) != 1:
+        raise importer.fail("an RMS norm over several axes is not in the graph's vocabulary")
+    return importer.emit("rms_norm", x, weight, eps=torch.finfo(torch.float32).eps if eps is None else eps)
+
+
+def _conv(
+    importer: Importer,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    axes = x.type.rank - 2
+    stride, dilation = _per_axis(stride, axes), _per_axis(dilation, axes)
+    if padding == "same":
+        raise importer.fail("a convolution with padding `same` is not in the graph's vocabulary")
+    padding = _per_axis(0 if padding == "valid" else padding, axes)
+    return importer.emit("conv", x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    values = [value] if isinstance(value, int) else list(value)
+    return tuple(values * axes if len(values) == 1 else values)
+
+
+def _attention(
+    importer: Importer,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    bias: Value | None,
+    sinks: Value | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Value:
+    return importer.emit(
+        "attention", query, key, value, mask, bias, sinks, scale=scale, causal=causal, window=window, softcap=softcap
+    )
+
+
+def _sdpa(
+    importer: Importer,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    width = query.shape[-1]
+    if (
+        not isinstance(width, int)
+        or query.type.rank != 4
+        or (mask is not None and not mask.type.dtype.is_floating_point)
+    ):
+        raise importer.fail("this form of scaled_dot_product_attention is not in the graph's vocabulary")
+    scale = width**-0.5 if scale is None else scale
+    result = importer.emit("attention", query, key, value, None, mask, None, scale=scale, causal=causal)
+    return importer.emit("transpose", result, perm=(0, 2, 1, 3))
+
+
+def _experts(importer: Importer, x: Value, indices: Value, weights: Value, parameters: Sequence[Value]) -> Value:
+    operands, attrs = expert_operands(importer, parameters)
+    return importer.emit("experts", x, indices, weights, *operands, **attrs)
+
+
+def _polar(importer: Importer, length: Value, angle: Value) -> Complex:
+    parts = [importer.emit("mul", length, importer.emit(op, angle)) for op in ("cos", "sin")]
+    return Complex(*parts)
+
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    "addmm": _addmm,
+    "attention": _attention,
+    "experts": _experts,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "polar": _polar,
+    "rms_norm": _rms_norm,
+    "scaled_dot_product_attention": _sdpa,
+}
