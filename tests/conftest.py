@@ -26,3 +26,19 @@ def golden(request):
         assert text == path.read_text(encoding="utf-8"), f"{path} differs; look at it, then run pytest --accept"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def captured():
+    """``captured("llama")`` is that family's tiny graph, captured from its config once; tests must not change it."""
+    from compiler.frontend.capture import capture
+    from tests.families import FAMILIES
+
+    graphs = {}
+
+    def graph(name: str):
+        if name not in graphs:
+            graphs[name] = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
+        return graphs[name]
+
+    return graph

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiler.frontend.capture import capture
 from compiler.ir.execute import run
 from compiler.ir.facts import (
     attention_sites,
@@ -29,18 +28,6 @@ from tests.graphs import GROUPS, HEAD, HEADS, INNER, VOCABULARY, WIDTH, tiny_lla
 
 LATENT = ("deepseek_v2", "deepseek_v3")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
-
-
-@pytest.fixture(scope="module")
-def captured():
-    cache: dict[str, Graph] = {}
-
-    def graph(name: str) -> Graph:
-        if name not in cache:
-            cache[name] = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
-        return cache[name]
-
-    return graph
 
 
 def test_attention_site_of_a_llama_layer():

@@ -17,6 +17,7 @@ from compiler.ir.text import difference, equal, parse_graph, print_graph
 from compiler.ir.types import TensorType
 from compiler.ir.verify import verify
 from compiler.weights.expr import Expr, apply, load
+from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -185,9 +186,24 @@ def test_one_layer_is_shown_as_a_graph_of_its_own():
         print_graph(graph, layer=7)
 
 
-def test_golden_llama():
-    text = print_graph(tiny_llama(layers=3), weights=True)
-    assert text == (GOLDEN / "llama.mir").read_text()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parse_inverts_print_on_every_family(captured, name):
+    round_trips(captured(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "mixtral", "deepseek_v3"])
+def test_golden_text_of_families(captured, golden, name):
+    golden(GOLDEN / f"{name}.mir", print_graph(captured(name)))
+
+
+def test_golden_text_with_weights(golden):
+    graph = tiny_llama(layers=3)
+    for index in range(3):
+        param = graph.params[f"model.layers.{index}.mlp.up_proj.weight"]
+        half = apply("slice", [param.expr], {"axis": 0, "start": 0, "stop": 12})
+        param.expr = apply("concat", [half, apply("scale", [half], {"by": 0.5})], {"axis": 0})
+    golden(GOLDEN / "weights.mir", print_graph(graph, weights=True))
+    golden(GOLDEN / "layer.mir", print_graph(graph, layer=1))
 
 
 # --- comparison ----------------------------------------------------------------------------------------------
