@@ -236,16 +236,19 @@ def _infer_pack(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 
 def _compute_pack(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     """Element i of a row occupies the bits from i * bits on, little-endian, offset to be unsigned."""
-    codes = tensors[0] if attrs["axis"] == -1 else tensors[0].mT
-    bits, width = attrs["bits"], codes.shape[-1]
-    if bits == 4 and width % 8 == 0:
-        return _packed_nibbles(codes)
-    words = torch.zeros(*codes.shape[:-1], _packed_width(width, bits), dtype=torch.int32)
-    for first in range(32):  # 32 elements fill exactly `bits` words, so each residue has one place in them
-        if first < width:
-            values = codes[..., first::32].to(torch.int32) + (1 << (bits - 1))
-            _place(words, values, first * bits, bits)
+    rows = tensors[0] if attrs["axis"] == -1 else tensors[0].mT
+    nibbles = attrs["bits"] == 4 and rows.shape[-1] % 8 == 0
+    words = _packed_nibbles(rows) if nibbles else _packed(rows, attrs["bits"])
     return words if attrs["axis"] == -1 else words.mT.contiguous()
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    width = codes.shape[-1]
+    words = torch.zeros(*codes.shape[:-1], _packed_width(width, bits), dtype=torch.int32)
+    for first in range(min(32, width)):  # 32 elements fill exactly `bits` words, so each residue has one place in them
+        values = codes[..., first::32].to(torch.int32) + (1 << (bits - 1))
+        _place(words, values, first * bits, bits)
+    return words
 
 
 def _packed_nibbles(codes: Tensor) -> Tensor:
