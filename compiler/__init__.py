@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compiler.job import compress as compress
     from compiler.frontend.capture import capture as capture
     from compiler.ir.graph import Graph as Graph
+    from compiler.job import compress as compress
     from compiler.pipeline import Pipeline as Pipeline
     from compiler.recipe import Recipe as Recipe
 
@@ -25,7 +25,7 @@ _HOMES = {
     "compress": "compiler.job",
 }
 
-__all__ = ["Graph", "Pipeline", "Recipe", "capture", "compress"]  # noqa: F822 - resolved by __getattr__
+__all__ = ["Graph", "Pipeline", "Recipe", "capture", "compress"]
 
 
 def __getattr__(name: str) -> Any:

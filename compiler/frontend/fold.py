@@ -7,10 +7,10 @@ segment stands for every other layer of that kind. When they are not, the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -57,8 +57,9 @@ def layer_lists(module: nn.Module) -> list[LayerList]:
 
 def _per_layer_settings(module: nn.Module, count: int) -> list[list[Any]]:
     """The config's lists with one entry a layer, such as ``layer_types``."""
-    config: dict[str, Any] = vars(getattr(module, "config", None) or object)
-    return [value for value in dict(config).values() if isinstance(value, list) and len(value) == count]
+    config = getattr(module, "config", None)
+    settings: dict[str, Any] = vars(config) if config is not None else {}
+    return [value for value in settings.values() if isinstance(value, list) and len(cast("list[Any]", value)) == count]
 
 
 def _signature(layer: nn.Module, index: int) -> tuple[object, ...]:
@@ -76,7 +77,7 @@ def _signature(layer: nn.Module, index: int) -> tuple[object, ...]:
 
 
 @contextmanager
-def passing_through(module: nn.Module, lists: Sequence[LayerList]) -> Iterator[None]:
+def passing_through(module: nn.Module, lists: Sequence[LayerList]) -> Generator[None]:
     """Make every layer that is not kept return what the layer before it returned."""
     layers = [(module.get_submodule(some.path), some) for some in lists]
     for children, some in layers:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from compiler.errors import CaptureError, OpError
 from compiler.frontend.aten import HANDLERS, TAKES_COMPLEX, Complex
@@ -203,13 +204,13 @@ class Importer:
             raise self.fail("the model writes to one of its parameters")
         self._known[target] = written
         self._forget_views(target)
-        base = target.args[0] if target.args and target in self._views.get(cast("fx.Node", target.args[0]), ()) else None
-        if base is None:
+        base = cast("fx.Node", target.args[0]) if target.args else target
+        if target not in self._views.get(base, ()):
             return
         if target.target not in (torch.ops.aten.slice.Tensor, torch.ops.aten.alias.default):
             raise self.fail(f"a write through `{target.target}` cannot be followed")
         whole = target.target is torch.ops.aten.alias.default
-        self._rebind_written(cast("fx.Node", base), written if whole else self._spliced(target, written))
+        self._rebind_written(base, written if whole else self._spliced(target, written))
         self._known[target] = written
 
     def _forget_views(self, base: fx.Node) -> None:
@@ -221,7 +222,9 @@ class Importer:
         """The base of a slice with the slice replaced, as a concatenation."""
         base: Value = self._read(cast("fx.Node", view.args[0]))
         given = self._argument(view.args[1:])
-        axis, start, stop, step = [*given, *(0, None, None, 1)[len(given) :]]
+        axis, start, stop, step = cast(
+            "tuple[int, int | None, int | None, int]", (*given, *(0, None, None, 1)[len(given) :])
+        )
         size = base.shape[axis]
         if step != 1 or not isinstance(size, int):
             raise self.fail("a write to a strided or symbolic slice cannot be followed")
@@ -250,7 +253,7 @@ def _output_names(program: ExportedProgram, count: int) -> list[str]:
     """A name for each flat output: the fields of the model's output, or ``output``, ``output.0``."""
     spec: Any = program.call_spec.out_spec
     names: dict[int, str] = {}
-    _name_outputs(torch.utils._pytree.tree_unflatten(list(range(count)), spec), "", names)
+    _name_outputs(pytree.tree_unflatten(list(range(count)), spec), "", names)
     return [names[index] for index in range(count)]
 
 

@@ -19,7 +19,7 @@ from compiler.errors import CaptureError
 NAME = "compress_model"
 
 # Keywords that transformers passes to every attention function and that say nothing about what is computed here.
-_IRRELEVANT = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "dropout", "deterministic"})
+_IRRELEVANT = frozenset({"position_ids", "cache_position"})
 
 # What masks may be composed of. Packing is derived from position ids and never applies to a batch of whole sequences.
 _UNDERSTOOD_MASKS = frozenset(

@@ -133,7 +133,7 @@ def _settle_frequencies(module: nn.Module) -> None:
         if getattr(child, "rope_type", None) == "longrope":
             parameters = cast(Any, child).config.rope_parameters
             if parameters["short_factor"] == parameters["long_factor"]:
-                child.rope_type = "default"
+                cast(Any, child).rope_type = "default"
 
 
 def _origin(module: nn.Module, source: str | None) -> Origin:
@@ -169,7 +169,7 @@ def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> 
     cls = _model_class(config, architecture)
     storage = config.dtype
     with torch.device("meta"):
-        model = cls._from_config(config, dtype=torch.float32, attn_implementation=register()).eval()
+        model: Any = cast(Any, cls)._from_config(config, dtype=torch.float32, attn_implementation=register()).eval()
     _select_implementations(model)
     model.config.dtype = storage
     return model
@@ -186,14 +186,14 @@ def _model_class(config: PretrainedConfig, architecture: str | None) -> type[Pre
                 f"the config of a `{config.model_type}` does not name a model class",
                 remedy="pass architecture=, for example the class name that config.json's `architectures` holds",
             )
-        return mapping[type(config)]
+        return cast("type[PreTrainedModel]", mapping[type(config)])
     cls = getattr(transformers, name, None)
     if cls is None:
         raise CaptureError(f"transformers has no model class `{name}`")
     return cls
 
 
-def _select_implementations(model: PreTrainedModel) -> None:
+def _select_implementations(model: Any) -> None:
     name = register()
     model.set_attn_implementation(name)
     if model._can_set_experts_implementation():
@@ -223,32 +223,38 @@ def _first_names(module: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(module)}
 
 
-def _transient_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _transient_buffers(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """(path, owner, name) of every buffer that a state dict leaves out."""
     for path, child in module.named_modules():
-        for name in child._non_persistent_buffers_set:
-            if child._buffers.get(name) is not None:
-                yield (f"{path}.{name}" if path else name), child, name
+        owner: Any = child
+        for name in owner._non_persistent_buffers_set:
+            if owner._buffers.get(name) is not None:
+                yield (f"{path}.{name}" if path else name), owner, name
 
 
 def _transient(module: nn.Module) -> frozenset[str]:
     return frozenset(path for path, _, _ in _transient_buffers(module))
 
 
-def computed_buffers(model: PreTrainedModel) -> dict[str, Expr]:
+def computed_buffers(model: Any) -> dict[str, Expr]:
     """The values of buffers that no checkpoint holds, as the model's initialiser computes them on the CPU."""
     found: dict[str, Expr] = {}
     for path, child, name in list(_transient_buffers(model)):
-        meta = child._buffers[name]
-        assert meta is not None  # listed because it is there
-        real = torch.full(meta.shape, torch.nan if meta.is_floating_point() else -1, dtype=meta.dtype)
-        child._buffers[name] = real
+        meta: Tensor = child._buffers[name]
+        child._buffers[name] = torch.full(meta.shape, _unset(meta.dtype), dtype=meta.dtype)
         with torch.no_grad():
             model._init_weights(child)
-        value, child._buffers[name] = child._buffers[name], meta
-        if value is None or value.is_meta or bool((value.isnan() if value.is_floating_point() else value < 0).any()):
+        value: Tensor = child._buffers[name]
+        child._buffers[name] = meta
+        if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
             raise CaptureError("the buffer is in no checkpoint, and the model does not compute it", where=path)
         found[path] = _literal(path, value)
     return found
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """What marks an element that nothing was written to."""
+    return torch.nan if dtype.is_floating_point else -1
 
 
 def _literal(path: str, value: Tensor) -> Expr:
@@ -257,7 +263,7 @@ def _literal(path: str, value: Tensor) -> Expr:
     return literal(value.flatten().tolist(), value.shape, value.dtype)
 
 
-def _storage(config: PretrainedConfig, model: PreTrainedModel) -> Callable[[str, Tensor], torch.dtype]:
+def _storage(config: PretrainedConfig, model: Any) -> Callable[[str, Tensor], torch.dtype]:
     """The dtype a tensor has in a checkpoint of ``config``: the config's, but for what its class keeps in float32."""
     named = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype), None)
     default = named if isinstance(named, torch.dtype) else torch.float32
@@ -280,7 +286,8 @@ def _default_inputs(module: nn.Module) -> dict[str, Tensor]:
     if not isinstance(main, str) or config is None:
         raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
     inputs = {main: _example(main, config)}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in inspect.signature(module.forward).parameters:
+    takes_decoder_ids = "decoder_input_ids" in inspect.signature(module.forward).parameters
+    if takes_decoder_ids and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _tokens(_DECODER_TOKENS)
     return inputs
 

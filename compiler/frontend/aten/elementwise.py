@@ -157,14 +157,14 @@ def _topk(
     return importer.emit_all("topk", x, count=count, axis=last_axis(x, axis))
 
 
-def _max(importer: Importer, x: Value, *args: Any) -> Value | list[Value]:
-    if len(args) == 1 and isinstance(args[0], Value):
-        return _binary("maximum")(importer, x, args[0])
-    if not args:
+def _max(importer: Importer, x: Value, other: Value | int | None = None, keep: bool = False) -> Value | list[Value]:
+    if isinstance(other, Value):
+        return _binary("maximum")(importer, x, other)
+    if other is None:
         return _reduction("max")(importer, x)
-    if len(args) > 1 and args[1]:
+    if keep:
         raise importer.fail("a maximum with its index, keeping the axis, is not in the graph's vocabulary")
-    return [importer.emit("max", x, axes=(axis_of(x, args[0]),)), _argmax(importer, x, args[0])]
+    return [importer.emit("max", x, axes=(axis_of(x, other),)), _argmax(importer, x, other)]
 
 
 HANDLERS: dict[str, Handler] = {

@@ -152,7 +152,8 @@ def _unfuse(site: Site, linear: Node) -> Value | None:
     for index, node in enumerate(sorted(slices, key=lambda user: user.attr("start"))):
         at = Site(site.graph, node)
         rows = (node.attr("start"), node.attr("stop"))
-        weights = [part(site.graph, p, index, _rows(p.expr, count, *rows)) for p in linear.inputs[1:] if isinstance(p, Param)]
+        params = [value for value in linear.inputs[1:] if isinstance(value, Param)]
+        weights = [part(site.graph, param, index, _rows(param.expr, count, *rows)) for param in params]
         projected = site.graph.op("linear", [linear.input(0), *weights], scope=linear.scope, before=node)
         site.graph.replace(node.output, projected if split is None else at.op("split_heads", projected, heads=count))
     return None
@@ -171,7 +172,7 @@ def _rows(expr: Expr, heads: int, start: int, stop: int) -> Expr:
 
 
 def latent(site: Site) -> Value | None:
-    """Keys and values expanded from one latent, with a rotated key that all heads share (multi-head latent attention)."""
+    """Keys and values expanded from one latent, with a rotated key that all heads share."""
     node = site.node
     plain = not any(node.attr(name) for name in ("window", "softcap")) and len(node.inputs) <= 4
     joined, taken = made_by(node.input(1), "concat"), last_axis_slice(node.input(2))

@@ -266,8 +266,8 @@ def partial_rotation(site: Site) -> Value | None:
     first = None if turned is None else last_axis_slice(turned.input(0))
     if turned is None or passed is None or first is None or first[0] is not passed[0]:
         return None
-    width = first[0].shape[-1]
-    if (first[1], first[3], passed[1:]) != (0, 1, (first[2], width, 1)) or turned.attr("layout") == "interleaved-to-half":
+    whole = (first[1], first[3], passed[1:]) == (0, 1, (first[2], first[0].shape[-1], 1))
+    if not whole or turned.attr("layout") == "interleaved-to-half":
         return None
     return site.op("rope", first[0], *turned.inputs[1:], **turned.attrs)
 

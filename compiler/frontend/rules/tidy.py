@@ -53,10 +53,10 @@ def slice_of_split_axis(site: Site) -> Value | None:
     split = made_by(site.node.input(0), "reshape")
     if split is None or site.node.attr("step") != 1:
         return None
-    x, axis = split.input(0), site.node.attr("axis")
-    inner = _product(split.output.shape[axis + 1 :])
+    x, blocks, axis = split.input(0), split.output.shape, site.node.attr("axis")
+    inner = _product(blocks[axis + 1 :])
     start, stop = site.node.attr("start"), site.node.attr("stop")
-    splits = axis == x.type.rank - 1 and split.output.shape[:axis] == x.shape[:axis] and split.output.type.rank > axis + 1
+    splits = axis == x.type.rank - 1 and blocks[:axis] == x.shape[:axis] and len(blocks) > axis + 1
     if not splits or inner is None or not isinstance(start, int) or not isinstance(stop, int):
         return None
     block = site.op("slice", x, axis=axis, start=start * inner, stop=stop * inner)
@@ -143,7 +143,7 @@ def fold_expand(site: Site) -> Value | None:
 
 
 def linear_under_reshape(site: Site) -> Value | None:
-    """A linear map does not care how its leading axes are arranged: reshape(linear(reshape(x))) = reshape(linear(x))."""
+    """A linear map does not care how its leading axes are arranged."""
     linear = made_by(site.node.input(0), "linear")
     inner = None if linear is None else made_by(linear.input(0), "reshape")
     if linear is None or inner is None or linear.output.single_user() is not site.node:
