@@ -61,6 +61,31 @@ def test_lowered_module_can_be_compiled():
         torch.testing.assert_close(compiled(**given)["logits"], run(graph, given)["logits"], rtol=0, atol=1e-6)
 
 
+def test_everything_is_computed_where_the_caller_says():
+    graph, given = tiny_llama(), {"input_ids": tokens()["input_ids"].to("meta")}
+    places = set()
+    result = run(graph, given, device="meta", observe=lambda value, tensor: places.add(tensor.device.type))
+    assert places == {"meta"}
+    assert result["logits"].shape == (2, 7, 32)
+    assert to_torch(graph).to("meta")(**given)["logits"].shape == (2, 7, 32)
+    assert to_torch(graph, device="meta")(**given)["logits"].device.type == "meta"
+
+
+@pytest.mark.parametrize("dim", ["T*T", "floor(T/2)", "Max(3,T)", "B*T+1"])
+def test_computed_dims_are_lowered(dim):
+    graph = Graph("dims")
+    x = graph.add_input("x", TensorType(torch.float32, ("B", "T")))
+    graph.outputs["y"] = graph.op("arange", [], {"stop": dim})
+    graph.outputs["x"] = graph.op("reshape", [x], {"shape": ("B*T",)})
+    for shape in ((2, 3), (1, 5)):
+        result = to_torch(graph)(x=torch.zeros(shape))
+        assert (
+            len(result["y"])
+            == evaluate_dim(dim, {"B": shape[0], "T": shape[1]})
+            == len(run(graph, {"x": torch.zeros(shape)})["y"])
+        )
+
+
 def test_gradients_reach_every_weight():
     module = to_torch(tiny_llama(layers=1))
     module(**tokens())["logits"].square().mean().backward()

@@ -14,6 +14,7 @@ from compiler.ir.types import DTYPES_BY_NAME, Dim, TensorType, canonical_dim
 NAME = r"[\w.\-]+"
 _TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NUMBER = re.compile(r"-?(?:inf|nan|\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?!\w)")
+_DIM_FUNCTIONS = {"floor", "ceiling", "Mod", "Max", "Min"}
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, **DTYPES_BY_NAME}
 
 
@@ -115,7 +116,8 @@ class Cursor:
             depth += {"(": 1, ")": -1}.get(self.text[self.at], 0)
             self.at += 1
         text = self.text[start : self.at].strip()
-        if not re.fullmatch(r"[\w+\-*/(), ]+", text):
+        called = set(re.findall(r"(\w+) *\(", text))
+        if not re.fullmatch(r"[\w+\-*/(), ]+", text) or not called <= _DIM_FUNCTIONS:
             raise self.error("expected a dim", start=start)
         try:
             return canonical_dim(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def run(
     """
     bindings = bind_dims(graph, inputs)
     values = {value: inputs[name].to(device) for name, value in graph.inputs.items()}
-    with torch.no_grad(), torch.device(device):
+    with torch.no_grad():
         run_nodes(
             graph, list(graph.nodes), values, bindings, keep=graph.outputs.values(), device=device, observe=observe
         )
@@ -62,7 +62,7 @@ def run_nodes(
     last_use = {value: node for node in nodes for value in node.inputs if value is not None}
     for node in nodes:
         operands = [None if v is None else _fetch(graph, v, values, device) for v in node.inputs]
-        for value, result in zip(node.outputs, _call(node, operands, bindings), strict=True):
+        for value, result in zip(node.outputs, _call(node, operands, bindings, device), strict=True):
             if observe is not None:
                 observe(value, result)
             if value in last_use or value in kept:
@@ -84,9 +84,12 @@ def _fetch(graph: Graph, value: Value, values: Mapping[Value, Tensor], device: t
     return values[value]
 
 
-def _call(node: Node, operands: list[Tensor | None], bindings: Mapping[str, int]) -> Sequence[Tensor]:
+def _call(
+    node: Node, operands: list[Tensor | None], bindings: Mapping[str, int], device: torch.device | str
+) -> Sequence[Tensor]:
     attrs = _resolved_attrs(node, lambda dim: evaluate_dim(dim, bindings))
-    result = node.op.eval(*_padded(node, operands), **attrs)
+    with torch.device(device):
+        result = node.op.eval(*_padded(node, operands), **attrs)
     return [result] if isinstance(result, Tensor) else result
 
 
@@ -126,7 +129,11 @@ def evaluate_dim(dim: Dim, bindings: Mapping[str, Any]) -> Any:
         return dim
     if dim in bindings:
         return bindings[dim]
-    numerator, denominator = _rational(_parsed(dim), bindings)
+    return _whole(_rational(_parsed(dim), bindings))
+
+
+def _whole(fraction: tuple[Any, int]) -> Any:
+    numerator, denominator = fraction
     return numerator if denominator == 1 else numerator // denominator
 
 
@@ -182,11 +189,11 @@ def _function(name: str, args: list[tuple[Any, int]]) -> Any:
         case "ceiling":
             return -(-top // bottom)
         case "Mod":
-            return top % args[1][0]
+            return operator.mod(*map(_whole, args))
         case "Max":
-            return max(value for value, _ in args)
+            return reduce(torch.sym_max, map(_whole, args))
         case "Min":
-            return min(value for value, _ in args)
+            return reduce(torch.sym_min, map(_whole, args))
         case _:
             raise OpError(f"a dim cannot use {name}()")
 
@@ -195,11 +202,13 @@ def to_torch(graph: Graph, *, device: torch.device | str = "cpu") -> fx.GraphMod
     """Lower ``graph`` to a module that takes the inputs by name and returns the outputs as a dict.
 
     Floating weights are parameters and other tensors are buffers, under the parameters' own names and in their
-    compute dtype. The module runs as it is and can be given to ``torch.compile`` and ``torch.export``.
+    compute dtype. The module computes on the device of its inputs, which must be its own. It runs as it is and can be
+    given to ``torch.compile`` and ``torch.export``.
     """
     root, lowered = nn.Module(), fx.Graph()
     placeholders = {value: fx.Proxy(lowered.placeholder(name)) for name, value in graph.inputs.items()}
     sizes = _input_sizes(graph, placeholders)
+    place = lowered.call_function(getattr, (next(iter(placeholders.values())).node, "device"))
     results: dict[Value, Any] = {value: proxy.node for value, proxy in placeholders.items()}
     for param in graph.params.values():
         _register(root, param, read_param(graph, param, device))
@@ -208,6 +217,8 @@ def to_torch(graph: Graph, *, device: torch.device | str = "cpu") -> fx.GraphMod
         operands = [None if v is None else results[v] for v in node.inputs]
         attrs = _resolved_attrs(node, lambda dim: _fx_dim(dim, sizes))
         call = lowered.call_function(node.op.eval, tuple(_padded(node, operands)), attrs)
+        if not node.inputs:
+            call = lowered.call_method("to", (call, place))
         results.update(_unpacked(lowered, node, call))
     lowered.output({name: results[value] for name, value in graph.outputs.items()})
     module = fx.GraphModule(root, lowered, graph.name)

@@ -68,8 +68,8 @@ class Node:
     attrs: dict[str, Any]
     outputs: list[Value]
     scope: str = ""
-    _previous: Node | None = field(default=None, repr=False)
-    _next: Node | None = field(default=None, repr=False)
+    previous: Node | None = field(default=None, repr=False)
+    following: Node | None = field(default=None, repr=False)
 
     @property
     def output(self) -> Value:
@@ -120,17 +120,17 @@ class Graph:
         self.outputs: dict[str, Value] = {}
         self.sources: dict[str, Source] = {}
         self._root = Node(_ROOT, [], {}, [])
-        self._root._previous = self._root._next = self._root
+        self._root.previous = self._root.following = self._root
         self._owned: set[Node] = set()
 
     @property
     def nodes(self) -> Iterator[Node]:
         """All nodes in order. Nodes may be inserted, replaced and erased while iterating."""
-        node = self._root._next
+        node = self._root.following
         while node is not None and node is not self._root:
-            following = node._next
+            following = node.following
             yield node
-            node = node._next if node in self._owned else following
+            node = node.following if node in self._owned else following
 
     def __len__(self) -> int:
         return len(self._owned)
@@ -235,14 +235,14 @@ class Graph:
             raise ValueError(f"{node.op.name} in {node.scope} still has users")
         for value in node.inputs:
             _remove_use(value, node)
-        assert node._previous is not None and node._next is not None  # linked nodes always have neighbours
-        node._previous._next, node._next._previous = node._next, node._previous
+        assert node.previous is not None and node.following is not None  # linked nodes always have neighbours
+        node.previous.following, node.following.previous = node.following, node.previous
         self._owned.discard(node)
 
     def move_before(self, node: Node, anchor: Node) -> None:
         """Move a node in front of another one."""
-        assert node._previous is not None and node._next is not None
-        node._previous._next, node._next._previous = node._next, node._previous
+        assert node.previous is not None and node.following is not None
+        node.previous.following, node.following.previous = node.following, node.previous
         self._link(node, anchor)
 
     def prune(self) -> int:
@@ -260,10 +260,10 @@ class Graph:
         return erased
 
     def _link(self, node: Node, anchor: Node) -> None:
-        previous = anchor._previous
+        previous = anchor.previous
         assert previous is not None
-        previous._next, node._previous = node, previous
-        node._next, anchor._previous = anchor, node
+        previous.following, node.previous = node, previous
+        node.following, anchor.previous = anchor, node
         self._owned.add(node)
 
 

@@ -11,7 +11,13 @@ import torch
 from compiler.errors import OpError
 from compiler.ir.types import TensorType
 
-REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "REQUIRED"})()
+
+class _Required:
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED: Any = _Required()
 
 Types = Sequence[TensorType | None]
 Infer = Callable[[Types, Mapping[str, Any]], list[TensorType]]

@@ -106,7 +106,7 @@ def _any_role(value: Any, known: Mapping[Param, set[str]]) -> _Test:
 
 
 def _named(param: Param, pattern: str) -> bool:
-    """Whether a name of ``param`` matches a glob, or has ``pattern`` as consecutive parts (``lm_head``, ``layers.3``)."""
+    """Whether a name of ``param`` matches a glob, or holds ``pattern`` as whole parts (``lm_head``, ``layers.3``)."""
     return any(
         fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for name in (param.name, *param.aliases)
     )

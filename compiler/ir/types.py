@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
@@ -73,14 +74,26 @@ class TensorType:
         return TensorType(dtype, self.shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def canonical_dim(text: str) -> Dim:
     """Reduce an arithmetic expression over dim names to its canonical text, or to an int."""
     import sympy
 
-    names = {name: sympy.Symbol(name, integer=True, positive=True) for name in _names(text)}
-    value = sympy.expand(sympy.sympify(text, locals=names))
+    value: Any = sympy.expand(_symbolic(text, _symbols(text)))
     return int(value) if value.is_Integer else str(value).replace(" ", "")
+
+
+def _symbols(text: str) -> dict[str, Any]:
+    import sympy
+
+    return {name: sympy.Symbol(name, integer=True, positive=True) for name in _names(text)}
+
+
+def _symbolic(text: str, symbols: Mapping[str, Any]) -> Any:
+    import sympy
+
+    sympify: Any = sympy.sympify  # its declared overloads leave out `locals`
+    return sympify(text, locals=symbols)
 
 
 def _names(text: str) -> set[str]:
@@ -116,10 +129,8 @@ def resolve_dim(dim: Dim, bindings: Mapping[str, int]) -> int:
 
 @lru_cache(maxsize=4096)
 def _evaluate(dim: str, bindings: tuple[tuple[str, int], ...]) -> int:
-    import sympy
-
-    symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in _names(dim)}
-    value = sympy.sympify(dim, locals=symbols).subs({symbols[k]: v for k, v in bindings if k in symbols})
+    symbols = _symbols(dim)
+    value = _symbolic(dim, symbols).subs({symbols[k]: v for k, v in bindings if k in symbols})
     if not value.is_Integer:
         raise ValueError(f"dim {dim} is not determined by {dict(bindings)}")
     return int(value)
