@@ -189,7 +189,7 @@ def evaluate_model(
 
 def kv_cache(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> CacheSize:
     """The live cache of the model in ``path`` after a forward pass. Raises DataError when it has no growing cache."""
-    size = _cache_size(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+    size = cache_size(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
     if size is None:
         raise DataError("the model has no key/value cache", where=str(path))
     return size
@@ -344,7 +344,7 @@ def _measure(
             sums[name].add(*METRICS[name].score(scored))
         tick()
     metrics = {name: sums[name].estimate(METRICS[name], seed) for name in names}
-    return _Measured(metrics, positions, _cache_size(model))
+    return _Measured(metrics, positions, cache_size(model))
 
 
 def _output(model: Any, window: Window, needs_logits: bool) -> Tensor:
@@ -361,7 +361,7 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _cache_size(model: Any) -> CacheSize | None:
+def cache_size(model: Any) -> CacheSize | None:
     """Sizes of the tensors in the cache after reading ``CACHE_LENGTH`` tokens; None without a growing cache."""
     if not is_causal(model):
         return None
