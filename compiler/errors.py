@@ -46,7 +46,7 @@ class CompressError(Exception):
         lines = [f"error[{self.code}]: {self.cause}"]
         if self.span is not None:
             lines += _excerpt(self.span)
-        elif self.where:
+        if self.where:
             lines.append(f" --> {self.where}")
         if self.remedy:
             lines.append(f"help: {self.remedy}")

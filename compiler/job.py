@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiler.console import Console
+from backends.safetensors import Emission, emit, require
+from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, RecipeError
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
@@ -25,6 +26,8 @@ from compiler.pipeline import Observer, Pipeline, Report
 from compiler.plan import bytes_in_file, open_recipe_model
 from compiler.recipe import Recipe
 from compiler.report.lock import job_key, make_lock
+from compiler.report.text import summary
+from compiler.report.write import Findings, write_reports
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.writer import BUDGET
 
@@ -41,8 +44,6 @@ class Result:
 
     def summary(self) -> str:
         """What the command prints at the end."""
-        from compiler.report.text import summary
-
         return summary(self.document, self.path)
 
 
@@ -85,11 +86,13 @@ def compress(
     if output.finished:
         run.console.say(f"{out} is already finished: nothing to do")
         return _finished(output.path)
-    with output:
+    budget = write_budget(recipe)
+    with run.step("passes"):
+        planned = _pass_and_propose(run, graph, None)
+    with output, _interruptible(run, output):
         if output.resumed:
             run.console.say("resuming an interrupted run")
-        with _interruptible(run, output):
-            return _make(run, graph, lock, output)
+        return _make(run, planned, lock, output, budget)
 
 
 def _finished(path: Path) -> Result:
@@ -115,20 +118,38 @@ def _interruptible(run: _Run, output: OutputDirectory) -> Generator[None]:
         raise
 
 
-def _make(run: _Run, graph: Graph, lock: dict[str, Any], output: OutputDirectory) -> Result:
-    from backends.safetensors import emit
-    from compiler.report.write import Findings, write_reports
+@dataclass(frozen=True)
+class _Passed:
+    """A graph after its passes, what they did, and what is to be written for it."""
 
-    with run.step("passes"):
-        graph, report, emission = _passes(run, graph, output.state)
+    graph: Graph
+    report: Report
+    emission: Emission
+
+
+def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
+    """Run the passes, without a ``workdir`` on types alone, and find the class that holds the result."""
+    observers: list[Observer] = [run.recipe.locate(), Timing(), Narrate(run.console.say)]
+    if run.dump_graphs is not None:
+        observers.append(DumpGraphs(run.dump_graphs))
+    pipeline = Pipeline(run.recipe.passes)
+    report = pipeline.run(graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file)
+    return _Passed(graph, report, require(graph))
+
+
+def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:
+    if passed.report.read_weights:
+        with run.step("compute"):
+            passed = _pass_and_propose(run, open_recipe_model(run.recipe), output.state)
+    graph = passed.graph
     with run.step("write"), run.console.progress("write") as advance:
         emit(
-            emission,
+            passed.emission,
             graph.sources,
             output.files,
             shard_bytes=run.recipe.emit[0].shard,
             journal=output.state / "journal",
-            budget=write_budget(run.recipe),
+            budget=budget,
             on_progress=advance,
         )
     with run.step("hash"):
@@ -136,27 +157,10 @@ def _make(run: _Run, graph: Graph, lock: dict[str, Any], output: OutputDirectory
     with run.step("verify"):
         verification = verify_by_reload(graph, output.files, memory=memory_to_use(run.recipe))
     evaluation = _evaluate(run, output)
-    findings = Findings(run.recipe, graph, report, emission, verification, evaluation, lock, run.seconds)
+    findings = Findings(passed.report, passed.emission, verification, evaluation, lock, run.seconds)
     document = write_reports(findings, output.files)
     output.commit()
-    return Result(output.path, document, report)
-
-
-def _passes(run: _Run, graph: Graph, state: Path) -> tuple[Graph, Report, Any]:
-    """Plan first, so that every mistake shows before a weight is read; run again where values are needed."""
-    from backends.safetensors import require
-
-    observers: list[Observer] = [run.recipe.locate(), Timing(), Narrate(run.console.say)]
-    if run.dump_graphs is not None:
-        observers.append(DumpGraphs(run.dump_graphs))
-    pipeline = Pipeline(run.recipe.passes)
-    report = pipeline.run(graph, observers=observers, planned=True, bytes_of=bytes_in_file)
-    emission = require(graph)
-    if not report.read_weights:
-        return graph, report, emission
-    graph = open_recipe_model(run.recipe)
-    report = pipeline.run(graph, observers=observers, workdir=state, bytes_of=bytes_in_file)
-    return graph, report, require(graph)
+    return Result(output.path, document, passed.report)
 
 
 def _evaluate(run: _Run, output: OutputDirectory) -> Any:
@@ -202,9 +206,7 @@ def write_budget(recipe: Recipe) -> int:
         return BUDGET
     left = recipe.run.memory - peak_rss()
     if left < SMALLEST_BUDGET:
-        raise RecipeError(
-            f"`memory` leaves nothing to work with: the program itself takes {peak_rss()} bytes",
-            where=str(recipe.path),
-            remedy="give it at least 1GB",
-        )
+        place = recipe.places["run"].items["memory"].span if "run" in recipe.places else None
+        cause = f"`memory` leaves nothing to work with: the program itself takes {human_bytes(peak_rss())}"
+        raise RecipeError(cause, span=place, remedy="give it at least 1GB")
     return min(left, BUDGET)

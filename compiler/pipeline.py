@@ -249,9 +249,10 @@ class Pipeline:
             step.run(graph, ctx)
             verify(graph, expected)
         except CompressError as error:
-            error.where = error.where or f"pass {index + 1}, {step.key()}"
             for observer in observers:
                 observer.failed(index, step, graph, error)
+            if error.span is None:
+                error.where = f"pass {index + 1}, {step.key()}" + (f", at {error.where}" if error.where else "")
             raise
 
 

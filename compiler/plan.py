@@ -104,7 +104,7 @@ def open_recipe_model(recipe: Recipe) -> Graph:
         return open_model(recipe.model)
     except CompressError as error:
         place = recipe.places.get("model")
-        error.span = error.span or (place.span if place is not None and not error.where else None)
+        error.span = error.span or (place.span if place is not None else None)
         raise
 
 

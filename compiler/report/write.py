@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.safetensors import Emission
 from compiler.evaluate import Evaluation
 from compiler.instrument import peak_rss
-from compiler.ir.graph import Graph
 from compiler.parity import Verification
 from compiler.pipeline import Report
-from compiler.recipe import Recipe
 from compiler.report.card import model_card
 from compiler.report.lock import lock_text, plain
 from compiler.report.page import page
@@ -24,10 +23,8 @@ SCHEMA = 1
 class Findings:
     """What a run knows when it has written its weights. ``seconds`` are those of each step."""
 
-    recipe: Recipe
-    graph: Graph
     report: Report
-    emission: Any
+    emission: Emission
     verification: Verification
     evaluation: Evaluation | None
     lock: dict[str, Any]
