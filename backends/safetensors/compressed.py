@@ -12,9 +12,9 @@ from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import take
-from compiler.weights.ops.basic import cast, reshape
+from compiler.weights.ops.basic import cast, concat, index, reshape
 
-STORED_ROWS = ("slice", "reshape")
+ROW_MOVES = ("slice", "reshape", "concat", "index")
 EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
@@ -56,21 +56,35 @@ def _expert_matrices(param: Param) -> list[Expr]:
 
 
 def as_dequantize(expr: Expr) -> Expr | None:
-    """``expr`` as a ``dequantize``, when it is one or a run of rows of one; None for a dense expression."""
+    """``expr`` as a ``dequantize``, when it rearranges whole rows of some of one scheme; None when it does not."""
     if expr.op == "dequantize":
         return expr
-    if expr.op not in STORED_ROWS:
+    if expr.op not in ROW_MOVES:
         return None
-    value = as_dequantize(expr.args[0])
-    if value is None:
+    values = [as_dequantize(arg) for arg in expr.args]
+    whole = [value for value in values if value is not None]
+    if len(whole) < len(values) or len({(value.attrs, len(value.args)) for value in whole}) > 1:
         return None
-    if expr.op == "slice" and expr.attr("axis") < value.type.rank - 1:
-        parts = [take(part, expr.attr("axis"), expr.attr("start"), expr.attr("stop")) for part in value.args]
-    elif expr.op == "reshape" and expr.shape[-1] == value.shape[-1]:
-        parts = [reshape(part, (*expr.shape[:-1], part.shape[-1])) for part in value.args]
-    else:
-        return None
-    return apply("dequantize", parts, dict(value.attrs))
+    columns = zip(*(value.args for value in whole), strict=True)
+    parts = [_moved(expr, list(column)) for column in columns]
+    kept = [part for part in parts if part is not None]
+    return apply("dequantize", kept, dict(whole[0].attrs)) if len(kept) == len(parts) else None
+
+
+def _moved(expr: Expr, parts: list[Expr]) -> Expr | None:
+    """What ``expr`` does to the rows of values, done to those of their codes or scales; None when it breaks rows."""
+    last = expr.type.rank - 1
+    match expr.op:
+        case "reshape" if expr.shape[-1] == expr.args[0].shape[-1]:
+            return reshape(parts[0], (*expr.shape[:-1], parts[0].shape[-1]))
+        case "slice" if expr.attr("axis") < last:
+            return take(parts[0], expr.attr("axis"), expr.attr("start"), expr.attr("stop"))
+        case "concat" if expr.attr("axis") < last:
+            return concat(parts, expr.attr("axis"))
+        case "index" if expr.attr("axis") < last:
+            return index(parts[0], expr.attr("axis"), expr.attr("indices"))
+        case _:
+            return None
 
 
 def quantization_config(tensors: Mapping[str, Expr], module: Any) -> Quantised | Mismatch | None:
@@ -83,7 +97,7 @@ def quantization_config(tensors: Mapping[str, Expr], module: Any) -> Quantised |
     for key, expr in tensors.items():
         value = as_dequantize(expr)
         if value is None and not _is_dense(expr, dense):
-            return Mismatch(f"{key} is a quantised weight in a layout that its checkpoint does not keep; skip it")
+            return Mismatch(f"{key} would be quantised in part, or along its rows; give all of it one scheme, or skip it")
         if value is not None and not key.endswith(".weight"):
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
         if value is not None:

@@ -6,12 +6,13 @@ has to be the same program; the comparison yields which of our parameters goes u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from backends.safetensors.assemble import assemble
 from backends.safetensors.compressed import quantization_config, stored_parts
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import TargetError
@@ -20,13 +21,31 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 
 
+def missing_names(module: Any, named: Mapping[str, Expr]) -> list[str]:
+    """The names in ``module``'s state that are neither in ``named`` nor tied to one that is."""
+    tied = module.all_tied_weights_keys
+    shared = {*tied, *tied.values()} if {*tied, *tied.values()} & named.keys() else set[str]()
+    return [name for name in module.state_dict() if name not in named and name not in shared]
+
+
+def no_unused(graph: Graph, module: Any, named: Mapping[str, Expr]) -> Mapping[str, Expr] | Mismatch:
+    """For classes that compute something with every tensor they have."""
+    missing = missing_names(module, named)
+    return Mismatch(f"the class has a tensor {missing[0]}, which is not computed with here") if missing else {}
+
+
 @dataclass(frozen=True)
 class Proposal:
-    """A config that may be the graph's. ``architecture`` is the transformers class that it is for."""
+    """A config that may be the graph's. ``architecture`` is the transformers class that it is for.
+
+    ``unused(graph, module, named)`` finds the tensors of ``module`` that it computes nothing with, and which are
+    therefore not among ``named``: a checkpoint must hold them all the same.
+    """
 
     architecture: str
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    unused: Callable[[Graph, Any, Mapping[str, Expr]], Mapping[str, Expr] | Mismatch] = no_unused
 
 
 @dataclass(frozen=True)
@@ -91,28 +110,43 @@ def require(graph: Graph) -> Emission:
 
 
 def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refusal:
-    from compiler.frontend.capture import capture
-
     from compiler.frontend.subject import build_on_meta, config_from_dict
     from compiler.weights.checkpoint import unbind
 
     config = config_from_dict(proposal.config)
-    shape = {name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
-             for name, value in graph.inputs.items()}
-    found = unify(capture(config, inputs=shape, architecture=proposal.architecture), graph)
+    captured = _captured(config, proposal.architecture, graph)
+    found = unify(captured, graph)
     if isinstance(found, Mismatch):
         return Refusal(target, found.reason)
     module = build_on_meta(config, proposal.architecture)
-    dense = unbind({name: _dense(param) for name, param in found.items()}, module)
-    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
+    named = assemble(captured, {name: _dense(param) for name, param in found.items()})
+    if isinstance(named, Mismatch):
+        return Refusal(target, named.reason)
+    unused = proposal.unused(graph, module, named)
+    if isinstance(unused, Mismatch):
+        return Refusal(target, unused.reason)
+    dense = unbind({**named, **unused}, module)
     quantised = quantization_config(dense, module)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
+    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
     if quantised:
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
     tensors = {name: part for key, expr in dense.items() for name, part in stored_parts(key, expr).items()}
     return Emission(target, proposal.architecture, written, tensors, notes)
+
+
+def _captured(config: Any, architecture: str, graph: Graph) -> Graph:
+    """The proposal's graph on inputs like those of ``graph``."""
+    from compiler.frontend.capture import capture
+
+    found = capture(config, architecture=architecture)
+    if {name: value.type for name, value in found.inputs.items()} == {n: v.type for n, v in graph.inputs.items()}:
+        return found
+    inputs = {name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
+              for name, value in graph.inputs.items()}
+    return capture(config, inputs=inputs, architecture=architecture)
 
 
 def _dense(param: Param) -> Expr:

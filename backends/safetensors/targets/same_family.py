@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from backends.safetensors.emission import Proposal, Refusal
+from backends.safetensors.emission import Proposal, Refusal, missing_names
 from backends.safetensors.targets.target import Target
+from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Graph
+from compiler.ir.types import TensorType
+from compiler.weights.checkpoint import Checkpoint, bind
+from compiler.weights.expr import Expr, load
 
 NAME = "same family"
 
@@ -23,6 +28,19 @@ def shares_embedding(graph: Graph) -> bool:
     return any(user.op.name == "linear" for table in tables for user in table.users)
 
 
+def unused(graph: Graph, module: Any, named: Mapping[str, Expr]) -> Mapping[str, Expr] | Mismatch:
+    """Tensors that the class never computes with (a mask token) as the source has them."""
+    missing = missing_names(module, named)
+    source = graph.sources.get("model")
+    stored = bind(source, module) if missing and isinstance(source, Checkpoint) else {}
+    return {name: stored.get(name) or _named(name, module.state_dict()[name]) for name in missing}
+
+
+def _named(name: str, tensor: Any) -> Expr:
+    """A tensor of a source that calls it as the module does: a live module, or a config alone."""
+    return load("model", name, TensorType(tensor.dtype, tuple(tensor.shape)))
+
+
 def propose(graph: Graph) -> Proposal | Refusal:
     config = source_config(graph)
     if config is None or graph.origin.architecture is None:
@@ -30,7 +48,7 @@ def propose(graph: Graph) -> Proposal | Refusal:
     config.pop("quantization_config", None)
     if config.get("tie_word_embeddings") and not shares_embedding(graph):
         config["tie_word_embeddings"] = False
-    return Proposal(graph.origin.architecture, config)
+    return Proposal(graph.origin.architecture, config, unused=unused)
 
 
 TARGET = Target(NAME, propose)
