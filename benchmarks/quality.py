@@ -77,18 +77,18 @@ def peer_python() -> Path:
 
 
 def report(title: str, model: Path, jobs: tuple[Job, ...], peer: Path | None, metrics: list[str]) -> None:
-    rows = [("what", "by", "MB", *metrics, "seconds")]
+    rows = [("what", "by", "MB", *metrics, "CPU seconds")]
     rows.append(("original", "", megabytes(model), *original(model, metrics), ""))
     for job in jobs:
         label = f"{model.name}-{job.name}".replace(",", "").replace(" ", "-")
         out, done = compress(label, model, job.passes)
-        rows.append((job.name, "compress-model", *measured(out, model, metrics), f"{done.seconds:.0f}"))
+        rows.append((job.name, "compress-model", *measured(out, model, metrics), f"{done.cpu_seconds:.0f}"))
         if peer is not None and job.peer is not None:
             theirs = WORK / f"{label}-peer"
             bits, group = job.peer
             script = str(ROOT / "benchmarks" / "peer_rtn.py")
             done = run([str(peer), script, str(model), str(theirs), str(bits), str(group)])
-            rows.append((job.name, "llm-compressor", *measured(theirs, model, metrics), f"{done.seconds:.0f}"))
+            rows.append((job.name, "llm-compressor", *measured(theirs, model, metrics), f"{done.cpu_seconds:.0f}"))
     show(title, rows)
 
 

@@ -82,7 +82,7 @@ JOBS = {
 
 
 def main() -> None:
-    rows = [("job", "parameters", "bytes before", "bytes after", "seconds", "peak memory, MiB")]
+    rows = [("job", "parameters", "bytes before", "bytes after", "seconds", "CPU seconds", "peak memory, MiB")]
     for name, (config, passes) in JOBS.items():
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -98,6 +98,7 @@ def main() -> None:
                 f"{before['stored_bytes']:,}",
                 f"{after['stored_bytes']:,}",
                 f"{done.seconds:.1f}",
+                f"{done.cpu_seconds:.1f}",
                 f"{done.peak_rss / 2**20:.0f}",
             )
         )
