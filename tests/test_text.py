@@ -112,12 +112,15 @@ def test_parse_inverts_print(graph):
     round_trips(graph)
 
 
-@given(st.integers(1, 4), st.booleans(), st.sampled_from([0, 3]), st.data())
+@given(st.integers(1, 7), st.booleans(), st.integers(1, 3), st.data())
 @settings(max_examples=40, deadline=None)
-def test_parse_inverts_print_on_layers_that_differ_here_and_there(layers, bias, window, data):
-    graph = tiny_llama(layers, bias=bias, window=window)
+def test_parse_inverts_print_on_layers_that_differ_here_and_there(layers, bias, period, data):
+    graph = tiny_llama(layers, bias=bias)
     nodes = list(graph.nodes)
     changed = data.draw(st.sampled_from(nodes))
+    for index, node in enumerate(graph.nodes_named("attention")):
+        if index % period == 1:
+            node.attrs["window"] = 2
     match data.draw(st.sampled_from(["nothing", "attr", "expr", "output", "insert", "scope"])):
         case "attr" if "eps" in changed.attrs:
             changed.attrs["eps"] = 0.5
@@ -149,6 +152,32 @@ def test_identical_layers_fold_to_one():
     assert "repeat i in 0..30 at model.layers.{i}" in text
     assert text.count("attention(") == 1
     assert len(text.splitlines()) == len(print_graph(tiny_llama(layers=2)).splitlines())
+
+
+def test_alternating_layers_fold_to_one_of_each():
+    graph = tiny_llama(layers=9)
+    for index, node in enumerate(graph.nodes_named("attention")):
+        if index % 3:
+            node.attrs["window"] = index % 3
+    for weights in (False, True):
+        text = print_graph(graph, weights=weights)
+        assert text.count("attention(") == 3
+        assert "repeat i in 0..9 step 3 (" in text
+        assert "at model.layers.{i+2} {" in text
+    assert 'load("model", "model.layers.{i+1}.mlp.up_proj.weight")' in text
+    round_trips(graph)
+
+
+def test_an_exception_among_layers_stands_alone():
+    graph = tiny_llama(layers=8)
+    graph.nodes_named("attention")[5].attrs["window"] = 4
+    heads = [line.strip().split(" (")[0] for line in print_graph(graph).splitlines() if "{" in line and " at m" in line]
+    assert heads[-3:] == [
+        "repeat i in 0..5 at model.layers.{i}",
+        "at model.layers.5 {",
+        "repeat i in 6..8 at model.layers.{i}",
+    ]
+    round_trips(graph)
 
 
 def test_folding_can_be_switched_off():
@@ -256,6 +285,15 @@ def test_the_sound_text_parses():
         ("  %1 =", "  @w: f32[2]\n  %1 =", 3, 3, "parameter `w` is declared twice"),
         ("(%0)", "(%0, @w: f32[2])", 3, 21, "parameter `w` is f32[4,4] above"),
         ("  %1 =", "  at model.layers.0 {\n  %1 =", 3, 3, "this block is never closed"),
+        ("  %1 =", "  }\n  %1 =", 3, 3, "this closes nothing"),
+        (
+            "  %1 =",
+            "  repeat i in 0..2 at h.{i} (%5 = %0 then %9) {\n  }\n  %1 =",
+            3,
+            49,
+            "`%9` is not defined in the block",
+        ),
+        ("  %1 =", "  repeat i in 0..2 step 0 at h.{i} {\n  }\n  %1 =", 3, 37, "the step must be at least 1"),
         ("  %0 =", "  @v: f32[2] = dream(3)\n  %0 =", 2, 22, "expected a weight expression"),
     ],
 )

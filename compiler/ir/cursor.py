@@ -20,7 +20,7 @@ _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, **DTYPES_B
 
 @dataclass
 class Cursor:
-    """A line, and how far it has been read. ``index`` is what ``{i}`` stands for in texts, if anything."""
+    """A line, and how far it has been read. ``index`` is what ``{i}`` stands for, if anything."""
 
     path: Path
     line: int
@@ -45,6 +45,10 @@ class Cursor:
 
     def peek(self, literal: str) -> bool:
         return self.text.startswith(literal, self.skip())
+
+    def starts(self, word: str) -> bool:
+        """Whether ``word`` comes next, as a whole word."""
+        return re.match(rf"{word}\b", self.text[self.skip() :]) is not None
 
     def accept(self, literal: str) -> bool:
         found = self.peek(literal)
@@ -82,7 +86,14 @@ class Cursor:
             text: str = json.loads(quoted)
         except json.JSONDecodeError as reason:
             raise self.error(f"bad text: {reason.msg}", start=start) from reason
-        return text if self.index is None else text.replace("{i}", str(self.index), 1)
+        return self.counted(text)
+
+    def counted(self, text: str) -> str:
+        """``text`` with its first ``{i}`` or ``{i+1}`` replaced by the number it stands for in this repetition."""
+        if self.index is None:
+            return text
+        index = self.index
+        return re.sub(r"\{i(?:\+(\d+))?\}", lambda found: str(index + int(found[1] or 0)), text, count=1)
 
     def value(self) -> Any:
         """A literal: text, number, list, ``true``, ``false``, ``none`` or a dtype."""

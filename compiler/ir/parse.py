@@ -62,14 +62,14 @@ class _Parser:
 
     def graph(self) -> Graph:
         self._header(self.lines[0])
-        position, frame = 1, _Frame()
-        while position < len(self.lines) and not _ends(self.lines[position]):
-            position = self._item(position, frame)
-        if position + 1 >= len(self.lines):
+        end = next((i for i, line in enumerate(self.lines) if line.starts("return")), len(self.lines))
+        if end + 1 >= len(self.lines):
             raise self.lines[-1].error("the graph should end with `return` and `}`")
-        self._return(self.lines[position], frame)
-        self.lines[position + 1].expect("}")
-        for line in self.lines[position + 1 : position + 3]:
+        frame = _Frame()
+        self._items(self.lines[1:end], frame)
+        self._return(self.lines[end], frame)
+        self.lines[end + 1].expect("}")
+        for line in self.lines[end + 1 : end + 3]:
             line.finish()
         return self.built
 
@@ -98,16 +98,23 @@ class _Parser:
             if not line.done():
                 line.expect(",")
 
-    def _item(self, position: int, frame: _Frame) -> int:
-        """Read the line or block at ``position``; where the next one starts."""
-        line = self.lines[position]
-        if re.match(r"(repeat|at) ", line.text[line.skip() :]):
-            frame.weightless = ""
-            return self._block(position)
-        self._line(line, frame)
-        return position + 1
+    def _items(self, lines: list[Cursor], frame: _Frame) -> None:
+        """Read lines and blocks, each from its beginning: the lines of a repeated block are read again and again."""
+        position = 0
+        while position < len(lines):
+            line = replace(lines[position], at=0, index=frame.index)
+            if line.starts("repeat") or line.starts("at"):
+                frame.weightless = frame.base
+                end = _block_end(lines, position)
+                self._block(line, lines[position + 1 : end], frame)
+                position = end
+            else:
+                self._line(line, frame)
+            position += 1
 
     def _line(self, line: Cursor, frame: _Frame) -> None:
+        if line.peek("}"):
+            raise line.error("this closes nothing")
         if line.peek("$"):
             self._shared(line, frame)
         elif line.peek("@"):
@@ -116,39 +123,41 @@ class _Parser:
             self._node(line, frame)
         line.finish()
 
-    def _block(self, position: int) -> int:
-        header = self.lines[position]
-        end = position + 1
-        while end < len(self.lines) and not _ends(self.lines[end]):
-            end += 1
-        if end == len(self.lines) or not self.lines[end].peek("}"):
-            raise header.error("this block is never closed")
-        self.lines[end].expect("}")
-        self.lines[end].finish()
-        body = self.lines[position + 1 : end]
+    def _block(self, header: Cursor, body: list[Cursor], frame: _Frame) -> None:
         if header.accept("at "):
-            base = header.take(NAME, "a module path")
+            base = self._layer(header)
             header.expect("{")
-            self._body(body, _Frame(base, None, base))
+            header.finish()
+            self._items(body, _Frame(base, frame.index, base))
         else:
             self._repeat(header, body)
-        header.finish()
-        return end + 1
+
+    def _layer(self, line: Cursor) -> str:
+        return line.counted(line.take(r"[\w.\-{}+]+", "a module path"))
 
     def _repeat(self, header: Cursor, body: list[Cursor]) -> None:
         header.expect("repeat i in")
         first = header.integer()
         header.expect("..")
         stop = header.integer()
-        header.expect("at")
-        template = header.take(r"[\w.\-{}]+", "a module path with {i}")
+        step = header.integer() if header.accept("step ") else 1
+        template = header.take(r"[\w.\-{}]+", "a module path with {i}") if header.accept("at ") else ""
         carries = header.items(lambda: self._carry(header), ")") if header.accept("(") else ()
         header.expect("{")
-        for index in range(first, stop):
-            initial = {name: self.values[source if index > first else start] for name, start, source in carries}
-            self.values.update(initial)
-            base = template.replace("{i}", str(index))
-            self._body([replace(line, index=index) for line in body], _Frame(base, index, base))
+        header.finish()
+        if step < 1:
+            raise header.error("the step must be at least 1")
+        for index in range(first, stop, step):
+            self._carry_over(header, carries, index == first)
+            base = replace(header, index=index).counted(template)
+            self._items(body, _Frame(base, index, base))
+
+    def _carry_over(self, header: Cursor, carries: tuple[tuple[str, str, str], ...], first: bool) -> None:
+        sources = {name: initial if first else later for name, initial, later in carries}
+        missing = [source for source in sources.values() if source not in self.values]
+        if missing:
+            raise header.error(f"`{missing[0]}` is not defined in the block")
+        self.values.update({name: self.values[source] for name, source in sources.items()})
 
     def _carry(self, header: Cursor) -> tuple[str, str, str]:
         name = header.take(r"%\d+", "a value")
@@ -156,10 +165,6 @@ class _Parser:
         initial = self._known(header)
         header.expect("then")
         return name, initial, header.take(r"%\d+", "a value of the block")
-
-    def _body(self, lines: list[Cursor], frame: _Frame) -> None:
-        for line in lines:
-            self._line(line, frame)
 
     def _known(self, line: Cursor) -> str:
         name = line.string() if line.peek('"') else line.take(_REFERENCE, "a value")
@@ -170,7 +175,7 @@ class _Parser:
     def _operand(self, line: Cursor, frame: _Frame) -> Value | None:
         if line.peek("@"):
             return self._param(line, frame)
-        if re.match(r"none\b", line.text[line.skip() :]):
+        if line.starts("none"):
             line.expect("none")
             return None
         return self.values[self._known(line)]
@@ -294,9 +299,15 @@ class _Parser:
         return name, _attr_value(line, op.attrs[name]) if line.accept("=") else True
 
 
-def _ends(line: Cursor) -> bool:
-    """Whether the line closes a block or the graph."""
-    return line.peek("}") or re.match(r"return\b", line.text[line.skip() :]) is not None
+def _block_end(lines: list[Cursor], start: int) -> int:
+    """Where the block that ``lines[start]`` opens is closed."""
+    depth = 0
+    for position in range(start, len(lines)):
+        text = lines[position].text.strip()
+        depth += text.endswith("{") - (text == "}")
+        if depth == 0:
+            return position
+    raise lines[start].error("this block is never closed")
 
 
 def _attr_value(line: Cursor, spec: Attr) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from compiler.errors import OpError
 from compiler.ir.compare import difference, equal
-from compiler.ir.fold import Block, blocks_of, folded
+from compiler.ir.fold import Block, Part, folded, parts_of
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of, segments, subgraph
 from compiler.ir.opdef import Attr
@@ -54,8 +54,8 @@ class _Printer:
     def __init__(self, graph: Graph, weights: bool, fold: bool) -> None:
         self.graph = graph
         self.weights = weights
-        self.declared = _declared_in(blocks_of(graph)) if weights else {}
-        self.blocks = folded(graph, self._description) if fold else blocks_of(graph)
+        self.declared = _declared_in(parts_of(graph)) if weights else {}
+        self.blocks = folded(graph, self._description) if fold else [Block([part]) for part in parts_of(graph)]
         self.names: dict[Value, str] = {value: _name(name) for name, value in graph.inputs.items()}
         self.carry_names: dict[int, list[str]] = {}
         self._number()
@@ -75,7 +75,7 @@ class _Printer:
         """What must agree between layers that are printed as one, besides where operands come from."""
         layer = layer_of(base)
         params = [value for value in node.inputs if isinstance(value, Param)]
-        made = [_weight_lines(p, base, layer and layer.index) for p in params if p in self.declared]
+        made = [_weight_lines(p, base, layer.index if layer else None) for p in params if p in self.declared]
         types = [value.type for value in node.outputs]
         names = [_param_text(param, base) for param in params]
         return node.op.name, node.attrs, types, _relative(node.scope, base), names, made
@@ -97,42 +97,53 @@ class _Printer:
         return [] if param.users else [_param_text(param, "")]
 
     def _block(self, block: Block) -> Iterator[str]:
-        if block.layer is None:
-            yield from self._body(block)
-            return
-        yield f"{self._header(block)} {{"
-        index = block.layer.index if block.repeats else None
-        for param, first in self.declared.items():
-            if first is block.nodes[0]:
-                yield from (f"  {line}" for line in _weight_lines(param, block.base, index))
-        yield from (f"  {line}" for line in self._body(block))
-        yield "}"
+        alone = len(block.parts) == 1
+        names = self._operand_names(block)
+        if not alone:
+            yield f"{self._repeat(block)} {{"
+        for offset, part in enumerate(block.parts):
+            head = self._repeat(block) if alone and block.repeats else f"at {_layer_path(part, offset, not alone)}"
+            lines = self._part(part, offset, bool(block.repeats), names)
+            if part.layer is not None:
+                lines = [f"{head} {{", *(f"  {line}" for line in lines), "}"]
+            yield from lines if alone else (f"  {line}" for line in lines)
+        if not alone:
+            yield "}"
 
-    def _header(self, block: Block) -> str:
-        assert block.layer is not None  # only layers have headers
-        if not block.repeats:
-            return f"at {block.base}"
+    def _repeat(self, block: Block) -> str:
+        first, step = block.parts[0], len(block.parts)
+        assert first.layer is not None  # only layers repeat
         carried = ", ".join(
-            f"{name} = {self._operand(carry.initial, block.base)} then "
+            f"{name} = {self._operand(carry.initial, first.base)} then "
             f"{self.names[block.nodes[carry.source[0]].outputs[carry.source[1]]]}"
             for name, carry in zip(self.carry_names[id(block)], block.carries, strict=True)
         )
-        first, stop = block.layer.index, block.layer.index + len(block.repeats) + 1
-        stack = f"{block.layer.stack}." if block.layer.stack else ""
-        return f"repeat i in {first}..{stop} at {stack}{{i}}" + (f" ({carried})" if carried else "")
+        start, stop = first.layer.index, first.layer.index + step * (len(block.repeats) + 1)
+        head = f"repeat i in {start}..{stop}" + (f" step {step}" if step > 1 else f" at {_layer_path(first, 0, True)}")
+        return f"{head} ({carried})" if carried else head
 
-    def _body(self, block: Block) -> Iterator[str]:
-        carries = dict(zip(block.carries, self.carry_names[id(block)], strict=True))
-        carried = {spot: carries[carry] for spot, carry in block.carried.items()}
-        weightless = block.base
-        for index, node in enumerate(block.nodes):
+    def _operand_names(self, block: Block) -> dict[Node, list[str | None]]:
+        """What each operand of the unit is called where it is carried."""
+        carry_names = dict(zip(block.carries, self.carry_names[id(block)], strict=True))
+        carried = {spot: carry_names[carry] for spot, carry in block.carried.items()}
+        return {
+            node: [carried.get((index, position)) for position in range(len(node.inputs))]
+            for index, node in enumerate(block.nodes)
+        }
+
+    def _part(self, part: Part, offset: int, repeated: bool, names: dict[Node, list[str | None]]) -> list[str]:
+        own = [param for param, first in self.declared.items() if first is part.nodes[0]]
+        index = part.layer.index if part.layer and repeated else None
+        lines = [line for param in own for line in _weight_lines(param, part.base, index, offset)]
+        weightless = part.base
+        for node in part.nodes:
             operands = [
-                carried.get((index, position)) or self._operand(value, block.base)
-                for position, value in enumerate(node.inputs)
+                name or self._operand(value, part.base) for name, value in zip(names[node], node.inputs, strict=True)
             ]
             implied, weightless = implied_scope(node, weightless)
-            scope = "" if node.scope == implied else f" at {_relative(node.scope, block.base)}"
-            yield self._node(node, operands) + scope
+            scope = "" if node.scope == implied else f" at {_relative(node.scope, part.base)}"
+            lines.append(self._node(node, operands) + scope)
+        return lines
 
     def _node(self, node: Node, operands: list[str]) -> str:
         results = ", ".join(self.names[value] for value in node.outputs)
@@ -147,16 +158,27 @@ class _Printer:
         return _param_text(value, base) if isinstance(value, Param) else self.names[value]
 
 
-def _declared_in(blocks: list[Block]) -> dict[Param, Node]:
+def _declared_in(parts: list[Part]) -> dict[Param, Node]:
     """The parameters that are declared within a layer: first used there and named below it; the layer's first node."""
     declared: dict[Param, Node] = {}
     seen: set[Param] = set()
-    for block in blocks:
-        params = {v: None for node in block.nodes for v in node.inputs if isinstance(v, Param) and v not in seen}
+    for part in parts:
+        params = {v: None for node in part.nodes for v in node.inputs if isinstance(v, Param) and v not in seen}
         seen.update(params)
-        below = [param for param in params if block.layer and param.name.startswith(f"{block.base}.")]
-        declared.update(dict.fromkeys(below, block.nodes[0]))
+        below = [param for param in params if part.layer and param.name.startswith(f"{part.base}.")]
+        declared.update(dict.fromkeys(below, part.nodes[0]))
     return declared
+
+
+def _layer_path(part: Part, offset: int, repeated: bool) -> str:
+    if part.layer is None or not repeated:
+        return part.base
+    stack = f"{part.layer.stack}." if part.layer.stack else ""
+    return f"{stack}{_counter(offset)}"
+
+
+def _counter(offset: int) -> str:
+    return f"{{i+{offset}}}" if offset else "{i}"
 
 
 def _relative(path: str, base: str) -> str:
@@ -196,22 +218,32 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _weight_lines(param: Param, base: str, index: int | None) -> list[str]:
-    """How ``param`` is made: a line for every shared sub-expression, then the parameter's own."""
+def _weight_lines(param: Param, base: str, index: int | None, offset: int = 0) -> list[str]:
+    """How ``param`` is made: a line for every shared sub-expression, then the parameter's own.
+
+    The first part of a key that is ``index``, the number of the layer, is written as the counter of the repetition.
+    """
+
+    def counted(key: str) -> str:
+        parts = key.split(".")
+        if index is not None and str(index) in parts:
+            parts[parts.index(str(index))] = _counter(offset)
+        return ".".join(parts)
+
     names: dict[Expr, str] = {}
     lines: list[str] = []
     for shared in _shared(param.expr):
-        lines.append(f"${len(names)} = {_expr(shared, names, index)}")
+        lines.append(f"${len(names)} = {_expr(shared, names, counted)}")
         names[shared] = f"${len(names)}"
     options: dict[str, Any] = {}
     if param.storage != param.expr.type.dtype:
         options["storage"] = param.storage
     if param.aliases:
-        options["aliases"] = tuple(_indexed(alias, index) for alias in param.aliases)
+        options["aliases"] = tuple(counted(alias) for alias in param.aliases)
     if not param.persistent:
         options["persistent"] = False
     shown = ", ".join(f"{name}={_literal(value)}" for name, value in options.items())
-    own = f"{_param_text(param, base)} = {_expr(param.expr, names, index)}"
+    own = f"{_param_text(param, base)} = {_expr(param.expr, names, counted)}"
     return [*lines, f"{own} {{{shown}}}" if shown else own]
 
 
@@ -231,20 +263,12 @@ def _shared(root: Expr) -> list[Expr]:
     return [expr for expr in ordered if uses[expr] > 1]
 
 
-def _expr(expr: Expr, names: dict[Expr, str], index: int | None) -> str:
+def _expr(expr: Expr, names: dict[Expr, str], counted: Callable[[str], str]) -> str:
     if expr in names:
         return names[expr]
     if expr.op == "load":
-        source, key = _literal(expr.attr("source")), _literal(_indexed(expr.attr("key"), index))
+        source, key = _literal(expr.attr("source")), _literal(counted(expr.attr("key")))
         return f"load({source}, {key}): {expr.type}"
-    args = [_expr(arg, names, index) for arg in expr.args]
-    args += [f"{name}={_literal(_indexed(v, index) if isinstance(v, str) else v)}" for name, v in expr.attrs]
+    args = [_expr(arg, names, counted) for arg in expr.args]
+    args += [f"{name}={_literal(counted(v) if isinstance(v, str) else v)}" for name, v in expr.attrs]
     return f"{expr.op}({', '.join(args)})"
-
-
-def _indexed(key: str, index: int | None) -> str:
-    """``key`` with its first component that is the layer's index written ``{i}``."""
-    parts = key.split(".")
-    if index is not None and str(index) in parts:
-        parts[parts.index(str(index))] = "{i}"
-    return ".".join(parts)
