@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = ROOT / "models" / "minilm"
 WORK = ROOT / "out" / "benchmarks"
+PEER = ["llmcompressor==0.14.0.1", "torch==2.13.0"]
+PEERS = ROOT / "out" / "peers"
 COMMAND = [sys.executable, "-m", "compiler.cli"]
 
 
@@ -55,6 +58,15 @@ def compress(name: str, model: Path, passes: Sequence[Any]) -> tuple[Path, Finis
     recipe.write_text(json.dumps({"model": str(model), "passes": list(passes), "emit": ["safetensors"]}))
     out = WORK / name
     return out, run([*COMMAND, str(recipe), "-o", str(out), "--quiet"])
+
+
+def peer_python() -> Path:
+    """The Python of an environment that holds the peer, made when it is missing."""
+    python = PEERS / "bin" / "python"
+    if not python.exists():
+        venv.create(PEERS, with_pip=True)
+        run([str(python), "-m", "pip", "install", "-q", *PEER])
+    return python
 
 
 def weight_bytes(directory: Path) -> int:

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import MINILM, ROOT, SMOLLM2, WORK, compress, run, show, weight_bytes
+from benchmarks.common import MINILM, ROOT, SMOLLM2, WORK, compress, peer_python, run, show, weight_bytes
 from benchmarks.fetch import fetch
 from compiler.evaluate import evaluate_model
 from compiler.metrics import Estimate
 
-PEER = ["llmcompressor==0.14.0.1", "torch==2.13.0"]
-PEERS = ROOT / "out" / "peers"
 TEXT = ROOT / "benchmarks" / "data" / "persuasion.txt"
 
 
@@ -65,15 +62,6 @@ def main() -> None:
     dense, _ = compress("smollm2-dense", SMOLLM2, [])
     report("SmolLM2-135M-Instruct", dense, SMOLLM2_JOBS, peer, ["perplexity", "kl", "agreement"])
     report("all-MiniLM-L6-v2", MINILM, MINILM_JOBS, peer, ["cosine", "relative-error"])
-
-
-def peer_python() -> Path:
-    """The Python of an environment that holds the peer."""
-    python = PEERS / "bin" / "python"
-    if not python.exists():
-        venv.create(PEERS, with_pip=True)
-        run([str(python), "-m", "pip", "install", "-q", *PEER])
-    return python
 
 
 def report(title: str, model: Path, jobs: tuple[Job, ...], peer: Path | None, metrics: list[str]) -> None:

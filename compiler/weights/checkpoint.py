@@ -11,6 +11,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,11 +72,8 @@ class Checkpoint(ABC):
 
     def digests(self) -> dict[str, str]:
         """The sha256 of every weight file, by file name. Reads all of them."""
-        result: dict[str, str] = {}
-        for path in self.files:
-            with path.open("rb") as file:
-                result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return result
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip((file.name for file in self.files), pool.map(_sha256, self.files), strict=True))
 
 
 class DirectoryCheckpoint(Checkpoint):
@@ -143,6 +141,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
     """Write what belongs beside the weights (tokenizer, generation config, processor) into ``directory``."""
     return checkpoint.save_tokenizer(directory)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(hub_id: str) -> Path:
