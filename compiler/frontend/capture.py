@@ -14,6 +14,7 @@ from compiler.errors import CaptureError, CompressError
 from compiler.frontend.fold import NotFoldableError, layer_lists, passing_through, unfold
 from compiler.frontend.importer import Importer
 from compiler.frontend.lift import lift
+from compiler.frontend.params import order_params
 from compiler.frontend.subject import Subject, subject_of
 from compiler.ir.graph import Graph
 from compiler.ir.verify import verify
@@ -36,28 +37,31 @@ def capture(
     captured and where it stands.
     """
     subject = subject_of(model, inputs, architecture)
-    graph = _folded(subject) or _lifted(subject)
+    graph = fold_layers(subject) or trace_all(subject)
     verify(graph)
     return graph
 
 
-def _folded(subject: Subject) -> Graph | None:
+def fold_layers(subject: Subject) -> Graph | None:
     """The graph from two traced layers of each kind, or None when they do not stand for all."""
     lists = layer_lists(subject.module)
     if not lists:
         return None
     try:
         with passing_through(subject.module, lists):
-            graph = _lifted(subject)
+            graph = trace_all(subject)
         unfold(graph, subject, lists)
+        order_params(graph, subject.names)
     except (NotFoldableError, CaptureError):
         return None
     return graph
 
 
-def _lifted(subject: Subject) -> Graph:
+def trace_all(subject: Subject) -> Graph:
+    """The graph from a trace of the whole module."""
     graph = Importer(subject, export(subject)).run()
     lift(graph)
+    order_params(graph, subject.names)
     return graph
 
 

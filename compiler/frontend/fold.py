@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from compiler.frontend.params import base_name
 from compiler.frontend.subject import Subject
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.weights.expr import Expr, apply
@@ -112,13 +113,14 @@ def _repeated(last: list[Any]) -> Callable[..., Any]:
 
 @dataclass
 class _Unfolding:
-    """The state of one list's unfolding: each traced layer's nodes, and the one value each hands on."""
+    """The state of one list's unfolding: each traced layer's nodes, the one value it hands on, and what it now reads."""
 
     graph: Graph
     subject: Subject
     layers: LayerList
     segments: dict[int, list[Node]]
     handed: dict[int, Value] = field(default_factory=dict[int, Value])
+    entering: dict[int, Value] = field(default_factory=dict[int, Value])
 
     def before(self, index: int) -> int:
         """The traced layer before a traced one; -1 for what enters the first."""
@@ -133,7 +135,6 @@ def unfold(graph: Graph, subject: Subject, lists: Sequence[LayerList]) -> None:
         state = _Unfolding(graph, subject, layers, _segments(graph, layers))
         _find_handed(state)
         _stitch(state)
-    _order_params(graph, subject)
 
 
 def _segments(graph: Graph, layers: LayerList) -> dict[int, list[Node]]:
@@ -224,6 +225,7 @@ def _stitch(state: _Unfolding) -> None:
     for index in range(1, len(layers.kinds)):
         if index in state.segments:
             _rewire(graph, state.segments[index], state.handed[state.before(index)], current)
+            state.entering[index] = current
             current, anchor = state.handed[index], following[index]
         else:
             current = _copy(state, index, current, anchor)
@@ -259,7 +261,7 @@ def _copy(state: _Unfolding, index: int, current: Value, anchor: Node | None) ->
     kind = state.layers.kinds[index]
     template = [i for i in state.layers.kept if state.layers.kinds[i] == kind][-1]
     rename = _Renaming(state.subject, state.layers, template, index)
-    values: dict[Value, Value] = {state.handed[state.before(template)]: current}
+    values: dict[Value, Value] = {state.entering[template]: current}
     for node in state.segments[template]:
         for value in node.inputs:
             if isinstance(value, Param) and rename.owns(value) and value not in values:
@@ -292,7 +294,7 @@ class _Renaming:
 
     def expr(self, param: Param) -> Expr:
         """The parameter's expression over the other layer's tensors."""
-        base = _base_name(self._subject, param.name)
+        base = base_name(self._subject.weights, param.name)
         other = self._subject.weights.get(self.name(base))
         if param.aliases or other is None:
             raise NotFoldableError(f"{param.name} is shared between layers")
@@ -305,14 +307,9 @@ class _Renaming:
         if name in graph.params:
             return graph.params[name]
         expr = self.expr(param)
-        dtype = self._subject.weights[self.name(_base_name(self._subject, param.name))].type.dtype
+        dtype = self._subject.weights[self.name(base_name(self._subject.weights, param.name))].type.dtype
         storage = dtype if param.expr.type.dtype == param.storage else param.storage
         return graph.add_param(name, expr, storage, persistent=param.persistent)
-
-
-def _base_name(subject: Subject, name: str) -> str:
-    """The model's parameter that ``name`` is, or is a part of."""
-    return name if name in subject.weights else name.rpartition(".")[0]
 
 
 def _pair_leaves(mine: Expr, its: Expr, leaves: dict[str, Expr]) -> None:
@@ -332,12 +329,3 @@ def _substitute(expr: Expr, leaves: Mapping[str, Expr]) -> Expr:
             raise NotFoldableError("a layer reads a tensor of another one")
         return leaves[expr.key]
     return apply(expr.op, [_substitute(arg, leaves) for arg in expr.args], dict(expr.attrs)) if expr.args else expr
-
-
-def _order_params(graph: Graph, subject: Subject) -> None:
-    """Parameters in the model's own order, as a whole trace would list them."""
-    order = {name: position for position, name in enumerate(subject.names)}
-    last = len(order)
-    graph.params = dict(
-        sorted(graph.params.items(), key=lambda item: (order.get(_base_name(subject, item[0]), last), item[0]))
-    )

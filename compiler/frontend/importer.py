@@ -44,7 +44,8 @@ class Importer:
         for other, first in subject.names.items():
             if other != first:
                 self._aliases[first] = (*self._aliases.get(first, ()), other)
-        self._views: dict[fx.Node, list[fx.Node]] = {}
+        self._views: dict[fx.Node, dict[fx.Node, None]] = {}
+        self._written: set[fx.Node] = set()
         self._dims: dict[str, str] = {}
 
     def run(self) -> Graph:
@@ -160,24 +161,26 @@ class Importer:
         value = node.meta.get("val")
         if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             return None
+        schema: Any = getattr(node.target, "_schema", None)
+        aliases = schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
+        if aliases or node.target is operator.getitem:
+            self._views.setdefault(cast("fx.Node", node.args[0]), {})[node] = None
         if node.target is operator.getitem:
             return self._argument(node.args[0])[node.args[1]]
-        self.scope = _scope(node)
-        if isinstance(value, Tensor):
-            self.out = self._type(value)
-        schema: Any = getattr(node.target, "_schema", None)
-        name = str(node.target).split(".")
         if schema is not None and schema.is_mutable:
             return self._write(node, schema.name.partition("::")[2].removesuffix("_"))
-        if schema is not None and schema.arguments and schema.arguments[0].alias_info is not None:
-            self._views.setdefault(cast("fx.Node", node.args[0]), []).append(node)
-        return self._call(node, name[1] if len(name) > 1 else str(node.target))
+        name = str(node.target).split(".")
+        return self._call(node, name[1] if len(name) > 1 else name[0])
 
     def _call(self, node: fx.Node, name: str) -> Any:
+        args, kwargs = self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()}
+        # Only now: reading an argument may have imported another node.
+        self.scope = _scope(node)
+        if isinstance(node.meta.get("val"), Tensor):
+            self.out = self._type(node.meta["val"])
         handler = HANDLERS.get(name)
         if handler is None:
             raise self.fail(f"the operation `{node.target}` is not in the graph's vocabulary")
-        args, kwargs = self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()}
         try:
             result = _apply(partial(handler, self), args, kwargs, whole=name in TAKES_COMPLEX)
         except (OpError, TypeError) as reason:
@@ -194,7 +197,11 @@ class Importer:
     # --- writes ---------------------------------------------------------------------------------------------
 
     def _write(self, node: fx.Node, name: str) -> Value:
+        """Run a writing operation once; read again later, it stands for what its target has become."""
         target = cast("fx.Node", node.args[0])
+        if node in self._written:
+            return self._read(target)
+        self._written.add(node)
         written = self._call(node, name)
         self._rebind_written(target, written)
         return written
@@ -202,16 +209,19 @@ class Importer:
     def _rebind_written(self, target: fx.Node, written: Value) -> None:
         if isinstance(self._known.get(target), Param):
             raise self.fail("the model writes to one of its parameters")
-        self._known[target] = written
-        self._forget_views(target)
         base = cast("fx.Node", target.args[0]) if target.args else target
-        if target not in self._views.get(base, ()):
-            return
-        if target.target not in (torch.ops.aten.slice.Tensor, torch.ops.aten.alias.default):
-            raise self.fail(f"a write through `{target.target}` cannot be followed")
-        whole = target.target is torch.ops.aten.alias.default
-        self._rebind_written(base, written if whole else self._spliced(target, written))
+        if target in self._views.get(base, ()):
+            self._rebind_written(base, self._in_base(target, written))
+        self._forget_views(target)
         self._known[target] = written
+
+    def _in_base(self, view: fx.Node, written: Value) -> Value:
+        """The base of a view after the view was written to."""
+        if view in self._written or view.target is torch.ops.aten.alias.default:
+            return written
+        if view.target is not torch.ops.aten.slice.Tensor:
+            raise self.fail(f"a write through `{view.target}` cannot be followed")
+        return self._spliced(view, written)
 
     def _forget_views(self, base: fx.Node) -> None:
         for view in self._views.get(base, ()):
@@ -226,6 +236,8 @@ class Importer:
             "tuple[int, int | None, int | None, int]", (*given, *(0, None, None, 1)[len(given) :])
         )
         size = base.shape[axis]
+        if written.shape == base.shape and step == 1:
+            return written
         if step != 1 or not isinstance(size, int):
             raise self.fail("a write to a strided or symbolic slice cannot be followed")
         start, stop = start or 0, min(size, size if stop is None else stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
@@ -29,3 +29,15 @@ def part(graph: Graph, param: Param, index: int, expr: Expr) -> Param:
 def constant_values(param: Param) -> Sequence[float] | None:
     """The elements of a parameter that is written out in the graph, in row-major order."""
     return param.expr.attr("values") if param.expr.op == "literal" else None
+
+
+def base_name(names: Collection[str], name: str) -> str:
+    """The model's own parameter, one of ``names``, that ``name`` is or is a part of."""
+    return name if name in names else name.rpartition(".")[0]
+
+
+def order_params(graph: Graph, names: Iterable[str]) -> None:
+    """Put parameters in the order in which the model lists ``names``, parts in place of the whole."""
+    order = {name: position for position, name in enumerate(names)}
+    ranked = sorted(graph.params.items(), key=lambda item: (order.get(base_name(order, item[0]), len(order)), item[0]))
+    graph.params = dict(ranked)

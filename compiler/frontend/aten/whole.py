@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compiler.frontend.aten.shared import Complex, Handler
+from compiler.frontend.aten.shared import Complex, Handler, reshaped
 from compiler.frontend.experts import expert_operands
 from compiler.ir.graph import Value
 
@@ -47,6 +47,29 @@ def _rms_norm(
     if len(shape) != 1:
         raise importer.fail("an RMS norm over several axes is not in the graph's vocabulary")
     return importer.emit("rms_norm", x, weight, eps=torch.finfo(torch.float32).eps if eps is None else eps)
+
+
+def _batch_norm(
+    importer: Importer,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    variance: Value,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *args: Any,
+) -> Value:
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel, by the statistics of training."""
+    if training:
+        raise importer.fail("the module computes batch statistics", "call .eval() on it first")
+    shape = (x.shape[1], *(1 for _ in x.shape[2:]))
+    scale = importer.emit("rsqrt", importer.emit("add", variance, scalar=eps))
+    scale = scale if weight is None else importer.emit("mul", scale, weight)
+    centred = importer.emit("sub", x, reshaped(importer, mean, shape))
+    scaled = importer.emit("mul", centred, reshaped(importer, scale, shape))
+    return scaled if bias is None else importer.emit("add", scaled, reshaped(importer, bias, shape))
 
 
 def _conv(
@@ -129,6 +152,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
     "addmm": _addmm,
     "attention": _attention,
+    "batch_norm": _batch_norm,
     "experts": _experts,
     "layer_norm": _layer_norm,
     "linear": _linear,

@@ -214,4 +214,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "add": (fold_constant, fold_expand),
     "sub": (fold_constant, fold_expand),
     "div": (fold_constant, fold_expand),
+    "minimum": (fold_constant,),
+    "maximum": (fold_constant,),
 }
