@@ -133,7 +133,7 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
     if run.dump_graphs is not None:
         observers.append(DumpGraphs(run.dump_graphs))
     pipeline = Pipeline(run.recipe.passes)
-    report = pipeline.run(graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file)
+    report = pipeline.run(graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file())
     return _Passed(graph, report, require(graph))
 
 

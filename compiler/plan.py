@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compiler.console import human_bytes, human_count, table
 from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs, peak_rss
 from compiler.ir.graph import Graph, Param
-from compiler.ledger import Ledger
+from compiler.ledger import Bytes, Ledger
 from compiler.pipeline import Observer, PassReport, Pipeline, Report
 from compiler.recipe import Recipe
 
@@ -88,14 +90,22 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
     observers: list[Observer] = [recipe.locate()]
     if dump_graphs is not None:
         observers.append(DumpGraphs(dump_graphs))
-    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True, bytes_of=bytes_in_file)
+    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True, bytes_of=bytes_in_file())
 
 
-def bytes_in_file(param: Param) -> int:
-    """Bytes of the tensors that stand for ``param`` in a safetensors file."""
+def bytes_in_file() -> Bytes:
+    """A count of the bytes of the tensors that stand for a parameter in a safetensors file; it remembers."""
     from backends.safetensors import stored_tensors
 
-    return sum(expr.type.nbytes for expr in stored_tensors(param))
+    known: dict[tuple[str, torch.dtype], int] = {}
+
+    def count(param: Param) -> int:
+        key = (param.expr.key, param.storage)
+        if key not in known:
+            known[key] = sum(expr.type.nbytes for expr in stored_tensors(param))
+        return known[key]
+
+    return count
 
 
 def open_recipe_model(recipe: Recipe) -> Graph:
