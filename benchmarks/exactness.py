@@ -20,11 +20,7 @@ PROMPTS = [
     "What is the capital of France?",
     "Write a short poem about the sea.",
     "Explain why the sky is blue.",
-    "List three uses of a paper clip.",
-    "Translate 'good morning' into Spanish.",
-    "What is 17 plus 25?",
     "Tell me a story about a fox and a crow.",
-    "How do I boil an egg?",
 ]
 NEW_TOKENS = 64
 
