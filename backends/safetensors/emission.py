@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from backends.safetensors.assemble import assemble
-from backends.safetensors.compressed import quantization_config, stored_parts
+from backends.safetensors.compressed import quantization_config
+from backends.safetensors.parts import stored_parts
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Param
@@ -125,8 +126,9 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     unused = proposal.unused(graph, module, named)
     if isinstance(unused, Mismatch):
         return Refusal(target, unused.reason)
-    dense = unbind({**named, **unused}, module)
-    quantised = quantization_config(dense, module)
+    named = {**named, **unused}
+    dense = unbind(named, module)
+    quantised = quantization_config(named, dense, module)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}

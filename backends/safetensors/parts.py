@@ -1,0 +1,75 @@
+"""Which tensors of a file stand for a weight: itself when it is dense, its parts when it is quantised."""
+
+from __future__ import annotations
+
+import re
+
+from backends.safetensors.formats import format_of, scheme_of
+from compiler.ir.graph import Param
+from compiler.weights.expr import Expr, apply
+from compiler.weights.ops import take
+from compiler.weights.ops.basic import cast, concat, index, reshape
+
+ROW_MOVES = ("slice", "reshape", "concat", "index")
+EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+
+
+def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
+    """The tensors of the file that stand for ``expr`` under ``key``: itself when it is dense, otherwise its parts."""
+    value = as_dequantize(expr)
+    if value is None:
+        return {key: expr}
+    storage = format_of(scheme_of(value), expert=bool(EXPERT.search(key)))
+    return {key.removesuffix("weight") + suffix: part for suffix, part in storage.parts(value).items()}
+
+
+def stored_tensors(param: Param) -> list[Expr]:
+    """The tensors of a file that stand for ``param``, without their names: what they take is known from this alone.
+
+    Checkpoints hold quantised experts one by one, and the two halves of a gated one apart.
+    """
+    if param.expr.op != "dequantize":
+        return [cast(param.expr, param.storage)]
+    matrices = [param.expr] if param.type.rank == 2 else _expert_matrices(param)
+    key = "weight" if param.type.rank == 2 else "experts.0.weight"
+    return [part for matrix in matrices for part in stored_parts(key, matrix).values()]
+
+
+def _expert_matrices(param: Param) -> list[Expr]:
+    gated = any(node.op.name == "experts" and node.inputs[3] is param for node in param.users)
+    count, rows, width = param.expr.shape
+    halves = 2 if gated else 1
+    split = reshape(param.expr, (count * halves, rows // halves, width))
+    return [reshape(take(split, 0, i, i + 1), (rows // halves, width)) for i in range(count * halves)]
+
+
+def as_dequantize(expr: Expr) -> Expr | None:
+    """``expr`` as a ``dequantize``, when it rearranges whole rows of some of one scheme; None when it does not."""
+    if expr.op == "dequantize":
+        return expr
+    if expr.op not in ROW_MOVES:
+        return None
+    values = [as_dequantize(arg) for arg in expr.args]
+    whole = [value for value in values if value is not None]
+    if len(whole) < len(values) or len({(value.attrs, len(value.args)) for value in whole}) > 1:
+        return None
+    columns = zip(*(value.args for value in whole), strict=True)
+    parts = [_moved(expr, list(column)) for column in columns]
+    kept = [part for part in parts if part is not None]
+    return apply("dequantize", kept, dict(whole[0].attrs)) if len(kept) == len(parts) else None
+
+
+def _moved(expr: Expr, parts: list[Expr]) -> Expr | None:
+    """What ``expr`` does to the rows of values, done to those of their codes or scales; None when it breaks rows."""
+    last = expr.type.rank - 1
+    match expr.op:
+        case "reshape" if expr.shape[-1] == expr.args[0].shape[-1]:
+            return reshape(parts[0], (*expr.shape[:-1], parts[0].shape[-1]))
+        case "slice" if expr.attr("axis") < last:
+            return take(parts[0], expr.attr("axis"), expr.attr("start"), expr.attr("stop"))
+        case "concat" if expr.attr("axis") < last:
+            return concat(parts, expr.attr("axis"))
+        case "index" if expr.attr("axis") < last:
+            return index(parts[0], expr.attr("axis"), expr.attr("indices"))
+        case _:
+            return None
