@@ -162,8 +162,7 @@ class Importer:
         if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             return None
         schema: Any = getattr(node.target, "_schema", None)
-        aliases = schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
-        if aliases or node.target is operator.getitem:
+        if _is_view(node):
             self._views.setdefault(cast("fx.Node", node.args[0]), {})[node] = None
         if node.target is operator.getitem:
             return self._argument(node.args[0])[node.args[1]]
@@ -253,6 +252,14 @@ def _apply(handler: Callable[..., Any], args: list[Any], kwargs: Mapping[str, An
         return handler(*args, **kwargs)
     parts = [[a[index] if isinstance(a, Complex) else a for a in args] for index in (0, 1)]
     return Complex(handler(*parts[0], **kwargs), handler(*parts[1], **kwargs))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares memory with its first argument."""
+    if node.target is operator.getitem:
+        return _is_view(cast("fx.Node", node.args[0]))
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 def _scope(node: fx.Node) -> str:
