@@ -15,7 +15,7 @@ from compiler.frontend.capture import capture, fold_layers, trace_all
 from compiler.frontend.subject import subject_of
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
-from compiler.ir.text import print_graph
+from compiler.ir.text import difference, print_graph
 from compiler.weights.evaluate import evaluate
 from tests.families import FAMILIES
 
@@ -83,6 +83,14 @@ def test_two_layers_of_a_kind_stand_for_all(name: str) -> None:
     assert found is not None or name == "modernbert"  # every kind of its five layers occurs at most twice
     if found is not None:
         assert print_graph(found, weights=True, fold=False) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "smollm3"])
+def test_kinds_that_alternate_stand_for_all_however_deep(name: str) -> None:
+    config = FAMILIES[name].config(layers=19)
+    whole, found = trace_all(subject_of(config, None, None)), fold_layers(subject_of(config, None, None))
+    assert found is not None
+    assert difference(whole, found) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "t5", "vit"])

@@ -290,7 +290,7 @@ def test_the_sound_text_parses():
             "  %1 =",
             "  repeat i in 0..2 at h.{i} (%5 = %0 then %9) {\n  }\n  %1 =",
             3,
-            49,
+            48,
             "`%9` is not defined in the block",
         ),
         ("  %1 =", "  repeat i in 0..2 step 0 at h.{i} {\n  }\n  %1 =", 3, 37, "the step must be at least 1"),
