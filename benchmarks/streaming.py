@@ -120,8 +120,17 @@ def compare(work: Path, layers: int, rounds: int, peer: Path | None) -> None:
             steps += _steps(work / "out")
             shutil.rmtree(work / "out")
     size = weight_bytes(model)
-    rows = [[c.name, f"{c.seconds:.1f} s", f"{c.cpu_seconds:.1f} s", f"{size / c.seconds / 1e6:.0f} MB/s",
-             f"{copy.seconds / c.seconds:.2f}", _mb(c.peak_rss)] for c in contenders]
+    rows = [
+        [
+            c.name,
+            f"{c.seconds:.1f} s",
+            f"{c.cpu_seconds:.1f} s",
+            f"{size / c.seconds / 1e6:.0f} MB/s",
+            f"{copy.seconds / c.seconds:.2f}",
+            _mb(c.peak_rss),
+        ]
+        for c in contenders
+    ]
     title = f"{layers} layers, {_gigabytes(size)} of bf16 to int4 in groups of 128, median of {rounds}"
     show(title, [["", "time", "CPU time", "input", "speed / copy", "peak memory"], *rows])
     medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}

@@ -60,8 +60,11 @@ class OutputDirectory:
             raise
         except OSError as reason:
             self._release()
-            raise OutputError(f"cannot write to {self.path.parent}: {reason.strerror}", where=str(self.path),
-                              remedy="choose a directory that you may write to") from reason
+            raise OutputError(
+                f"cannot write to {self.path.parent}: {reason.strerror}",
+                where=str(self.path),
+                remedy="choose a directory that you may write to",
+            ) from reason
         return self
 
     def __exit__(
@@ -79,8 +82,11 @@ class OutputDirectory:
             self.files.rename(self.path)
             _sync(self.path.parent)
         except OSError as reason:
-            raise OutputError(f"cannot finish the output: {reason.strerror}", where=str(self.path),
-                              remedy="run again: everything that is finished is reused") from reason
+            raise OutputError(
+                f"cannot finish the output: {reason.strerror}",
+                where=str(self.path),
+                remedy="run again: everything that is finished is reused",
+            ) from reason
         self._remove_work()
         return self.path
 
@@ -89,10 +95,16 @@ class OutputDirectory:
             return
         if self.finished:
             self._remove_work()
-            raise OutputError("the output is already there, made by this very job", where=str(self.path),
-                              remedy="nothing is left to do; delete it to make it again")
-        raise OutputError("the output exists already", where=str(self.path),
-                          remedy="choose another name, or move it away: nothing is ever overwritten")
+            raise OutputError(
+                "the output is already there, made by this very job",
+                where=str(self.path),
+                remedy="nothing is left to do; delete it to make it again",
+            )
+        raise OutputError(
+            "the output exists already",
+            where=str(self.path),
+            remedy="choose another name, or move it away: nothing is ever overwritten",
+        )
 
     def _remove_work(self) -> None:
         """Remove the work directories of all jobs that were to make this output: it is made now."""
@@ -108,8 +120,9 @@ class OutputDirectory:
             current = False  # locked by another run, or removed by one that ended this instant
         if not current:
             lock.close()
-            raise OutputError("another run is writing this output", where=str(self.path),
-                              remedy="wait for it, or choose another name")
+            raise OutputError(
+                "another run is writing this output", where=str(self.path), remedy="wait for it, or choose another name"
+            )
         self._lock = lock
 
     def _release(self) -> None:

@@ -41,8 +41,15 @@ def run_job(model: Path, out: Path, log: Path | None = None, pause: float = 0.0)
 
     with OutputDirectory(out, "0123456789abcdef") as output:
         (output.files / "config.json").write_text("{}")
-        write(tensors_of(checkpoint), {"model": checkpoint}, output.files, journal=output.state / "journal",
-              shard_bytes=100_000, safe_bytes=10_000, on_progress=on_progress)
+        write(
+            tensors_of(checkpoint),
+            {"model": checkpoint},
+            output.files,
+            journal=output.state / "journal",
+            shard_bytes=100_000,
+            safe_bytes=10_000,
+            on_progress=on_progress,
+        )
         output.commit()
 
 

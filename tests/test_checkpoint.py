@@ -123,12 +123,15 @@ def test_a_header_that_lies_is_refused(tmp_path, header, reason):
     assert "x.safetensors" in str(error.value)
 
 
-@pytest.mark.parametrize("prefix, reason", [
-    (b"", "only 0 bytes"),
-    (b"1234", "only 4 bytes"),
-    (struct.pack("<Q", 2**63), "its header claims 9223372036854775808 bytes"),
-    (struct.pack("<Q", 100) + b"{}", "its header claims 100 bytes"),
-])
+@pytest.mark.parametrize(
+    "prefix, reason",
+    [
+        (b"", "only 0 bytes"),
+        (b"1234", "only 4 bytes"),
+        (struct.pack("<Q", 2**63), "its header claims 9223372036854775808 bytes"),
+        (struct.pack("<Q", 100) + b"{}", "its header claims 100 bytes"),
+    ],
+)
 def test_a_length_that_lies_is_refused(tmp_path, prefix, reason):
     (tmp_path / "x.safetensors").write_bytes(prefix)
     with pytest.raises(CheckpointError, match=reason):
@@ -238,11 +241,25 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 def test_files_beside_the_weights_are_copied(tmp_path):
     path = make_directory(tmp_path / "in")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-                 "merges.txt", "vocab.json", "README.md", "training_args.bin"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "vocab.json",
+        "README.md",
+        "training_args.bin",
+    ):
         (path / name).write_text(name)
     (tmp_path / "out").mkdir()
     written = open_checkpoint(path).save_tokenizer(tmp_path / "out")
-    assert [file.name for file in written] == ["chat_template.jinja", "generation_config.json", "merges.txt",
-                                               "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert [file.name for file in written] == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
     assert (tmp_path / "out" / "vocab.json").read_text() == "vocab.json"

@@ -120,8 +120,9 @@ def test_a_part_equals_the_same_part_of_the_whole(expr, data):
 def test_rows_of_a_quantised_weight_equal_those_of_the_whole(symmetric, rows, cut):
     weight = torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows))
     sources = {"model": MemorySource({"w": weight})}
-    expr = quantise(load("model", "w", TensorType(torch.float32, (rows, 16))), 4, 8, symmetric=symmetric,
-                    scale_dtype=torch.float32)
+    expr = quantise(
+        load("model", "w", TensorType(torch.float32, (rows, 16))), 4, 8, symmetric=symmetric, scale_dtype=torch.float32
+    )
     start = cut.draw(st.integers(0, rows - 1))
     stop = cut.draw(st.integers(start + 1, rows))
     for part in (expr, *expr.args, pack_bits(expr.args[0], 4)):

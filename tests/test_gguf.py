@@ -22,14 +22,34 @@ from compiler.weights.gguf_header import read_gguf_header
 FORMATS = gguf.GGMLQuantizationType
 SMOLLM2 = Path(os.environ.get("COMPRESS_MODEL_SMOLLM2", "models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
-COMMON = {"block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96,
-          "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
-          "rope.freq_base": 1e5}
-LAYER = {"attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
-         "attn_output": (64, 64)}
+COMMON = {
+    "block_count": 2,
+    "context_length": 64,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 1e5,
+}
+LAYER = {
+    "attn_norm": (64,),
+    "ffn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_k": (32, 64),
+    "attn_v": (32, 64),
+    "attn_output": (64, 64),
+}
 DENSE = {**LAYER, "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
-EXPERTS = {**LAYER, "attn_q_norm": (16,), "attn_k_norm": (16,), "ffn_gate_inp": (4, 64), "ffn_gate_exps": (4, 768, 64),
-           "ffn_up_exps": (4, 768, 64), "ffn_down_exps": (4, 64, 768)}
+EXPERTS = {
+    **LAYER,
+    "attn_q_norm": (16,),
+    "attn_k_norm": (16,),
+    "ffn_gate_inp": (4, 64),
+    "ffn_gate_exps": (4, 768, 64),
+    "ffn_up_exps": (4, 768, 64),
+    "ffn_down_exps": (4, 64, 768),
+}
 GEMMA2 = {**DENSE, "post_attention_norm": (64,), "post_ffw_norm": (64,)}
 MODELS = {
     "llama": (DENSE, {}),
@@ -108,8 +128,10 @@ def test_the_config_is_that_of_the_original(tmp_path):
 
 
 def test_a_fingerprint_follows_the_content(tmp_path):
-    prints = [open_checkpoint(make_file(tmp_path / f"{i}.gguf", untied=untied)).fingerprint()
-              for i, untied in enumerate((True, True, False))]
+    prints = [
+        open_checkpoint(make_file(tmp_path / f"{i}.gguf", untied=untied)).fingerprint()
+        for i, untied in enumerate((True, True, False))
+    ]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -122,7 +144,11 @@ def test_floats_are_the_shortest_that_round_to_the_same_float32(value):
 
 def test_only_float32_values_are_shortened():
     assert shortest_floats({"a": 9.999999747378752e-06, "b": 0.1, "c": "0.1", "d": [None, 3]}) == {
-        "a": 1e-05, "b": 0.1, "c": "0.1", "d": [None, 3]}
+        "a": 1e-05,
+        "b": 0.1,
+        "c": "0.1",
+        "d": [None, 3],
+    }
 
 
 def cut(data, position, replacement):

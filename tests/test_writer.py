@@ -64,8 +64,10 @@ def test_any_mixture_of_dtypes_and_shapes_survives(tmp_path_factory, kinds):
     write(tensors, {"model": source}, directory)
     loaded = load_file(directory / "model.safetensors")
     assert {n: (t.dtype, t.shape) for n, t in loaded.items()} == {n: (t.dtype, t.shape) for n, t in values.items()}
-    assert all(torch.equal(loaded[name].reshape(-1).view(torch.uint8), values[name].reshape(-1).view(torch.uint8))
-               for name in values)
+    assert all(
+        torch.equal(loaded[name].reshape(-1).view(torch.uint8), values[name].reshape(-1).view(torch.uint8))
+        for name in values
+    )
 
 
 @pytest.mark.parametrize("budget, threads", [(1 << 30, 1), (1 << 30, 2), (1500, 1), (1500, 2), (1, 2)])

@@ -134,8 +134,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GgufCheckpoint(local)
     if local.suffix in _PICKLES:
         raise _pickled(local)
-    raise CheckpointError(f"{local.name} is not a checkpoint", where=str(local),
-                          remedy="give the directory that holds config.json and the safetensors files")
+    raise CheckpointError(
+        f"{local.name} is not a checkpoint",
+        where=str(local),
+        remedy="give the directory that holds config.json and the safetensors files",
+    )
 
 
 def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
@@ -156,8 +159,10 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises a dozen unrelated kinds
         first = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        raise CheckpointError(f"{hub_id} is neither a path nor a model that could be fetched: {first}",
-                              remedy="give the path of a local directory") from reason
+        raise CheckpointError(
+            f"{hub_id} is neither a path nor a model that could be fetched: {first}",
+            remedy="give the path of a local directory",
+        ) from reason
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -165,13 +170,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = parse_json(file.read_bytes(), file)
     except OSError as reason:
-        raise CheckpointError(f"cannot read config.json: {reason.strerror}", where=str(path),
-                              remedy="give the directory that transformers' save_pretrained wrote") from reason
+        raise CheckpointError(
+            f"cannot read config.json: {reason.strerror}",
+            where=str(path),
+            remedy="give the directory that transformers' save_pretrained wrote",
+        ) from reason
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise CheckpointError(f"the checkpoint is already quantised (quant_method: {method})",
-                              where=str(file), remedy="start from the original, unquantised checkpoint")
+        raise CheckpointError(
+            f"the checkpoint is already quantised (quant_method: {method})",
+            where=str(file),
+            remedy="start from the original, unquantised checkpoint",
+        )
     return config
 
 
@@ -195,8 +206,9 @@ def _read_shards(path: Path) -> dict[str, tuple[Path, Stored]]:
     for file_name in sorted(set(weight_map.values())):
         for name, stored in read_header(_shard(path, file_name)).items():
             if name in tensors:
-                raise CheckpointError(f"tensor {name} lies in two shards, {tensors[name][0].name} and {file_name}",
-                                      where=str(path))
+                raise CheckpointError(
+                    f"tensor {name} lies in two shards, {tensors[name][0].name} and {file_name}", where=str(path)
+                )
             tensors[name] = (path / file_name, stored)
     _check_index(weight_map, tensors, index)
     return tensors
@@ -207,8 +219,9 @@ def _shard(path: Path, name: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise CheckpointError(f"{_INDEX} names {name!r}, outside the directory", where=str(path))
     if not os.path.lexists(path / name):
-        raise CheckpointError(f"{_INDEX} names {name}, which does not exist", where=str(path),
-                              remedy="fetch the missing file")
+        raise CheckpointError(
+            f"{_INDEX} names {name}, which does not exist", where=str(path), remedy="fetch the missing file"
+        )
     return path / name
 
 
@@ -217,12 +230,14 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, tuple[Path
         if name not in tensors:
             raise CheckpointError(f"tensor {name} is missing: {_INDEX} places it in {file_name}", where=str(index))
         if tensors[name][0].name != PurePosixPath(file_name).name:
-            raise CheckpointError(f"{_INDEX} places tensor {name} in {file_name}, it lies in {tensors[name][0].name}",
-                                  where=str(index))
+            raise CheckpointError(
+                f"{_INDEX} places tensor {name} in {file_name}, it lies in {tensors[name][0].name}", where=str(index)
+            )
 
 
 def _pickled(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file.name} is a pickle: loading it can run any code, so it is refused", where=str(file),
+        f"{file.name} is a pickle: loading it can run any code, so it is refused",
+        where=str(file),
         remedy="convert it once in a place you trust: AutoModel.from_pretrained(...).save_pretrained(directory)",
     )

@@ -123,13 +123,15 @@ def _check_complete(
 ) -> None:
     missing = _declared(expected.keys() - bound.keys(), model._keys_to_ignore_on_load_missing or ())
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {_listing(missing)}", where=str(checkpoint.path),
-                              remedy=f"config.json says {type(model).__name__}: are all files of the model there?")
+        raise CheckpointError(
+            f"the checkpoint lacks {_listing(missing)}",
+            where=str(checkpoint.path),
+            remedy=f"config.json says {type(model).__name__}: are all files of the model there?",
+        )
     surplus = _declared(unexpected, (*(model._keys_to_ignore_on_load_unexpected or ()), *_DEAD_BUFFERS))
     if surplus:
         cause = f"{type(model).__name__} has no place for {_listing(surplus)}"
-        raise CheckpointError(cause, where=str(checkpoint.path),
-                              remedy="does config.json name the right architecture?")
+        raise CheckpointError(cause, where=str(checkpoint.path), remedy="does config.json name the right architecture?")
 
 
 def _declared(names: Iterable[str], ignored: Iterable[str]) -> list[str]:

@@ -55,8 +55,12 @@ class Expr:
 
 
 def _canonical(attrs: tuple[tuple[str, Any], ...]) -> str:
-    return ",".join(f"{name}={DTYPE_NAMES.get(value, None) or repr(value)}" if isinstance(value, torch.dtype)
-                    else f"{name}={value!r}" for name, value in attrs)
+    return ",".join(
+        f"{name}={DTYPE_NAMES.get(value, None) or repr(value)}"
+        if isinstance(value, torch.dtype)
+        else f"{name}={value!r}"
+        for name, value in attrs
+    )
 
 
 def apply(op: str, args: Sequence[Expr], attrs: Mapping[str, Any] | None = None) -> Expr:

@@ -66,8 +66,9 @@ class GgufCheckpoint(Checkpoint):
         if others or not self._stored_as_is(name, blocks):
             return self.read(key)[start:stop].clone()
         width = (blocks.stop - blocks.start) // blocks.shape[0]
-        rows = Blocks((stop - start, *blocks.shape[1:]), blocks.format, blocks.start + start * width,
-                      blocks.start + stop * width)
+        rows = Blocks(
+            (stop - start, *blocks.shape[1:]), blocks.format, blocks.start + start * width, blocks.start + stop * width
+        )
         return torch.from_numpy(self._dequantised(rows))
 
     def fingerprint(self) -> str:
@@ -107,8 +108,9 @@ class GgufCheckpoint(Checkpoint):
         try:
             loaded = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except (ValueError, KeyError, NotImplementedError) as reason:
-            raise CheckpointError(f"transformers cannot read the config of {self.path.name}: {reason}",
-                                  where=str(self.path)) from reason
+            raise CheckpointError(
+                f"transformers cannot read the config of {self.path.name}: {reason}", where=str(self.path)
+            ) from reason
         config = cast(dict[str, Any], shortest_floats(json.loads(loaded.to_json_string())))
         for name in _DROPPED:
             config.pop(name, None)
@@ -145,8 +147,11 @@ class GgufCheckpoint(Checkpoint):
         for name in self._header.tensors:
             target = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
             if target is None:
-                raise CheckpointError(f"{self._model.__class__.__name__} has no place for tensor {name}",
-                                      where=str(self.path), remedy="start from the original safetensors checkpoint")
+                raise CheckpointError(
+                    f"{self._model.__class__.__name__} has no place for tensor {name}",
+                    where=str(self.path),
+                    remedy="start from the original safetensors checkpoint",
+                )
             parts.setdefault(target, []).append(name)
         return parts
 
@@ -186,7 +191,9 @@ def _split_digits(tokenizer: Any) -> None:
     """The `smollm` pre-tokenizer splits digits one by one before bytes; transformers' GGUF reader leaves that out."""
     from tokenizers import pre_tokenizers
 
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-    ])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )

@@ -59,8 +59,9 @@ class _Reader:
             raise self._damaged("it does not begin with GGUF")
         version, tensor_count, entry_count = self._unpack("IQQ")
         if version not in (2, 3):
-            raise CheckpointError(f"{self._path.name} is GGUF version {version}; 2 and 3 can be read",
-                                  where=str(self._path))
+            raise CheckpointError(
+                f"{self._path.name} is GGUF version {version}; 2 and 3 can be read", where=str(self._path)
+            )
         metadata = dict(self._entry() for _ in range(self._plausible(entry_count)))
         records = [self._record() for _ in range(self._plausible(tensor_count))]
         alignment = metadata.get("general.alignment", 32)
@@ -109,8 +110,9 @@ class _Reader:
             if blocks.start < end:
                 raise self._damaged(f"tensor {name} overlaps {previous}")
             if blocks.stop > self._size:
-                raise self._damaged(f"it is truncated: tensor {name} ends at byte {blocks.stop}, "
-                                    f"the file at {self._size}")
+                raise self._damaged(
+                    f"it is truncated: tensor {name} ends at byte {blocks.stop}, the file at {self._size}"
+                )
             end, previous = blocks.stop, name
         return placed
 
@@ -120,8 +122,9 @@ class _Reader:
         try:
             per_block, size = GGML_QUANT_SIZES[GGMLQuantizationType(format)]
         except (ValueError, KeyError) as reason:
-            raise CheckpointError(f"tensor {name} has the unknown block format {format}",
-                                  where=str(self._path)) from reason
+            raise CheckpointError(
+                f"tensor {name} has the unknown block format {format}", where=str(self._path)
+            ) from reason
         if (shape[-1] if shape else 1) % per_block:
             raise self._damaged(f"tensor {name} of shape {list(shape)} does not divide into blocks of {per_block}")
         return math.prod(shape) // per_block * size
@@ -148,5 +151,6 @@ class _Reader:
         return data
 
     def _damaged(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self._path.name} is damaged: {reason}", where=str(self._path),
-                               remedy="fetch the file again")
+        return CheckpointError(
+            f"{self._path.name} is damaged: {reason}", where=str(self._path), remedy="fetch the file again"
+        )

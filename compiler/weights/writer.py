@@ -133,8 +133,11 @@ class _FiniteSource:
 
     def _checked(self, key: str, value: Tensor) -> Tensor:
         if not _finite(value):
-            raise CheckpointError(f"tensor {key} holds NaN or infinite values", where=self._name,
-                                  remedy="the checkpoint is damaged: fetch it again")
+            raise CheckpointError(
+                f"tensor {key} holds NaN or infinite values",
+                where=self._name,
+                remedy="the checkpoint is damaged: fetch it again",
+            )
         return value
 
 
@@ -142,7 +145,11 @@ class _Writer:
     """Runs tasks and records what is finished."""
 
     def __init__(
-        self, files: Sequence[_File], sources: Mapping[str, Source], record: Journal, safe_bytes: int,
+        self,
+        files: Sequence[_File],
+        sources: Mapping[str, Source],
+        record: Journal,
+        safe_bytes: int,
         on_progress: Progress,
     ) -> None:
         self._file_of = {name: file for file in files for name in file.shard.tensors}
@@ -189,8 +196,10 @@ class _Writer:
         if found != piece.expr.type:
             raise OutputError(f"tensor {piece.name} came out as {found} instead of {piece.expr.type}")
         if not _finite(value):
-            raise OutputError(f"computing tensor {piece.name} gave NaN or infinite values, its inputs are finite",
-                              remedy=f"{piece.expr.type.dtype} may be too narrow for it")
+            raise OutputError(
+                f"computing tensor {piece.name} gave NaN or infinite values, its inputs are finite",
+                remedy=f"{piece.expr.type.dtype} may be too narrow for it",
+            )
 
 
 def _in_order(do: Callable[[Task], Task], tasks: Sequence[Task], threads: int) -> Iterator[Task]:
@@ -231,8 +240,11 @@ def _check_space(files: Sequence[_File], directory: Path) -> None:
     needed = sum(file.missing for file in files)
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise OutputError(f"the disk is too full: {needed:,} bytes are needed, {free:,} are free", where=str(directory),
-                          remedy="free some space and run again: what is finished is reused")
+        raise OutputError(
+            f"the disk is too full: {needed:,} bytes are needed, {free:,} are free",
+            where=str(directory),
+            remedy="free some space and run again: what is finished is reused",
+        )
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -267,7 +279,9 @@ def _explained(directory: Path) -> Generator[None]:
         yield
     except OSError as reason:
         raise OutputError(
-            f"cannot write: {reason.strerror}", where=str(reason.filename or directory),
-            remedy="free some space and run again: what is finished is reused" if reason.errno in _FULL
+            f"cannot write: {reason.strerror}",
+            where=str(reason.filename or directory),
+            remedy="free some space and run again: what is finished is reused"
+            if reason.errno in _FULL
             else "choose a directory that you may write to",
         ) from reason

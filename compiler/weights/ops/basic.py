@@ -356,8 +356,11 @@ def _take_head_blocks(expr: Expr, axis: int, start: int, stop: int) -> Expr | No
 OPS: tuple[WeightOp, ...] = (
     WeightOp("full", _constant_type, lambda t, a: torch.full(a["shape"], a["value"], dtype=a["dtype"]), _take_full),
     WeightOp("literal", _literal_type, _literal),
-    WeightOp("eye", lambda t, a: TensorType(a["dtype"], (a["size"], a["size"])),
-             lambda t, a: torch.eye(a["size"], dtype=a["dtype"])),
+    WeightOp(
+        "eye",
+        lambda t, a: TensorType(a["dtype"], (a["size"], a["size"])),
+        lambda t, a: torch.eye(a["size"], dtype=a["dtype"]),
+    ),
     WeightOp("reshape", _reshape_type, lambda t, a: t[0].reshape(a["shape"]), _take_reshape),
     WeightOp("transpose", _transpose_type, lambda t, a: t[0].permute(a["perm"]), _take_transpose),
     WeightOp("slice", _slice_type, _slice, _take_slice),

@@ -116,9 +116,7 @@ def _infer_scale(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, zero = tensors[0], tensors[1] if len(tensors) > 1 else None
     groups = _group_count(weight.shape[-1], attrs["group"])
-    parts = [
-        _scale_of_rows(_grouped(rows, groups), zeros, attrs) for rows, (zeros,) in _row_chunks(weight, [zero])
-    ]
+    parts = [_scale_of_rows(_grouped(rows, groups), zeros, attrs) for rows, (zeros,) in _row_chunks(weight, [zero])]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)
 
 
