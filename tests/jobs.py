@@ -53,6 +53,29 @@ def run_job(model: Path, out: Path, log: Path | None = None, pause: float = 0.0)
         output.commit()
 
 
+def peak_of_a_job(model: Path, out: Path) -> int:
+    """The bytes by which the memory of a fresh process grows, at most, while it quantises ``model`` into ``out``."""
+    results = PROCESSES.SimpleQueue()
+    process = PROCESSES.Process(target=_measure_peak, args=(model, out, results))
+    process.start()
+    process.join()
+    return results.get()
+
+
+def _measure_peak(model: Path, out: Path, results) -> None:
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint(model)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    held = _kilobytes("VmRSS")
+    write(tensors_of(checkpoint), {"model": checkpoint}, out, budget=16 << 20)
+    results.put((_kilobytes("VmHWM") - held) * 1024)
+
+
+def _kilobytes(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+
+
 def start(*arguments) -> multiprocessing.Process:
     process = PROCESSES.Process(target=run_job, args=arguments)
     process.start()

@@ -239,6 +239,45 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         open_checkpoint(tmp_path / "notes.txt")
 
 
+def test_a_directory_around_a_gguf_file_says_what_to_give(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"cannot read config.json") as error:
+        open_checkpoint(tmp_path)
+    assert f"give the file itself: {tmp_path / 'tiny.gguf'}" in str(error.value)
+
+
+def test_a_hub_id_is_fetched_without_pickles_or_code(tmp_path, monkeypatch):
+    path = make_directory(tmp_path / "snapshot")
+    asked = {}
+
+    def fetch(hub_id, allow_patterns):
+        asked[hub_id] = allow_patterns
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert set(open_checkpoint("some-one/some.model").types) == {"a", "b"}
+    assert not [pattern for pattern in asked["some-one/some.model"] if pattern.endswith(("py", "bin", "pt", "*"))]
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_error(monkeypatch):
+    def fetch(hub_id, allow_patterns):
+        raise RuntimeError("401 Client Error\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(
+        CheckpointError, match=r"neither a path nor a model that could be fetched: 401 Client Error\nhelp"
+    ):
+        open_checkpoint("some-one/some.model")
+
+
+def test_what_cannot_be_looked_at_is_one_error(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        open_checkpoint(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="cannot read the checkpoint: File name too long"):
+        open_checkpoint("x" * 5000)
+
+
 def test_files_beside_the_weights_are_copied(tmp_path):
     path = make_directory(tmp_path / "in")
     for name in (

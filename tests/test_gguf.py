@@ -203,6 +203,17 @@ def test_a_changed_byte_never_escapes_as_another_kind_of_error(tmp_path_factory,
     assert all(0 < blocks.start <= blocks.stop <= len(data) for blocks in header.tensors.values())
 
 
+def test_a_part_of_a_split_file_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"part.gguf is one of 3 parts"):
+        open_checkpoint(tmp_path / "part.gguf")
+
+
 def test_an_unknown_architecture_is_refused(tmp_path):
     path = make_file(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes().replace(b"llama", b"lemma"))

@@ -1,15 +1,17 @@
 """The writer: files that others load, the same bytes however the work is cut, bounded working sets."""
 
 import json
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compiler.errors import CheckpointError, OutputError
 from compiler.ir.types import TensorType
+from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.evaluate import evaluate, working_set
 from compiler.weights.expr import load
 from compiler.weights.layout import layout
@@ -19,6 +21,7 @@ from compiler.weights.source import MemorySource
 from compiler.weights.tasks import plan
 from compiler.weights.tensorfile import DTYPES
 from compiler.weights.writer import write
+from tests.jobs import peak_of_a_job
 
 INDEX = "model.safetensors.index.json"
 
@@ -78,6 +81,43 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, budget, thread
     write(tensors, sources, tmp_path / "whole", shard_bytes=600, threads=1)
     write(tensors, sources, tmp_path / "cut", shard_bytes=600, budget=budget, threads=threads)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_the_bytes_do_not_depend_on_how_the_source_is_sharded(tmp_path):
+    """Read from one file, or from shards that hold the tensors in any order."""
+    weights = {f"t{i}": torch.full((40, 16), float(i)).bfloat16() for i in range(12)}
+    names = random.Random(0).sample(sorted(weights), len(weights))
+    shards = {f"model-{i}.safetensors": names[i::5] for i in range(5)}
+    for kind in ("one", "many"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text("{}")
+    save_file(weights, tmp_path / "one" / "model.safetensors")
+    for file, held in shards.items():
+        save_file({name: weights[name] for name in held}, tmp_path / "many" / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (tmp_path / "many" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for kind in ("one", "many"):
+        checkpoint = open_checkpoint(tmp_path / kind)
+        tensors = {
+            name: basic.scale(load("model", name, checkpoint.types[name]), 0.5) for name in sorted(checkpoint.types)
+        }
+        (tmp_path / f"from-{kind}").mkdir()
+        write(tensors, {"model": checkpoint}, tmp_path / f"from-{kind}")
+    assert contents(tmp_path / "from-one") == contents(tmp_path / "from-many")
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    peaks: list[int] = []
+    for layers in (8, 32):
+        model, out = tmp_path / f"model{layers}", tmp_path / f"out{layers}"
+        model.mkdir()
+        out.mkdir()
+        (model / "config.json").write_text("{}")
+        weights = {f"layers.{i}.w": torch.full((2048, 2048), float(i), dtype=torch.bfloat16) for i in range(layers)}
+        save_file(weights, model / "model.safetensors")
+        peaks.append(peak_of_a_job(model, out))
+    assert max(peaks) < 96 << 20
+    assert peaks[1] - peaks[0] < 32 << 20  # 24 layers more are 192 MB more to read
 
 
 def test_shards_hold_what_the_index_says(tmp_path):

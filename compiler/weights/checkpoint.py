@@ -122,12 +122,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError when it is missing, damaged, pickled or already quantised.
     """
     local = Path(path).expanduser()
-    if not local.exists() and _HUB_ID.fullmatch(str(path)):
-        local = _download(str(path))
+    try:
+        if not local.exists() and _HUB_ID.fullmatch(str(path)):
+            local = _download(str(path))
+        return _open_local(local)
+    except OSError as reason:
+        raise CheckpointError(f"cannot read the checkpoint: {reason.strerror}", where=str(local)) from reason
+
+
+def _open_local(local: Path) -> Checkpoint:
     if local.is_dir():
         return DirectoryCheckpoint(local)
     if not local.exists():
-        raise CheckpointError(f"there is no checkpoint at {path}", remedy="give a directory, a .gguf file or a hub id")
+        raise CheckpointError(f"there is no checkpoint at {local}", remedy="give a directory, a .gguf file or a hub id")
     if local.suffix == ".gguf":
         from compiler.weights.gguf import GgufCheckpoint
 
@@ -173,7 +180,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read config.json: {reason.strerror}",
             where=str(path),
-            remedy="give the directory that transformers' save_pretrained wrote",
+            remedy=_likely_meant(path),
         ) from reason
     quantised = config.get("quantization_config")
     if quantised:
@@ -184,6 +191,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             remedy="start from the original, unquantised checkpoint",
         )
     return config
+
+
+def _likely_meant(path: Path) -> str:
+    gguf = next(path.glob("*.gguf"), None)
+    return f"give the file itself: {gguf}" if gguf else "give the directory that transformers' save_pretrained wrote"
 
 
 def _read_tensors(path: Path) -> dict[str, tuple[Path, Stored]]:

@@ -35,6 +35,9 @@ class GgufCheckpoint(Checkpoint):
         self.path = path
         self.files = (path,)
         self._header = read_gguf_header(path)
+        parts = self._header.metadata.get("split.count", 1)
+        if parts > 1:
+            raise CheckpointError(f"{path.name} is one of {parts} parts", where=str(path), remedy="merge them into one")
         self.config = self._read_config()
 
     @property
