@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from compiler.errors import OpError
+from compiler.frontend.capture import capture
 from compiler.ir.execute import bind_dims, evaluate_dim, run, run_nodes, to_torch
 from compiler.ir.graph import Graph, Value
 from compiler.ir.types import TensorType, resolve_dim
+from tests.families import FAMILIES
 from tests.graphs import Builder, tiny_llama, tokens
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -33,6 +35,16 @@ def test_lowered_module_equals_run(length):
     graph = tiny_llama()
     given = tokens(length=length)
     torch.testing.assert_close(to_torch(graph)(**given)["logits"], run(graph, given)["logits"], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "deepseek_v3"])
+def test_lowered_families_equal_run(name):
+    family = FAMILIES[name]
+    graph, given = capture(family.build(seed=3)), family.inputs(batch=3, tokens=6, seed=1)
+    given = {key: given[key] for key in graph.inputs}
+    expected, found = run(graph, given), graph.to_torch()(**given)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, **EXACT)
 
 
 def test_lowered_module_holds_the_parameters_under_their_names():

@@ -18,6 +18,8 @@ from compiler.ir.ops import op_named
 from compiler.ir.types import TensorType
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
     from compiler.weights.expr import Expr
     from compiler.weights.source import Source
 
@@ -244,6 +246,12 @@ class Graph:
         assert node.previous is not None and node.following is not None
         node.previous.following, node.following.previous = node.following, node.previous
         self._link(node, anchor)
+
+    def to_torch(self, *, device: torch.device | str = "cpu") -> GraphModule:
+        """A torch module that computes this graph; see ``compiler.ir.execute.to_torch``."""
+        from compiler.ir.execute import to_torch
+
+        return to_torch(self, device=device)
 
     def prune(self) -> int:
         """Erase nodes and parameters that no output depends on. Returns how many were erased."""
