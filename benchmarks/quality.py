@@ -21,6 +21,7 @@ from compiler.evaluate import evaluate_model
 from compiler.metrics import Estimate
 
 TEXT = ROOT / "benchmarks" / "data" / "persuasion.txt"
+SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def report(title: str, model: Path, jobs: tuple[Job, ...], peer: Path | None, me
 
 def original(model: Path, metrics: list[str]) -> list[str]:
     alone = [name for name in metrics if name == "perplexity"]
-    found = evaluate_model(model, data=TEXT, metrics=alone).metrics
+    found = evaluate_model(model, data=TEXT, metrics=alone, samples=SAMPLES).metrics
     return [estimate(found[name]) if name in found else "" for name in metrics]
 
 
 def measured(directory: Path, model: Path, metrics: list[str]) -> list[str]:
-    found = evaluate_model(directory, against=model, data=TEXT, metrics=metrics).metrics
+    found = evaluate_model(directory, against=model, data=TEXT, metrics=metrics, samples=SAMPLES).metrics
     return [megabytes(directory), *(estimate(found[name]) for name in metrics)]
 
 
