@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,11 +53,12 @@ def run(command: Sequence[str], **environment: str) -> Finished:
 
 
 def compress(name: str, model: Path, passes: Sequence[Any]) -> tuple[Path, Finished]:
-    """Compress ``model`` with ``passes`` (as a recipe spells them) into out/benchmarks/NAME."""
+    """Compress ``model`` with ``passes`` (as a recipe spells them) into out/benchmarks/NAME, from nothing."""
     WORK.mkdir(parents=True, exist_ok=True)
     recipe = WORK / f"{name}.yaml"
     recipe.write_text(json.dumps({"model": str(model), "passes": list(passes), "emit": ["safetensors"]}))
     out = WORK / name
+    shutil.rmtree(out, ignore_errors=True)
     return out, run([*COMMAND, str(recipe), "-o", str(out), "--quiet"])
 
 
