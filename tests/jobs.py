@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from compiler import Recipe, compress
 from compiler.output import OutputDirectory
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.expr import load
@@ -14,7 +15,7 @@ from compiler.weights.writer import write
 
 LAYERS = 24
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
+PROCESSES.set_forkserver_preload([__name__, "compiler.frontend.capture", "transformers.models.llama"])
 
 
 def tensors_of(checkpoint):
@@ -76,7 +77,14 @@ def _kilobytes(entry: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
-def start(*arguments) -> multiprocessing.Process:
-    process = PROCESSES.Process(target=run_job, args=arguments)
+def run_recipe(recipe: Path, out: Path) -> None:
+    """The whole job, as the command does it."""
+    torch.set_num_threads(1)
+    compress(Recipe.load(recipe), out)
+
+
+def start(job, *arguments) -> multiprocessing.Process:
+    """``job(*arguments)`` in a fresh process that has imported everything already."""
+    process = PROCESSES.Process(target=job, args=arguments)
     process.start()
     return process

@@ -13,9 +13,10 @@ from compiler.weights.expr import load
 from compiler.weights.journal import Journal
 from compiler.weights.source import MemorySource
 from compiler.weights.writer import write
-from tests.jobs import LAYERS, run_job, start
+from tests.jobs import LAYERS, run_job, run_recipe, start
+from tests.small import write_folder, write_recipe
 
-KILLS = 20
+KILLS, WHOLE_KILLS = 20, 3
 
 
 class Stop(Exception):
@@ -45,15 +46,15 @@ def undisturbed(checkpoint, tmp_path_factory):
 
 def test_killed_at_random_instants_the_final_bytes_are_the_same(checkpoint, undisturbed, tmp_path):
     pause = 0.01  # stretches the job, so that instants fall into every part of it
-    start(checkpoint, tmp_path / "warm", None, 0.0).join()
+    start(run_job, checkpoint, tmp_path / "warm").join()
     begun = time.monotonic()
-    start(checkpoint, tmp_path / "timed", None, pause).join()
+    start(run_job, checkpoint, tmp_path / "timed", None, pause).join()
     duration = time.monotonic() - begun
     instants = random.Random(0)
     reused = 0
     for attempt in range(KILLS):
         out, log = tmp_path / f"out{attempt}", tmp_path / f"log{attempt}"
-        process = start(checkpoint, out, log, pause)
+        process = start(run_job, checkpoint, out, log, pause)
         time.sleep(instants.uniform(0, duration))
         process.kill()
         process.join()
@@ -65,6 +66,31 @@ def test_killed_at_random_instants_the_final_bytes_are_the_same(checkpoint, undi
         reused += int(log.read_text().split()[-1]) > 0
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".out{attempt}.")] == []
     assert reused >= KILLS // 4
+
+
+def test_a_whole_job_killed_and_run_again_gives_the_same_output(tmp_path):
+    """Every file but the timings is the same, to the byte, and the output is never seen incomplete."""
+    recipe = write_recipe(write_folder(tmp_path), "[gqa-to-mla, {quantize: {bits: 4, group: 16, skip: [lm_head]}}]")
+    begun = time.monotonic()
+    start(run_recipe, recipe, tmp_path / "timed").join()
+    duration = time.monotonic() - begun
+    expected = untimed(tmp_path / "timed")
+    instants = random.Random(1)
+    for attempt in range(WHOLE_KILLS):
+        out = tmp_path / f"out{attempt}"
+        process = start(run_recipe, recipe, out)
+        time.sleep(instants.uniform(0, duration))
+        process.kill()
+        process.join()
+        if not out.exists():
+            again = start(run_recipe, recipe, out)
+            again.join()
+            assert again.exitcode == 0
+        assert untimed(out) == expected
+
+
+def untimed(directory):
+    return {name: data for name, data in contents(directory).items() if not name.endswith("timings.json")}
 
 
 @pytest.mark.parametrize("stop_after", range(0, LAYERS + 1, 4))
