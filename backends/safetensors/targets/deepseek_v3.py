@@ -20,7 +20,12 @@ from compiler.weights.evaluate import evaluate
 NAME = "deepseek_v3"
 THETA = 10000.0
 KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS = {
+    ("silu", None): "silu",
+    ("relu", None): "relu",
+    ("gelu", "none"): "gelu",
+    ("gelu", "tanh"): "gelu_pytorch_tanh",
+}
 
 
 def propose(graph: Graph) -> Proposal | Refusal:
@@ -91,12 +96,19 @@ def _dense_stack(layers: int) -> dict[str, Any]:
 def _inner_linears(graph: Graph) -> dict[str, Any] | None:
     """Inner width and activation of the first product of an activated linear map with another one."""
     for node in graph.nodes_named("mul"):
-        makers = [value.node.op.name if value and value.node else "" for value in node.inputs]
-        for index, name in enumerate(makers):
-            gate = node.inputs[index]
-            if name in ACTIVATIONS and makers[1 - index : 2 - index] == ["linear"] and gate is not None:
-                return {"intermediate_size": int(gate.shape[-1]), "hidden_act": ACTIVATIONS[name]}
+        makers = [value.node for value in node.inputs if value is not None]
+        for gate, up in (makers, makers[::-1]) if len(makers) == 2 else ():
+            activation = _activation(gate)
+            if activation and gate is not None and up is not None and up.op.name == "linear":
+                return {"intermediate_size": int(gate.output.shape[-1]), "hidden_act": activation}
     return None
+
+
+def _activation(node: Node | None) -> str | None:
+    """What transformers calls the activation that ``node`` is, if it is one that the class can have."""
+    if node is None:
+        return None
+    return ACTIVATIONS.get((node.op.name, node.attr("approximate") if "approximate" in node.op.attrs else None))
 
 
 def _made_by(value: Value, *ops: str) -> Node | None:
