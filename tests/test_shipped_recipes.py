@@ -1,0 +1,32 @@
+"""Every recipe that ships is short, says what it is for, and runs on a tiny model into something stock."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from compiler import Recipe, compress
+from tests.small import write_model
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+LONGEST = 20
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_explains_itself(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_and_loads_in_transformers(path, tiny, tmp_path):
+    result = compress(Recipe.load(path, model=str(tiny)), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(result.path)
+    assert type(loaded).__name__ == result.document["output"]["architecture"]
+    assert result.document["verification"]["performed"]
