@@ -89,7 +89,6 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe (.yaml)")
     parser.add_argument("--model", help="use this model instead of the one the recipe names")
-    _trust_option(parser)
     parser.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graph after each pass into DIR")
 
 
@@ -103,6 +102,7 @@ def _trust_option(parser: argparse.ArgumentParser) -> None:
 
 def _compress_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
+    _trust_option(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -145,7 +145,6 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, metavar="N", help="only layer N")
     parser.add_argument("--weights", action="store_true", help="also how every weight is made")
     parser.add_argument("--after", metavar="PASS", help="of a recipe: the graph after this pass, not the last one")
-    _trust_option(parser)
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:

@@ -1,0 +1,96 @@
+"""The documentation is right: its recipes load, its pass runs, its options exist."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import passes
+from compiler import cli
+from compiler.cli import main
+from compiler.recipe import Recipe
+from tests.small import write_folder
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def blocks(page, language):
+    """(name, text) of the fenced blocks of a page; the name follows the language, if there is one."""
+    found = re.findall(rf"^```{language}(?: (\S+))?\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    return found
+
+
+@pytest.fixture
+def store_as(tmp_path, monkeypatch):
+    """The pass of the page, in a folder of its own that is searched for passes."""
+    named = {name: text for name, text in blocks("write-a-pass.md", "python") if name}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "store_as.py").write_text(named["passes/store_as.py"])
+    monkeypatch.setattr(passes, "__path__", [*passes.__path__, str(tmp_path / "more")])
+    yield named
+    sys.modules.pop("passes.store_as", None)
+
+
+def test_the_pass_of_the_page_passes_its_test(store_as):
+    names = {}
+    exec(compile(store_as["tests/test_store_as.py"], "test_store_as.py", "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+
+
+def test_the_pass_of_the_page_runs(store_as, tmp_path, capsys):
+    write_folder(tmp_path)
+    ((_, recipe),) = blocks("write-a-pass.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    assert "store-as (not exact): 14 rewritten" in capsys.readouterr().out
+    assert main([str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "-q"]) == 0
+    assert main(["passes", "store-as"]) == 0
+    assert "Exact when dtype: float32." in capsys.readouterr().out
+
+
+def test_the_pass_of_the_page_is_clean(store_as, tmp_path):
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml")]
+    result = subprocess.run([*ruff, str(tmp_path / "more" / "store_as.py")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_recipes_of_the_page_load(tmp_path):
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    (tmp_path / "held-out.txt").write_text("words")
+    found = [(name or f"unnamed-{i}.yaml", text) for i, (name, text) in enumerate(blocks("recipes.md", "yaml"))]
+    for name, text in found:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    loaded = [Recipe.load(tmp_path / name) for name, text in found if "model:" in text]
+    assert [len(recipe.passes) for recipe in loaded] == [2, 3, 2]
+
+
+def options_of(command):
+    """The option strings of a command's parser, --help aside."""
+    fill = cli.COMMANDS[command][0] if command else cli._compress_options
+    parser = argparse.ArgumentParser(add_help=False)
+    fill(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_option_is_documented():
+    sections = re.split(r"^## compress-model ", (DOCS / "commands.md").read_text(), flags=re.MULTILINE)
+    text = {section.split()[0]: section for section in sections[1:]}
+    text |= {"": text["RECIPE"], "passes": "", "schema": ""}
+    for command in ["", *cli.COMMANDS]:
+        for option in options_of(command):
+            assert f"`{option}" in text[command] or f"/`{option}" in text[command], (command, option)
+
+
+def test_every_documented_option_exists():
+    existing = {"--quiet", "--debug"}.union(*(options_of(command) for command in ["", *cli.COMMANDS]))
+    named = set(re.findall(r"`(--[a-z-]+)", (DOCS / "commands.md").read_text()))
+    assert named <= existing
