@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from compiler.errors import PassError
+from compiler.ir.facts import expert_sites
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
@@ -15,6 +16,8 @@ from compiler.weights.ops.quant import quantise
 
 # operands that are matrices [..., out, in], by operation
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
+
+ROUTER = "is a router: rounding it changes which experts are chosen"
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Quantize(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when the group divides no selected input width, or nothing can be quantised."""
         chosen: list[Param] = []
+        routers = {site.router.input(1) for site in expert_sites(graph) if site.router is not None}
         for param in ctx.select(self.where, skip=self.skip):
-            reason = _refusal(param)
+            reason = ROUTER if param in routers else _refusal(param)
             if reason:
                 ctx.skipped(param.name, reason)
             elif not _is_tied(param):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ def quantization_config(
     """The config for ``module``, whose tensors are ``named``, and ``stored`` under the names of its checkpoint.
 
     None when all are dense. A Mismatch says which weight cannot be stored, or why transformers could not load it.
+    ``module`` is on the meta device and not to be used afterwards.
     """
     dense: set[str] = set()
     for key, expr in stored.items():
@@ -35,18 +38,45 @@ def quantization_config(
             return Mismatch(f"{key} would be quantised in part, or along its rows; give it one scheme, or skip it")
         if quantised and not key.endswith(".weight"):
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
-    linears = _linears(module)
+    linears, embeddings = _names(module, "Linear"), _names(module, "Embedding")
     schemes = _schemes(named, keep=lambda name: EXPERT.search(name) is None)
     experts = _schemes(stored, keep=lambda name: EXPERT.search(name) is not None)
-    if not schemes and not experts:
-        return None
-    return _config(schemes, experts, linears)
+    plain = [key for key, expr in stored.items() if EXPERT.search(key) and expr.type.rank == 2 and expr.key in dense]
+    if plain and (schemes or experts):
+        return Mismatch(f"transformers reads no dense experts ({plain[0]}) beside quantised weights; quantise them too")
+    strange = [name for name in schemes if name not in linears and name not in embeddings]
+    if strange:
+        return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")
+    found = _config(schemes, experts, linears) if schemes or experts else None
+    return _rehearsed(found, module) if isinstance(found, Quantised) else found
 
 
-def _linears(module: Any) -> dict[str, None]:
+def _rehearsed(found: Quantised, module: Any) -> Quantised | Mismatch:
+    """``found``, once transformers has prepared ``module`` for such a checkpoint: not every class can be."""
+    from transformers import CompressedTensorsConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    try:
+        with redirect_stderr(io.StringIO()):
+            quantizer = CompressedTensorsHfQuantizer(CompressedTensorsConfig(**found.config), pre_quantized=True)
+            quantizer.validate_environment()
+            quantizer.preprocess_model(module)
+            get_model_conversion_mapping(module, hf_quantizer=quantizer)
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor._is_hf_initialized = True  # as loading marks them; some classes look at weights regardless
+            module.initialize_weights()
+    except (AttributeError, ValueError, RuntimeError) as reason:
+        one = "" if found.config.get("dequantize") else "; it may load with one scheme for all weights"
+        return Mismatch(f"transformers cannot load {type(module).__name__} quantised like this: {reason}{one}")
+    return found
+
+
+def _names(module: Any, kind: str) -> dict[str, None]:
+    """The modules of a class of torch.nn."""
     from torch import nn
 
-    return dict.fromkeys(name for name, child in module.named_modules() if isinstance(child, nn.Linear))
+    return dict.fromkeys(name for name, child in module.named_modules() if isinstance(child, getattr(nn, kind)))
 
 
 def _schemes(tensors: Mapping[str, Expr], keep: Callable[[str], bool]) -> dict[str, Scheme]:

@@ -46,7 +46,7 @@ def propose(graph: Graph) -> Proposal | Refusal:
     if config is None or graph.origin.architecture is None:
         return Refusal(NAME, "the source is no transformers model")
     config.pop("quantization_config", None)
-    if config.get("tie_word_embeddings") and not shares_embedding(graph):
+    if (graph.origin.config or config).get("tie_word_embeddings") and not shares_embedding(graph):
         config["tie_word_embeddings"] = False
     return Proposal(graph.origin.architecture, config, unused=unused)
 
