@@ -1,4 +1,4 @@
-"""Any model in, one graph out: export on the meta device, import, lift, verify. No weight is read."""
+"""Any model in, one graph out: export, import, lift, verify. No weight is read."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _repeated(last: list[Any]) -> Callable[..., Any]:
 
 @dataclass
 class _Unfolding:
-    """The state of one list's unfolding: each traced layer's nodes, the one value it hands on, and what it now reads."""
+    """One list's unfolding: each traced layer's nodes, the one value it hands on, and the one it now reads."""
 
     graph: Graph
     subject: Subject

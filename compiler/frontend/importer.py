@@ -182,7 +182,7 @@ class Importer:
             raise self.fail(f"the operation `{node.target}` is not in the graph's vocabulary")
         try:
             result = _apply(partial(handler, self), args, kwargs, whole=name in TAKES_COMPLEX)
-        except (OpError, TypeError) as reason:
+        except (OpError, TypeError, AttributeError, ValueError, IndexError) as reason:
             raise self.fail(f"the operation `{node.target}` cannot be imported: {reason}") from reason
         self._check(node, result)
         return result
@@ -206,7 +206,7 @@ class Importer:
         return written
 
     def _rebind_written(self, target: fx.Node, written: Value) -> None:
-        if isinstance(self._known.get(target), Param):
+        if target.name in self._weights:
             raise self.fail("the model writes to one of its parameters")
         base = cast("fx.Node", target.args[0]) if target.args else target
         if target in self._views.get(base, ()):

@@ -1,4 +1,4 @@
-"""What is traced: a module on the meta device in float32, example inputs, and where its weights come from.
+"""What is traced: a module in float32 without data, example inputs, and where its weights come from.
 
 No weight is read or made here. Buffers that no checkpoint holds (rotary frequencies, position ids) are computed on
 the CPU by the model's own initialiser, because their values are part of the architecture.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiler.errors import CaptureError
 from compiler.frontend.interfaces import register
@@ -116,15 +117,28 @@ def _subject(
 ) -> Subject:
     _settle_frequencies(module)
     examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
+    names = _first_names(module)
     return Subject(
         module=module,
-        inputs=examples,
+        inputs=_without_data(module, examples),
         dims=_dims(examples),
         weights=weights,
-        names=_first_names(module),
+        names=names,
         transient=_transient(module),
         origin=origin,
     )
+
+
+def _without_data(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every tensor of ``module`` fake, on the CPU rather than meta: constants of its program keep their values."""
+    memo: dict[int, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for child in module.modules():
+            for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                fake = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+                setattr(child, name, memo.setdefault(id(tensor), fake))
+        return {name: torch.empty(x.shape, dtype=x.dtype, device="cpu") for name, x in inputs.items()}
 
 
 def _settle_frequencies(module: nn.Module) -> None:

@@ -57,6 +57,10 @@ def _reversed_sub(importer: Importer, x: Value, scalar: Any, alpha: float = 1) -
     return _binary("add")(importer, negated, scalar)
 
 
+def _square(importer: Importer, x: Value) -> Value:
+    return importer.emit("pow", x, scalar=2.0)
+
+
 def _reciprocal(importer: Importer, x: Value) -> Value:
     return importer.emit("pow", x, scalar=-1.0)
 
@@ -192,6 +196,7 @@ HANDLERS: dict[str, Handler] = {
     "reciprocal": _reciprocal,
     "rsub": _reversed_sub,
     "softmax": _softmax,
+    "square": _square,
     "_softmax": _softmax,
     "sum": _reduction("sum"),
     "topk": _topk,

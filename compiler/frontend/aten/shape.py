@@ -250,6 +250,7 @@ HANDLERS: dict[str, Handler] = {
     "split_with_sizes": _split_sizes,
     "stack": _stack,
     "t": _matrix_transpose,
+    "numpy_T": _matrix_transpose,
     "transpose": _transpose,
     "unbind": _unbind,
     "view_as_complex": _view_as_complex,

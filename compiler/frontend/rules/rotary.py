@@ -220,10 +220,8 @@ def _same_angles(first: Value, second: Value) -> bool:
 
 
 def _rope(site: Site, x: Value, cos: Factor, layout: str) -> Value | None:
-    table = _table(site, cos)
-    if table is None or x.type.rank != 4:
-        return None
-    return site.op("rope", x, *table, layout=layout)
+    table = _table(site, cos) if x.type.rank == 4 else None
+    return None if table is None else site.op("rope", x, *table, layout=layout)
 
 
 def _table(site: Site, factor: Factor) -> list[Value] | None:

@@ -131,14 +131,14 @@ def counted_positions(site: Site) -> Value | None:
 
 def fold_expand(site: Site) -> Value | None:
     """Elementwise operations broadcast by themselves."""
-    for index, value in enumerate(site.node.inputs):
+    node = site.node
+    for index, value in enumerate(node.inputs):
         wide = made_by(value, "expand")
         if wide is None:
             continue
-        inputs = [wide.input(0) if i == index else other for i, other in enumerate(site.node.inputs)]
-        narrow = site.op(site.node.op.name, *inputs, **site.node.attrs)
-        if narrow.type == site.node.output.type:
-            return narrow
+        inputs = [wide.input(0) if i == index else other for i, other in enumerate(node.inputs)]
+        if node.op.infer_types([other and other.type for other in inputs], node.attrs) == [node.output.type]:
+            return site.op(node.op.name, *inputs, **node.attrs)
     return None
 
 
