@@ -17,7 +17,7 @@ from compiler.weights.expr import Expr
 
 @dataclass(frozen=True)
 class Quantised:
-    """The ``quantization_config`` of config.json, and what a user should know about it."""
+    """The ``quantization_config`` of config.json, and runtimes that cannot read it."""
 
     config: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -169,5 +169,5 @@ def _fused_notes(schemes: Mapping[str, Scheme], linears: Mapping[str, None]) -> 
             stem, _, last = name.rpartition(".")
             siblings = [f"{stem}.{other}" for other in family]
             if last == family[0] and len({schemes.get(sibling) for sibling in siblings if sibling in linears}) > 1:
-                return [f"vLLM fuses {', '.join(family)} and needs one scheme for them; they differ in {stem}"]
+                return [f"vLLM: no, it needs one scheme for {', '.join(family)} and they differ in {stem}"]
     return []

@@ -14,75 +14,71 @@ from torch import Tensor
 from backends.safetensors.emission import Proposal, Refusal
 from backends.safetensors.targets.same_family import shares_embedding, source_config
 from backends.safetensors.targets.target import Target
-from compiler.ir.graph import Graph, Node, Value
+from compiler.ir.facts import LatentSite, MlpSite, latent_sites, mlp_sites
+from compiler.ir.graph import Graph, Node, Param
 from compiler.weights.evaluate import evaluate
 
 NAME = "deepseek_v3"
 THETA = 10000.0
-KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
+KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 ACTIVATIONS = {
-    ("silu", None): "silu",
-    ("relu", None): "relu",
+    ("silu", ""): "silu",
+    ("relu", ""): "relu",
     ("gelu", "none"): "gelu",
     ("gelu", "tanh"): "gelu_pytorch_tanh",
 }
+RUNTIMES = "vLLM and SGLang: no, their class takes neither this rotary table nor this epsilon of the latent's norm"
 
 
 def propose(graph: Graph) -> Proposal | Refusal:
     """The config that latent attention, norms and MLPs of ``graph`` suggest. Refuses what has no such attention."""
-    sites = graph.nodes_named("latent_attention")
-    tables = graph.nodes_named("rope_table")
+    sites, mlps, tables = latent_sites(graph), mlp_sites(graph), graph.nodes_named("rope_table")
     if not sites:
         return Refusal(NAME, "it has no latent attention")
-    if len(tables) != 1:
-        return Refusal(NAME, f"it has {len(tables)} rotary tables, and the class has one")
-    linears = _inner_linears(graph)
-    if linears is None:
-        return Refusal(NAME, "it has no gated MLP of linear maps")
+    if len(tables) != 1 or not isinstance(tables[0].input(1), Param):
+        return Refusal(NAME, "the class has one rotary table of constant frequencies, and this model has not")
+    if not mlps or _activation(mlps[0]) is None:
+        return Refusal(NAME, "it has no gated MLP with an activation of the class")
     config = {
         "model_type": "deepseek_v3",
-        **_sizes(graph, sites),
+        **_embedding(graph),
         **_attention(sites[0]),
-        **_dense_stack(len(sites)),
-        **linears,
+        **_layers(len(sites)),
+        "intermediate_size": mlps[0].up.output.shape[-1],
+        "hidden_act": _activation(mlps[0]),
         "rms_norm_eps": _input_norm_eps(sites[0]),
-        "tie_word_embeddings": shares_embedding(graph),
         **_rotary(tables[0], graph, sites[0]),
         **_kept(graph),
     }
-    return Proposal("DeepseekV3ForCausalLM", config, _notes(sites[0]))
+    return Proposal("DeepseekV3ForCausalLM", config, (RUNTIMES,))
 
 
-def _sizes(graph: Graph, sites: list[Node]) -> dict[str, Any]:
-    table = graph.nodes_named("embedding")[0].input(0)
-    vocabulary, width = table.type.static_shape
-    return {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": len(sites)}
+def _embedding(graph: Graph) -> dict[str, Any]:
+    vocabulary, width = graph.nodes_named("embedding")[0].input(0).type.static_shape
+    return {"vocab_size": vocabulary, "hidden_size": width, "tie_word_embeddings": shares_embedding(graph)}
 
 
-def _attention(site: Node) -> dict[str, Any]:
-    query, latent, rotary, up = (site.input(index) for index in range(4))
-    heads, head_width = int(query.shape[1]), int(query.shape[-1])
-    rotated = int(rotary.shape[-1])
-    key_width = head_width - rotated
-    down = _made_by(latent, "linear")
+def _attention(site: LatentSite) -> dict[str, Any]:
+    down, query_down = site.kv_down, site.query_down
     return {
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "kv_lora_rank": int(latent.shape[-1]),
-        "q_lora_rank": _query_rank(query),
-        "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": key_width,
-        "v_head_dim": int(up.shape[0]) // heads - key_width,
+        "num_attention_heads": site.heads,
+        "num_key_value_heads": site.heads,
+        "kv_lora_rank": site.rank,
+        "q_lora_rank": query_down.output.shape[-1] if query_down else None,
+        "qk_rope_head_dim": site.rotary_dim,
+        "qk_nope_head_dim": site.unrotated_dim,
+        "v_head_dim": site.value_dim,
         "rope_interleave": True,
         "attention_bias": down is not None and down.optional_input(2) is not None,
         "attention_dropout": 0.0,
     }
 
 
-def _dense_stack(layers: int) -> dict[str, Any]:
-    """The fields that leave no mixture of experts and no extra prediction module in the class."""
+def _layers(count: int) -> dict[str, Any]:
+    """As many layers, none of which is a mixture of experts or predicts further tokens."""
     return {
-        "first_k_dense_replace": layers,
+        "num_hidden_layers": count,
+        "first_k_dense_replace": count,
         "n_routed_experts": 1,
         "n_shared_experts": 1,
         "num_experts_per_tok": 1,
@@ -93,64 +89,33 @@ def _dense_stack(layers: int) -> dict[str, Any]:
     }
 
 
-def _inner_linears(graph: Graph) -> dict[str, Any] | None:
-    """Inner width and activation of the first product of an activated linear map with another one."""
-    for node in graph.nodes_named("mul"):
-        makers = [value.node for value in node.inputs if value is not None]
-        for gate, up in (makers, makers[::-1]) if len(makers) == 2 else ():
-            activation = _activation(gate)
-            if activation and gate is not None and up is not None and up.op.name == "linear":
-                return {"intermediate_size": int(gate.output.shape[-1]), "hidden_act": activation}
-    return None
+def _activation(mlp: MlpSite) -> str | None:
+    """What transformers calls the activation of an MLP, if it is one that the class can have."""
+    node = mlp.activation
+    return ACTIVATIONS.get((node.op.name, node.attr("approximate") if "approximate" in node.op.attrs else ""))
 
 
-def _activation(node: Node | None) -> str | None:
-    """What transformers calls the activation that ``node`` is, if it is one that the class can have."""
-    if node is None:
-        return None
-    return ACTIVATIONS.get((node.op.name, node.attr("approximate") if "approximate" in node.op.attrs else None))
+def _input_norm_eps(site: LatentSite) -> float:
+    """The epsilon of the norm in front of the attention; the class has one for all layers."""
+    norm = site.kv_down.input(0).node if site.kv_down else None
+    return norm.attr("eps") if norm and norm.op.name == "rms_norm" else 1e-6
 
 
-def _made_by(value: Value, *ops: str) -> Node | None:
-    """The nearest node of ``ops`` above ``value`` along first operands."""
-    node = value.node
-    while node is not None and node.op.name not in ops:
-        node = node.inputs[0].node if node.inputs and node.inputs[0] is not None else None
-    return node
-
-
-def _query_rank(query: Value) -> int | None:
-    """The width of the latent queries; None when one linear map makes them from the layer's input."""
-    up = _made_by(query, "linear")
-    norm = up.input(0).node if up else None
-    down = norm.input(0).node if norm and norm.op.name == "rms_norm" else None
-    return int(down.output.shape[-1]) if down and down.op.name == "linear" else None
-
-
-def _input_norm_eps(site: Node) -> float:
-    down = _made_by(site.input(1), "linear")
-    norm = _made_by(down.input(0), "rms_norm") if down else None
-    return float(norm.attr("eps")) if norm else 1e-6
-
-
-def _rotary(table: Node, graph: Graph, site: Node) -> dict[str, Any]:
-    frequencies = evaluate([_param_expr(graph, table.input(1))], graph.sources)[0]
+def _rotary(table: Node, graph: Graph, site: LatentSite) -> dict[str, Any]:
+    frequencies = table.input(1)
+    assert isinstance(frequencies, Param)  # `propose` refuses anything else
     length = int((source_config(graph) or {}).get("max_position_embeddings", 4096))
-    factors = _factors(frequencies.float(), int(site.input(2).shape[-1]))
+    factors = _factors(evaluate([frequencies.expr], graph.sources)[0].float(), site.rotary_dim)
     parameters = {
         "rope_type": "longrope",
         "rope_theta": THETA,
         "factor": 1.0,
-        "attention_factor": float(table.attr("scale")),
+        "attention_factor": table.attr("scale"),
         "original_max_position_embeddings": length,
         "short_factor": factors,
         "long_factor": factors,
     }
     return {"max_position_embeddings": length, "rope_parameters": parameters}
-
-
-def _param_expr(graph: Graph, value: Value) -> Any:
-    return graph.params[value.name].expr
 
 
 def _factors(frequencies: Tensor, width: int) -> list[float]:
@@ -166,13 +131,6 @@ def _kept(graph: Graph) -> dict[str, Any]:
     """Entries of the source's config that say nothing about what is computed."""
     config = source_config(graph) or {}
     return {key: config[key] for key in KEPT_KEYS if key in config}
-
-
-def _notes(site: Node) -> tuple[str, ...]:
-    down = _made_by(site.input(1), "linear")
-    biased = down is not None and down.optional_input(2) is not None
-    runtimes = "transformers 5 loads it; vLLM and SGLang read neither its rotary table nor the norm's epsilon as meant"
-    return (runtimes, "its attention has biases, which vLLM's class lacks") if biased else (runtimes,)
 
 
 TARGET = Target(NAME, propose)
