@@ -169,5 +169,5 @@ def _fused_notes(schemes: Mapping[str, Scheme], linears: Mapping[str, None]) -> 
             stem, _, last = name.rpartition(".")
             siblings = [f"{stem}.{other}" for other in family]
             if last == family[0] and len({schemes.get(sibling) for sibling in siblings if sibling in linears}) > 1:
-                return [f"vLLM: no, it needs one scheme for {', '.join(family)} and they differ in {stem}"]
+                return [f"vLLM needs one scheme for {', '.join(family)}, which differ in {stem}"]
     return []

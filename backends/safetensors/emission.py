@@ -61,7 +61,7 @@ class Refusal:
 class Emission:
     """A checkpoint in the making. ``config`` is all of config.json; ``tensors`` are by checkpoint name.
 
-    ``notes`` say where it loads and where it does not, each beginning with a runtime.
+    ``notes`` say which other runtimes than transformers cannot load it, and why.
     """
 
     target: str
@@ -134,8 +134,7 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
     if quantised:
         written["quantization_config"] = quantised.config
-    places = (f"transformers, as {proposal.architecture} and without remote code", *proposal.notes)
-    notes = (*places, *(quantised.notes if quantised else ()))
+    notes = (*proposal.notes, *(quantised.notes if quantised else ()))
     tensors = {name: part for key, expr in dense.items() for name, part in stored_parts(key, expr).items()}
     return Emission(target, proposal.architecture, written, tensors, notes)
 

@@ -27,7 +27,7 @@ ACTIVATIONS = {
     ("gelu", "none"): "gelu",
     ("gelu", "tanh"): "gelu_pytorch_tanh",
 }
-RUNTIMES = "vLLM and SGLang: no, their class takes neither this rotary table nor this epsilon of the latent's norm"
+RUNTIMES = "the classes of vLLM and SGLang take neither its rotary table nor the epsilon of its latent's norm"
 
 
 def propose(graph: Graph) -> Proposal | Refusal:
