@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -336,3 +337,9 @@ def test_an_unknown_attention_mask_is_refused() -> None:
                                   vocab_size=50, num_local_experts=2, pad_token_id=0)  # fmt: skip
     with pytest.raises(CaptureError, match="chunked_overlay"):
         capture(config, architecture="Llama4ForCausalLM")
+
+
+def test_the_page_on_families_names_all_of_them() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    for family in FAMILIES.values():
+        assert family.architecture in page or f"{family.name}," in page or f", {family.name}" in page
