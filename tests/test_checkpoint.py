@@ -280,6 +280,7 @@ def test_what_cannot_be_looked_at_is_one_error(tmp_path):
 
 def test_files_beside_the_weights_are_copied(tmp_path):
     path = make_directory(tmp_path / "in")
+    (path / "1_Pooling").mkdir()
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -288,15 +289,19 @@ def test_files_beside_the_weights_are_copied(tmp_path):
         "merges.txt",
         "vocab.json",
         "README.md",
+        "modules.json",
+        "1_Pooling/config.json",
         "training_args.bin",
     ):
         (path / name).write_text(name)
     (tmp_path / "out").mkdir()
     written = open_checkpoint(path).save_tokenizer(tmp_path / "out")
-    assert [file.name for file in written] == [
+    assert [str(file.relative_to(tmp_path / "out")) for file in written] == [
+        "1_Pooling/config.json",
         "chat_template.jinja",
         "generation_config.json",
         "merges.txt",
+        "modules.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "vocab.json",

@@ -31,9 +31,11 @@ _SAMPLE = 4096
 _MODEL_FILES = ("config.json", _INDEX)
 _COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config|preprocessor_config|processor_config"
-    r"|image_processor.*|video_preprocessor_config|chat_template.*|merges|spiece|sentencepiece.*|.*tokenizer)"
+    r"|image_processor.*|video_preprocessor_config|chat_template.*|merges|spiece|sentencepiece.*|.*tokenizer"
+    r"|modules|sentence_bert_config|config_sentence_transformers)"
     r"\.(json|txt|model|jinja|bpe|tiktoken)"
 )
+_POOLING = "[0-9]_*/*.json"  # the folder of a module that sentence-transformers puts behind the model
 
 
 class Checkpoint(ABC):
@@ -107,10 +109,11 @@ class DirectoryCheckpoint(Checkpoint):
         return digest.hexdigest()
 
     def save_tokenizer(self, directory: Path) -> list[Path]:
-        kept = [p for p in sorted(self.path.iterdir()) if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
+        beside = [p for p in self.path.iterdir() if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
         written: list[Path] = []
-        for file in kept:
-            target = directory / file.name
+        for file in sorted([*beside, *self.path.glob(_POOLING)]):
+            target = directory / file.relative_to(self.path)
+            target.parent.mkdir(exist_ok=True)
             target.write_bytes(file.read_bytes())
             written.append(target)
         return written
