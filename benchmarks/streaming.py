@@ -211,6 +211,9 @@ class RandomSource:
     def fingerprint(self) -> str:
         return "random"
 
+    def identity(self) -> str:
+        return self.fingerprint()
+
 
 def _shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return dict(_named_shapes(layers))

@@ -82,7 +82,7 @@ def compress(
         graph = open_recipe_model(recipe)
     _check_has_weights(graph, recipe)
     lock = make_lock(recipe, graph)
-    output = OutputDirectory(Path(out), job_key(lock))
+    output = OutputDirectory(Path(out), job_key(lock, graph.sources["model"].identity()))
     if output.finished:
         run.console.say(f"{out} is already finished: nothing to do")
         return _finished(output.path)
@@ -133,7 +133,9 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
     if run.dump_graphs is not None:
         observers.append(DumpGraphs(run.dump_graphs))
     pipeline = Pipeline(run.recipe.passes)
-    report = pipeline.run(graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file())
+    report = pipeline.run(
+        graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file()
+    )
     return _Passed(graph, report, require(graph))
 
 

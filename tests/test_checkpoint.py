@@ -92,6 +92,27 @@ def test_fingerprints_follow_the_content(tmp_path):
     assert len({first.fingerprint(), other.fingerprint(), config.fingerprint()}) == 3
 
 
+def test_an_edit_inside_a_tensor_changes_the_identity(tmp_path):
+    """The fingerprint looks at the edges of tensors only."""
+    path = make_directory(tmp_path, [{"w": torch.zeros(8192)}])
+    before = open_checkpoint(path)
+    identity, fingerprint = before.identity(), before.fingerprint()
+    with (path / "model.safetensors").open("r+b") as file:
+        file.seek(16384)
+        file.write(b"\x01")
+    os.utime(path / "model.safetensors", ns=(1, 1))
+    after = open_checkpoint(path)
+    assert after.fingerprint() == fingerprint
+    assert after.identity() != identity
+
+
+def test_a_fingerprint_covers_the_tokenizer(tmp_path):
+    path = make_directory(tmp_path)
+    before = open_checkpoint(path).fingerprint()
+    (path / "tokenizer_config.json").write_text("{}")
+    assert open_checkpoint(path).fingerprint() != before
+
+
 HEADERS = [
     (b"", "cannot be read"),
     (b"[]", "not an object"),

@@ -44,7 +44,7 @@ def plain(document):
     document = copy.deepcopy(document)
     document |= {"passes": [], "evaluation": None}
     document["verification"] = {"performed": False, "error": None, "tolerance": None, "skipped": "it is too large"}
-    document["output"] |= {"quantization": None, "loads_in": []}
+    document["output"] |= {"quantization": None, "loads_in": ["transformers"]}
     return document
 
 
@@ -53,12 +53,37 @@ def read(folder, name):
 
 
 def test_keys_are_stable(document):
-    assert list(document) == ["schema", "recipe", "inputs", "versions", "output", "ledger", "passes", "layers",
-                              "verification", "evaluation"]
-    assert list(document["passes"][0]) == ["name", "options", "exact", "before", "after", "selected", "rewritten",
-                                           "skipped"]
-    assert set(document["output"]) == {"architecture", "model_type", "target", "quantization", "loads_in",
-                                       "tensor_bytes", "files"}
+    assert list(document) == [
+        "schema",
+        "recipe",
+        "inputs",
+        "versions",
+        "output",
+        "ledger",
+        "passes",
+        "layers",
+        "verification",
+        "evaluation",
+    ]
+    assert list(document["passes"][0]) == [
+        "name",
+        "options",
+        "exact",
+        "before",
+        "after",
+        "selected",
+        "rewritten",
+        "skipped",
+    ]
+    assert set(document["output"]) == {
+        "architecture",
+        "model_type",
+        "target",
+        "quantization",
+        "loads_in",
+        "tensor_bytes",
+        "files",
+    }
     assert document["schema"] == 1
 
 
@@ -80,8 +105,14 @@ def test_report_holds_no_time(document):
 def test_model_card_reads_well(folder):
     card = read(folder, "README.md")
     headings = re.findall(r"^#+ .*$", card, re.MULTILINE)
-    assert headings == ["# tiny, compressed", "## What was done", "## Loading it", "## Before and after",
-                        "## What was left alone, and why", "## Making it again"]
+    assert headings == [
+        "# tiny, compressed",
+        "## What was done",
+        "## Loading it",
+        "## Before and after",
+        "## What was left alone, and why",
+        "## Making it again",
+    ]
     assert "DeepseekV3ForCausalLM.from_pretrained" in card
     assert "| perplexity | " in card
     assert "computes the same function" in card and "changes what the model computes" in card
@@ -92,7 +123,11 @@ def test_model_card_has_the_recipe_that_made_it(folder):
     (folder / "again.yaml").write_text(text)
     again, first = Recipe.load(folder / "again.yaml"), Recipe.load(folder / "recipe.yaml")
     assert (again.passes, again.emit, again.model, again.evaluate) == (
-        first.passes, first.emit, first.model, first.evaluate)
+        first.passes,
+        first.emit,
+        first.model,
+        first.evaluate,
+    )
 
 
 def test_model_card_of_little(plain):
@@ -179,7 +214,8 @@ def test_lock_has_every_hash(folder, document):
     import hashlib
 
     assert inputs["model"]["files"] == {
-        "model.safetensors": hashlib.sha256((folder / "tiny" / "model.safetensors").read_bytes()).hexdigest()}
+        "model.safetensors": hashlib.sha256((folder / "tiny" / "model.safetensors").read_bytes()).hexdigest()
+    }
     assert inputs["evaluate"]["sha256"] == hashlib.sha256((folder / "text.txt").read_bytes()).hexdigest()
     assert set(document["versions"]) >= {"compress-model", "python", "torch", "transformers"}
 
@@ -190,14 +226,19 @@ def lock_of(recipe):
 
 def test_job_depends_on_what_determines_the_output(tmp_path):
     write_folder(tmp_path)
-    keys = {job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE))))}
-    assert keys == {job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize: {bits: 8}]", EVALUATE))))}
-    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize: {bits: 4}]", EVALUATE)))))
-    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE + "emit: [safetensors: {shard: 1MB}]")))))
+    keys = {job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE))), "")}
+    assert keys == {job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize: {bits: 8}]", EVALUATE))), "")}
+    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize: {bits: 4}]", EVALUATE))), ""))
+    keys.add(
+        job_key(
+            lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE + "emit: [safetensors: {shard: 1MB}]"))),
+            "",
+        )
+    )
     (tmp_path / "text.txt").write_text("other words")
-    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE)))))
+    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE))), ""))
     write_model(tmp_path / "tiny", seed=1)
-    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE)))))
+    keys.add(job_key(lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", EVALUATE))), ""))
     assert len(keys) == 5
 
 
@@ -213,8 +254,15 @@ def test_summary_and_comparison(document):
     text = summary(document, Path("out"))
     assert "out: DeepseekV3ForCausalLM" in text
     assert [row[0] for row in comparison(document)] == [
-        "parameters", "bytes of weights", "FLOPs a token", "cache bytes a token", "cached values a token, live",
-        "perplexity", "KL to the original (nats a token)"]
+        "parameters",
+        "bytes of weights",
+        "bytes of their files",
+        "FLOPs a token",
+        "cache bytes a token",
+        "cached values a token, live",
+        "perplexity",
+        "KL to the original (nats a token)",
+    ]
 
 
 def test_table_is_aligned():
@@ -222,8 +270,17 @@ def test_table_is_aligned():
     assert lines == ["name    size", "------  ----", "a          1", "longer  1000"]
 
 
-@pytest.mark.parametrize("count, text", [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (1_500_000, "1.50 MB"),
-                                         (811_700_000_000, "811.7 GB"), (5 * 10**15, "5000.0 TB")])
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (1_500_000, "1.50 MB"),
+        (811_700_000_000, "811.7 GB"),
+        (5 * 10**15, "5000.0 TB"),
+    ],
+)
 def test_human_bytes(count, text):
     assert human_bytes(count) == text
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from compiler import __version__
 from compiler.ir.graph import Graph
+from compiler.plan import file_bytes
 from compiler.recipe import Recipe
 from compiler.schema import spell
 
@@ -48,9 +49,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return settled
 
 
-def job_key(lock: Mapping[str, Any]) -> str:
-    """A hash of the lock: equal for runs that give the same output."""
-    return hashlib.sha256(lock_text(lock).encode()).hexdigest()
+def job_key(lock: Mapping[str, Any], identity: str) -> str:
+    """A hash of the lock and the model's ``identity``: runs with the same key give the same output."""
+    return hashlib.sha256(f"{lock_text(lock)}{identity}".encode()).hexdigest()
 
 
 def lock_text(lock: Mapping[str, Any]) -> str:
@@ -99,6 +100,7 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
         "model": {
             "architecture": graph.origin.architecture,
             "fingerprint": graph.sources["model"].fingerprint(),
+            "bytes": file_bytes(graph),
         }
     }
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):

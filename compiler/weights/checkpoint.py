@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,6 +68,12 @@ class Checkpoint(ABC):
     def fingerprint(self) -> str:
         """A hash of what the checkpoint holds, equal for equal copies of it."""
 
+    def identity(self) -> str:
+        """The fingerprint with the size, time and inode of every weight file: a copy, or an edit of bytes that the
+        fingerprint does not cover, has another. Raises CheckpointError when a file is gone.
+        """
+        return f"{self.fingerprint()}:{_state(self.files)}"
+
     @abstractmethod
     def save_tokenizer(self, directory: Path) -> list[Path]:
         """Write the tokenizer, the generation config and the like into ``directory``; returns the files."""
@@ -99,24 +105,32 @@ class DirectoryCheckpoint(Checkpoint):
         return read_rows(*self._tensors[key], start, stop)
 
     def fingerprint(self) -> str:
-        """Covers the config, every header and file size, and the first and last bytes of every tensor."""
+        """Covers the config, every header and file size, the first and last bytes of every tensor, and all that goes
+        beside the weights.
+        """
         digest = hashlib.sha256(repr(sorted(self.config.items())).encode())
         for name, (file, stored) in self._tensors.items():
             digest.update(f"{file.name}|{name}|{stored}".encode())
             edge = min(_SAMPLE, stored.stop - stored.start)
             digest.update(read_bytes(file, stored.start, stored.start + edge).numpy().data)
             digest.update(read_bytes(file, stored.stop - edge, stored.stop).numpy().data)
+        for file in self._beside():
+            digest.update(f"{file.relative_to(self.path)}|{_sha256(file)}".encode())
         return digest.hexdigest()
 
     def save_tokenizer(self, directory: Path) -> list[Path]:
-        beside = [p for p in self.path.iterdir() if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
         written: list[Path] = []
-        for file in sorted([*beside, *self.path.glob(_POOLING)]):
+        for file in self._beside():
             target = directory / file.relative_to(self.path)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(file.read_bytes())
             written.append(target)
         return written
+
+    def _beside(self) -> list[Path]:
+        """The files that belong beside the weights."""
+        named = [p for p in self.path.iterdir() if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
+        return sorted([*named, *self.path.glob(_POOLING)])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -154,6 +168,15 @@ def _open_local(local: Path) -> Checkpoint:
 def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
     """Write what belongs beside the weights (tokenizer, generation config, processor) into ``directory``."""
     return checkpoint.save_tokenizer(directory)
+
+
+def _state(files: Iterable[Path]) -> str:
+    try:
+        found = [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file in files
+                 for status in [file.stat()]]
+    except OSError as reason:
+        raise CheckpointError(f"cannot read the checkpoint: {reason.strerror}", where=str(reason.filename)) from reason
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -28,7 +28,11 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the content may have changed."""
+        """A hash of the content, equal for equal copies; of large files it may leave the inside out."""
+        ...
+
+    def identity(self) -> str:
+        """A text that changes whenever the content may have changed: work of an earlier run is reused by it."""
         ...
 
 
@@ -56,3 +60,6 @@ class MemorySource:
             digest.update(name.encode())
             digest.update(tensor.detach().contiguous().view(-1).view(dtype=torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def identity(self) -> str:
+        return self.fingerprint()

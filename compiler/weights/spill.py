@@ -52,6 +52,9 @@ class SpillSource:
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(sorted(self._types)).encode()).hexdigest()
 
+    def identity(self) -> str:
+        return self.fingerprint()
+
     def _store(self, key: str, tensor: Tensor) -> None:
         if tensor.is_meta:
             return

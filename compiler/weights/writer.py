@@ -124,6 +124,7 @@ class _FiniteSource:
         self._source = source
         self.types = source.types
         self.fingerprint = source.fingerprint
+        self.identity = source.identity
 
     def read(self, key: str) -> Tensor:
         return self._checked(key, self._source.read(key))
@@ -265,7 +266,7 @@ def _write_index(shards: Sequence[Shard], directory: Path) -> list[WrittenFile]:
 
 def _job_key(shards: Sequence[Shard], sources: Mapping[str, Source]) -> str:
     needed = {read.attr("source") for shard in shards for read in loads(list(shard.tensors.values()))}
-    return ":".join([layout_digest(shards), *(sources[name].fingerprint() for name in sorted(needed & sources.keys()))])
+    return ":".join([layout_digest(shards), *(sources[name].identity() for name in sorted(needed & sources.keys()))])
 
 
 def _silent(done: int, total: int) -> None:
