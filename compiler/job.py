@@ -17,7 +17,7 @@ from typing import Any
 
 from backends.safetensors import Emission, emit, require
 from compiler.console import Console, human_bytes
-from compiler.errors import CheckpointError, RecipeError
+from compiler.errors import CheckpointError, OutputError, RecipeError
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
 from compiler.output import OutputDirectory
@@ -29,7 +29,7 @@ from compiler.report.lock import job_key, make_lock
 from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
 from compiler.weights.checkpoint import Checkpoint
-from compiler.weights.writer import BUDGET
+from compiler.weights.writer import BUDGET, explained
 
 SMALLEST_BUDGET = 64 << 20
 
@@ -84,20 +84,38 @@ def compress(
     lock = make_lock(recipe, graph)
     output = OutputDirectory(Path(out), job_key(lock, graph.sources["model"].identity()))
     if output.finished:
+        result = _finished(output)
         run.console.say(f"{out} is already finished: nothing to do")
-        return _finished(output.path)
+        return result
     budget = write_budget(recipe)
     with run.step("passes"):
         planned = _pass_and_propose(run, graph, None)
-    with output, _interruptible(run, output):
+    with output, _interruptible(run, output), explained(output.path):
         if output.resumed:
             run.console.say("resuming an interrupted run")
         return _make(run, planned, lock, output, budget)
 
 
-def _finished(path: Path) -> Result:
-    document = json.loads((path / "compress" / "report.json").read_text(encoding="utf-8"))
-    return Result(path, document)
+def _finished(output: OutputDirectory) -> Result:
+    """The output of an earlier run. Raises OutputError when it is no longer what that run wrote."""
+    try:
+        document = json.loads((output.path / "compress" / "report.json").read_text(encoding="utf-8"))
+        files: dict[str, int] = document["output"]["files"]
+        changed = [name for name, size in files.items() if (output.path / name).stat().st_size != size]
+    except OSError as reason:
+        raise _spoilt(output, f"cannot read {Path(reason.filename).name}: {reason.strerror}") from reason
+    except (ValueError, LookupError, TypeError, AttributeError) as reason:
+        raise _spoilt(output, "report.json cannot be read") from reason
+    if changed:
+        raise _spoilt(output, f"{changed[0]} has another size than it was written with")
+    output.clean()
+    return Result(output.path, document)
+
+
+def _spoilt(output: OutputDirectory, reason: str) -> OutputError:
+    return OutputError(
+        f"the finished output is damaged: {reason}", where=str(output.path), remedy="delete it and run again"
+    )
 
 
 def _check_has_weights(graph: Graph, recipe: Recipe) -> None:

@@ -7,9 +7,10 @@ run again finds what an interrupted run has left. At the end it is renamed in on
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -41,7 +42,7 @@ class OutputDirectory:
     def finished(self) -> bool:
         """Whether the target is the finished output of this very job."""
         mark = self.path / _MARK
-        return mark.is_file() and mark.read_text().strip() == self.job
+        return mark.is_file() and mark.read_text(errors="replace").strip() == self.job
 
     @property
     def resumed(self) -> bool:
@@ -75,9 +76,9 @@ class OutputDirectory:
     def commit(self) -> Path:
         """Give the finished files their final name, durably. Returns it."""
         mark = self.files / _MARK
-        mark.parent.mkdir(exist_ok=True)
-        mark.write_text(self.job + "\n")
         try:
+            mark.parent.mkdir(exist_ok=True)
+            mark.write_text(self.job + "\n")
             _sync_tree(self.files)
             self.files.rename(self.path)
             _sync(self.path.parent)
@@ -89,6 +90,13 @@ class OutputDirectory:
             ) from reason
         self._remove_work()
         return self.path
+
+    def clean(self) -> None:
+        """Remove what earlier runs have left beside a finished output; nothing where that is not allowed."""
+        with suppress(OSError, OutputError):
+            self._acquire()
+            self._remove_work()
+        self._release()
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
@@ -108,8 +116,10 @@ class OutputDirectory:
 
     def _remove_work(self) -> None:
         """Remove the work directories of all jobs that were to make this output: it is made now."""
-        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        ours = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{16}}\.partial")
+        for leftover in self.path.parent.iterdir():
+            if leftover == self._work or ours.fullmatch(leftover.name):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _acquire(self) -> None:
         lock = (self.path.parent / f".{self.path.name}.lock").open("w")

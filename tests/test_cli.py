@@ -156,6 +156,33 @@ def test_a_finished_job_is_not_done_again(folder, run):
     assert contents(folder / "out") == before
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut", "report"])
+def test_a_finished_output_that_was_damaged_says_so(folder, run, tmp_path, damage):
+    recipe = write_recipe(folder, name="damaged.yaml")
+    out = tmp_path / "out"
+    assert run(recipe, "-o", out)[0] == 0
+    weights = out / "model.safetensors"
+    if damage == "removed":
+        weights.unlink()
+    else:
+        spoilt = weights if damage == "cut" else out / "compress" / "report.json"
+        spoilt.write_bytes(spoilt.read_bytes()[:-9])
+    code, _, err = run(recipe, "-o", out)
+    assert code == 2
+    assert "the finished output is damaged" in err and "delete it" in err
+
+
+def test_a_disk_that_fills_up_under_a_report_is_one_error(folder, run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compiler.job.write_reports", full)
+    recipe = write_recipe(folder, name="full.yaml")
+    code, _, err = run(recipe, "-o", tmp_path / "out")
+    assert code == 2
+    assert "error[output]" in err and "free some space" in err
+
+
 def test_nothing_is_overwritten(folder, run):
     recipe = write_recipe(folder, "[quantize]", name="another.yaml")
     code, _, err = run(recipe, "-o", folder / "out")

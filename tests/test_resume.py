@@ -210,9 +210,10 @@ def test_a_finished_job_says_so(tmp_path):
 
 
 def test_work_of_abandoned_jobs_goes_when_the_output_is_made(tmp_path):
-    with OutputDirectory(tmp_path / "out", "first job"):
-        pass
-    with OutputDirectory(tmp_path / "out", "second job") as output:
-        assert len(list(tmp_path.glob(".out.*.partial"))) == 2
+    for name, job in (("out", "0" * 16), ("out.v2", "1" * 16)):
+        with OutputDirectory(tmp_path / name, job):
+            pass
+    with OutputDirectory(tmp_path / "out", "2" * 16) as output:
+        assert len(list(tmp_path.glob(".out.*.partial"))) == 3
         output.commit()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", f".out.v2.{'1' * 16}.partial"}

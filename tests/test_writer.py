@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 
 import pytest
 import torch
@@ -129,6 +130,24 @@ def test_shards_hold_what_the_index_says(tmp_path):
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / file)
     assert all(sum(e.type.nbytes for e in shard.tensors.values()) <= 768 for shard in layout(tensors, 700))
+
+
+def test_more_shards_than_a_process_may_have_open(tmp_path):
+    source = MemorySource({f"t{i}": torch.full((8,), float(i)) for i in range(90)})
+    tensors = {name: load("model", name, type) for name, type in source.types.items()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        files = write(tensors, {"model": source}, tmp_path, shard_bytes=32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(files) == 91
+
+
+def test_complex_weights_are_looked_at_too(tmp_path):
+    source = MemorySource({"c": torch.tensor([1.0, complex(0, float("nan"))])})
+    with pytest.raises(CheckpointError, match="tensor c holds NaN"):
+        write({"c": load("model", "c", source.types["c"])}, {"model": source}, tmp_path)
 
 
 def test_progress_counts_every_byte(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compiler.ir.types import TensorType
-from compiler.weights.tensorfile import read_header, read_rows, read_tensor
+from compiler.weights.tensorfile import header_bytes, read_header, read_rows, read_tensor
 
 
 class SpillSource:
@@ -61,11 +61,11 @@ class SpillSource:
         if self._directory is None:
             self._memory[key] = tensor.clone()
             return
-        from safetensors.torch import save_file
-
         self._directory.mkdir(parents=True, exist_ok=True)
         partial = self._directory / f"{key}.partial"
-        save_file({"tensor": tensor}, partial)
+        with partial.open("wb") as file:
+            file.write(header_bytes({"tensor": self._types[key]}))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         partial.rename(self._directory / f"{key}.safetensors")
 
 

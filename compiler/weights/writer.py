@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def write(
     """
     shards = layout(tensors, shard_bytes)
     record = Journal(journal, _job_key(shards, sources))
-    with _explained(directory), ExitStack() as stack:
-        files = [_File(shard, directory, stack) for shard in shards]
+    with explained(directory):
+        files = [_File(shard, directory) for shard in shards]
         _check_space(files, directory)
         record.begin(name for file in files if not file.fresh for name in file.shard.tensors)
         for file in files:
@@ -80,39 +80,53 @@ def write(
 
 
 class _File:
-    """An open output file. ``fresh`` says that nothing in it can be reused: it did not exist, or was another one."""
+    """An output file, open only while it is used: there may be more than a process may have open.
 
-    def __init__(self, shard: Shard, directory: Path, stack: ExitStack) -> None:
+    ``fresh`` says that nothing in it can be reused: it did not exist, or was another one.
+    """
+
+    def __init__(self, shard: Shard, directory: Path) -> None:
         self.shard = shard
         self.path = directory / shard.name
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        stack.callback(os.close, self._descriptor)
-        same_size = os.fstat(self._descriptor).st_size == shard.size
-        self.fresh = not same_size or os.pread(self._descriptor, len(shard.header), 0) != shard.header
+        with self._open() as descriptor:
+            same_size = os.fstat(descriptor).st_size == shard.size
+            self.fresh = not same_size or os.pread(descriptor, len(shard.header), 0) != shard.header
+
+    @contextmanager
+    def _open(self) -> Generator[int]:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     @property
     def missing(self) -> int:
         """Bytes of the file that have no place on the disk yet."""
-        return max(0, self.shard.size - os.fstat(self._descriptor).st_blocks * 512)
+        return max(0, self.shard.size - self.path.stat().st_blocks * 512)
 
     def prepare(self) -> None:
         """Write the header and reserve the space, so that a full disk is known before any work is done."""
-        if self.fresh:
-            os.ftruncate(self._descriptor, self.shard.size)
-            _write_at(self._descriptor, memoryview(self.shard.header), 0)
-        _reserve(self._descriptor, self.shard.size)
+        with self._open() as descriptor:
+            if self.fresh:
+                os.ftruncate(descriptor, self.shard.size)
+                _write_at(descriptor, memoryview(self.shard.header), 0)
+            _reserve(descriptor, self.shard.size)
 
     def put(self, piece: Piece, value: Tensor) -> None:
         """Write the rows that ``piece`` stands for."""
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         skipped = piece.start * row_bytes(piece.expr.type) if piece.start else 0
-        _write_at(self._descriptor, data, self.shard.offsets[piece.name] + skipped)
+        with self._open() as descriptor:
+            _write_at(descriptor, data, self.shard.offsets[piece.name] + skipped)
 
     def sync(self) -> None:
-        os.fdatasync(self._descriptor)
+        with self._open() as descriptor:
+            os.fdatasync(descriptor)
 
     def finish(self) -> WrittenFile:
-        os.fsync(self._descriptor)
+        with self._open() as descriptor:
+            os.fsync(descriptor)
         return WrittenFile(self.path, self.shard.size)
 
 
@@ -224,6 +238,8 @@ def _single_threaded_torch() -> Generator[None]:
 
 
 def _finite(value: Tensor) -> bool:
+    if value.is_complex():
+        return _finite(torch.view_as_real(value))
     if not value.dtype.is_floating_point or not value.numel():
         return True
     wide = value.float() if value.dtype.itemsize == 1 else value
@@ -274,8 +290,8 @@ def _silent(done: int, total: int) -> None:
 
 
 @contextmanager
-def _explained(directory: Path) -> Generator[None]:
-    """Turn errors of the operating system into OutputError."""
+def explained(directory: Path) -> Generator[None]:
+    """Turn errors of the operating system, while ``directory`` is written, into OutputError."""
     try:
         yield
     except OSError as reason:
