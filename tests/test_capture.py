@@ -100,6 +100,48 @@ def test_capture_is_deterministic(name: str) -> None:
     assert len(texts) == 1
 
 
+def test_outputs_of_deep_layers_are_those_layers_outputs() -> None:
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    model = Dinov2Backbone(Dinov2Config(num_hidden_layers=6, out_indices=[4, 6], **sizes)).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
+    with torch.no_grad():
+        wanted = model(**inputs).feature_maps
+    found = run(capture(model), inputs)
+    for index, feature in enumerate(wanted):
+        assert (found[f"feature_maps.{index}"] - feature).abs().max() <= TOLERANCE * feature.abs().max()
+
+
+def test_an_operation_between_deep_layers_is_kept() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.layers):
+                x = layer(x) + (1 if index == 3 else 0)
+            return x
+
+    module, x = Chain().eval(), torch.randn(4, 6)
+    graph = capture(module, inputs={"x": x})
+    with torch.no_grad():
+        assert torch.allclose(run(graph, {"x": x})["output"], module(x), rtol=0, atol=TOLERANCE)
+
+
+def test_an_unknown_operation_ends_a_capture_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compiler.frontend import capture as frontend
+
+    monkeypatch.setattr(frontend, "trace_all", lambda subject: pytest.fail("everything was traced again"))
+    module = nn.Sequential()
+    module.layers = nn.ModuleList(Inner() for _ in range(4))
+    module.forward = lambda x: module.layers[3](module.layers[2](module.layers[1](module.layers[0](x))))
+    with pytest.raises(CaptureError, match="sort"):
+        capture(module.eval(), inputs={"x": torch.zeros(2, 3)})
+
+
 def test_layers_that_use_their_index_are_all_traced() -> None:
     family = FAMILIES["gpt2"]
     model = family.build(seed=2, layers=4, scale_attn_by_inverse_layer_idx=True)
@@ -127,6 +169,28 @@ def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = torch.ones_like(inputs["input_ids"])
     mask[1, 6:] = 0
     return {**inputs, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_window_that_only_the_mask_has_is_kept(padded: bool) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 24, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "shared_expert_intermediate_size": 24}  # fmt: skip
+    config = transformers.Qwen2MoeConfig(
+        **sizes, num_hidden_layers=2, vocab_size=96, num_experts=4, num_experts_per_tok=2, use_sliding_window=True,
+        sliding_window=4, layer_types=["sliding_attention", "full_attention"], use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2MoeForCausalLM(config).eval()
+    inputs = {"input_ids": torch.randint(0, 96, (2, 12))}
+    inputs = _padded(inputs) if padded else inputs
+    graph = capture(model, inputs=inputs)
+    assert [node.attr("window") for node in graph.nodes_named("attention")] == [4, 0]
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    keep = inputs["attention_mask"].bool() if padded else torch.ones(2, 12, dtype=torch.bool)
+    assert (run(graph, inputs)["logits"][keep] - wanted[keep]).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
 # --- parameters ----------------------------------------------------------------------------------------------
@@ -270,8 +334,11 @@ def test_in_place_writes_are_followed() -> None:
 
 def test_the_live_module_is_left_as_it_was() -> None:
     model = FAMILIES["llama"].build(layers=4)
+    model.config.use_cache = True
     before = model.config._attn_implementation
-    capture(model)
+    graph = capture(model)
+    assert model.config.use_cache
+    assert graph.origin.config == model.config.to_dict()
     assert model.config._attn_implementation == before
     assert all("forward" not in vars(child) for child in model.modules())
     assert not any(parameter.is_meta for parameter in model.parameters())

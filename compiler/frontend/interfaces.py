@@ -77,6 +77,28 @@ def _experts_shape(x: Tensor, indices: Tensor, weights: Tensor, parameters: list
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("compress_model::windowed", mutates_args=())
+def windowed(mask: Tensor | None, window: int) -> Tensor:
+    """A padding mask [B, S], or one element for none, that carries the window of the attentions it is handed to."""
+    raise NotImplementedError("masks are only traced")
+
+
+@windowed.register_fake
+def _windowed_shape(mask: Tensor | None, window: int) -> Tensor:
+    return torch.empty((1, 1), dtype=torch.bool) if mask is None else torch.empty_like(mask)
+
+
+@torch.library.custom_op("compress_model::passed", mutates_args=())
+def passed(x: Tensor, layer: int) -> Tensor:
+    """``x`` as the result of a layer that is not traced."""
+    raise NotImplementedError("layers are only passed through while tracing")
+
+
+@passed.register_fake
+def _passed_shape(x: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -94,23 +116,35 @@ def _attention(
     unknown = [name for name, value in others.items() if isinstance(value, Tensor) and name not in _IRRELEVANT]
     if unknown:
         raise CaptureError(f"attention of `{type(module).__name__}` takes `{unknown[0]}`, which is not understood")
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise CaptureError(f"attention of `{type(module).__name__}` does not say whether it is causal")
     scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
     window = int(sliding_window or 0)
     result = attention(
-        query, key, value, attention_mask, position_bias, s_aux, scale, causal, window, float(softcap or 0.0)
+        query, key, value, attention_mask, position_bias, s_aux, scale, bool(causal), window, float(softcap or 0.0)
     )
     return result, None
 
 
 def _mask(
-    *args: Any, mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    *args: Any,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask [B, S] or None: causality and windows travel as attributes of the attention itself."""
-    for name in _mask_functions(mask_function):
+    """The padding mask [B, S] or None, marked with the window of a sliding one: causality is the attention's own."""
+    names = list(_mask_functions(mask_function))
+    for name in names:
         if name not in _UNDERSTOOD_MASKS:
             raise CaptureError(f"the attention mask `{name}` is not in the graph's vocabulary")
-    return attention_mask
+    if not any(name.startswith("sliding_window") for name in names):
+        return attention_mask
+    if local_size is None:
+        raise CaptureError("a sliding window does not say how wide it is")
+    # Looking both ways, the width of a mask counts the tokens on one side, and an attention's also the token itself.
+    return windowed(attention_mask, local_size + ("sliding_window_bidirectional_overlay" in names))
 
 
 def _mask_functions(function: Any) -> Iterator[str]:

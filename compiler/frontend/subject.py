@@ -77,7 +77,7 @@ def _from_config(
         name: load(MODEL, name, TensorType(storage(name, tensor), tuple(tensor.shape)))
         for name, tensor in _tensors(module)
     }
-    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, None))
+    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, config))
 
 
 def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
@@ -85,9 +85,10 @@ def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, arch
     from compiler.weights.checkpoint_binding import bind
 
     checkpoint = open_checkpoint(path)
-    module = build_on_meta(config_from_dict(checkpoint.config), architecture or checkpoint.architecture)
+    config = config_from_dict(checkpoint.config)
+    module = build_on_meta(config, architecture or checkpoint.architecture)
     weights = dict(bind(checkpoint, module)) | computed_buffers(module)
-    subject = _subject(module, inputs, weights, _origin(module, str(checkpoint.path)))
+    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)))
     subject.sources[MODEL] = checkpoint
     return subject
 
@@ -107,7 +108,7 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
         load(MODEL, name, TensorType(tensor.dtype, tuple(tensor.shape)))
         for name, tensor in tensors.items()
     }
-    subject = _subject(module, inputs, weights, _origin(module, None))
+    subject = _subject(module, inputs, weights, _origin(live, getattr(live, "config", None)))
     subject.sources[MODEL] = MemorySource({name: t for name, t in tensors.items() if name not in transient})
     return subject
 
@@ -150,12 +151,11 @@ def _settle_frequencies(module: nn.Module) -> None:
                 cast(Any, child).rope_type = "default"
 
 
-def _origin(module: nn.Module, source: str | None) -> Origin:
-    config = getattr(module, "config", None)
+def _origin(module: nn.Module, config: Any, source: str | None = None) -> Origin:
+    """Where ``module`` is from; ``config`` as its owner has it, before anything was set for tracing."""
     if not hasattr(config, "to_dict"):
         return Origin(source=source)
-    values = cast("PretrainedConfig", config).to_dict()
-    return Origin(architecture=type(module).__name__, config=values, source=source)
+    return Origin(architecture=type(module).__name__, config=config.to_dict(), source=source)
 
 
 # --- building a module on the meta device --------------------------------------------------------------------
@@ -208,10 +208,14 @@ def _model_class(config: PretrainedConfig, architecture: str | None) -> type[Pre
 
 
 def _select_implementations(model: Any) -> None:
+    """Prepare a model of our own for tracing: no cache, and attention and experts as opaque operations."""
     name = register()
     model.set_attn_implementation(name)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(name)
+    for child in model.modules():
+        if hasattr(child, "config"):
+            child.config.use_cache = False
 
 
 def _copy_on_meta(live: nn.Module) -> nn.Module:
