@@ -79,6 +79,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"it can be: {', '.join(names)}" if names else ""
 
 
+def first_line(reason: BaseException) -> str:
+    """The first line of what another library's error says, or its kind when it says nothing."""
+    return next(iter(str(reason).splitlines()), "") or type(reason).__name__
+
+
 class UsageError(CompressError):
     """The command line is wrong."""
 

@@ -127,6 +127,7 @@ HEADERS = [
     ({"a": entry(offsets=(8, 0))}, "tensor a has the shape"),
     ({"a": entry(offsets=(-8, 0))}, "tensor a has the shape"),
     ({"a": entry(dtype="U32")}, "unsupported dtype U32"),
+    ({"a": entry(dtype=["F32"])}, "unsupported dtype"),
     ({"a": entry(shape=[3])}, "12 bytes, but its offsets span 8"),
     ({"a": entry(shape=[2**62, 4])}, "but its offsets span 8"),
     ({"a": entry(), "b": entry(offsets=(4, 12))}, "tensor b overlaps a"),

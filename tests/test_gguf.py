@@ -214,6 +214,24 @@ def test_a_part_of_a_split_file_is_refused(tmp_path):
         open_checkpoint(tmp_path / "part.gguf")
 
 
+def test_code_beside_the_file_is_never_run(tmp_path):
+    path = make_file(tmp_path / "tiny.gguf")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    mapped = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(mapped))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="transformers cannot read the tokenizer of tiny.gguf"):
+        save_tokenizer(open_checkpoint(path), tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_lists_in_lists_have_a_limit(tmp_path):
+    nested = struct.pack("<Q1sI", 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 5000 + struct.pack("<IQB", 0, 1, 0)
+    (tmp_path / "deep.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + nested)
+    with pytest.raises(CheckpointError, match="lists in lists"):
+        open_checkpoint(tmp_path / "deep.gguf")
+
+
 def test_an_unknown_architecture_is_refused(tmp_path):
     path = make_file(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes().replace(b"llama", b"lemma"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compiler.errors import CheckpointError
+from compiler.errors import CheckpointError, first_line
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.gguf_header import Blocks, read_gguf_header
@@ -36,6 +37,8 @@ class GgufCheckpoint(Checkpoint):
         self.files = (path,)
         self._header = read_gguf_header(path)
         parts = self._header.metadata.get("split.count", 1)
+        if not isinstance(parts, int):
+            raise CheckpointError(f"{path.name} is damaged: its split.count is {parts!r}", where=str(path))
         if parts > 1:
             raise CheckpointError(f"{path.name} is one of {parts} parts", where=str(path), remedy="merge them into one")
         self.config = self._read_config()
@@ -90,7 +93,10 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoTokenizer, GenerationConfig
 
         before = set(directory.iterdir())
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        with self._explained("the tokenizer"):
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+            )
         if self._header.metadata.get("tokenizer.ggml.pre") == "smollm":
             _split_digits(tokenizer)
         tokenizer.save_pretrained(directory)
@@ -108,18 +114,24 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        try:
-            loaded = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except (ValueError, KeyError, NotImplementedError) as reason:
-            raise CheckpointError(
-                f"transformers cannot read the config of {self.path.name}: {reason}", where=str(self.path)
-            ) from reason
+        with self._explained("the config"):
+            loaded = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
         config = cast(dict[str, Any], shortest_floats(json.loads(loaded.to_json_string())))
         for name in _DROPPED:
             config.pop(name, None)
         if not config.get("architectures"):
             config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
         return config
+
+    @contextmanager
+    def _explained(self, part: str) -> Generator[None]:
+        """Turn whatever transformers raises while it reads the file into CheckpointError."""
+        try:
+            yield
+        except Exception as reason:  # the readers of each architecture fail in their own ways
+            raise CheckpointError(
+                f"transformers cannot read {part} of {self.path.name}: {first_line(reason)}", where=str(self.path)
+            ) from reason
 
     @cached_property
     def _model(self) -> Any:

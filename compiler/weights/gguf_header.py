@@ -19,6 +19,7 @@ from compiler.errors import CheckpointError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 _DIM_LIMIT = 4
+_DEPTH_LIMIT = 4
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,22 @@ class _Reader:
         (kind,) = self._unpack("I")
         return key, self._value(kind)
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _TEXT:
             return self._text()
         if kind == _LIST:
+            if depth == _DEPTH_LIMIT:
+                raise self._damaged(f"its metadata has lists in lists, more than {_DEPTH_LIMIT} deep")
             item, count = self._unpack("IQ")
-            return self._list(item, self._plausible(count))
+            return self._list(item, self._plausible(count), depth + 1)
         if kind not in _SCALARS:
             raise self._damaged(f"its metadata has the unknown type {kind}")
         return self._unpack(_SCALARS[kind])[0]
 
-    def _list(self, item: int, count: int) -> list[Any]:
+    def _list(self, item: int, count: int, depth: int) -> list[Any]:
         if item in _SCALARS:
             return list(self._unpack(f"{count}{_SCALARS[item]}"))
-        return [self._value(item) for _ in range(count)]
+        return [self._value(item, depth) for _ in range(count)]
 
     def _record(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text()

@@ -165,7 +165,7 @@ def _stored(name: str, entry: Any, base: int, path: Path) -> Stored:
         raise _damaged(path, f"the entry of tensor {name} is incomplete") from reason
     if not all(_is_count(number) for number in (*_as_list(shape, name, path), start, stop)) or start > stop:
         raise _damaged(path, f"tensor {name} has the shape {shape} and the offsets [{start}, {stop}]")
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"tensor {name} has the unsupported dtype {code}", where=str(path))
     type = TensorType(DTYPES[code], tuple(shape))
     if type.nbytes != stop - start:
