@@ -151,3 +151,39 @@ def test_the_model_is_left_alone(llama):
     bind(open_checkpoint(llama), model)
     assert all(type(p) is torch.nn.Parameter and p.is_meta for p in model.parameters())
     assert json.loads((llama / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def write_tied(path, head):
+    """A tiny Llama whose config ties its head to its embedding, while the file holds both."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    state = load_file(path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + head
+    save_file(state, path / "model.safetensors")
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
+
+
+def test_tied_weights_that_are_stored_twice_are_one(tmp_path):
+    model = write_tied(tmp_path, head=0.0)
+    bound = bind(open_checkpoint(tmp_path), model)
+    assert bound["lm_head.weight"] == bound["model.embed_tokens.weight"]
+
+
+def test_tied_weights_whose_values_differ_are_refused(tmp_path):
+    model = write_tied(tmp_path, head=1.0)
+    with pytest.raises(CheckpointError, match="their stored values differ") as error:
+        bind(open_checkpoint(tmp_path), model)
+    assert "tie_word_embeddings" in error.value.remedy
+
+
+def test_weights_in_eight_bits_without_their_scales_are_refused(tmp_path):
+    model = write_tied(tmp_path, head=0.0)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no quantization_config"):
+        bind(open_checkpoint(tmp_path), model)

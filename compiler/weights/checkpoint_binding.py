@@ -11,14 +11,21 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import Tensor
+
 from compiler.errors import CheckpointError
 from compiler.weights.conversion import TracedTensor
+from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import Expr, load
+from compiler.weights.ops import take
+from compiler.weights.source import Source
 
 if TYPE_CHECKING:
     from compiler.weights.checkpoint import Checkpoint
 
 _SHOWN = 5
+_ROWS = 1024
 _DEAD_BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$")
 
 
@@ -29,13 +36,14 @@ def bind(checkpoint: Checkpoint, model: Any, *, source: str = "model") -> dict[s
     expression of the stored one. Raises CheckpointError for missing, unexpected or doubled tensors and for
     shapes that do not fit, except for those that the model class itself declares ignorable.
     """
+    _check_scaled(checkpoint)
     expected = dict(model.state_dict())
     bound: dict[str, Expr] = {}
     unexpected: list[str] = []
     for mapping, first_target in _group(checkpoint, model, expected, source, unexpected):
         for name, tensor in _convert(mapping, first_target, model).items():
             _add(bound, name, tensor.expr, expected, unexpected)
-    _share_tied(bound, model)
+    _share_tied(bound, model, {source: checkpoint})
     _check_complete(bound, expected, unexpected, model, checkpoint)
     return {name: bound[name] for name in expected if name in bound}
 
@@ -109,13 +117,44 @@ def _add(bound: dict[str, Expr], name: str, expr: Expr, expected: Mapping[str, A
     bound[name] = expr
 
 
-def _share_tied(bound: dict[str, Expr], model: Any) -> None:
-    """Give every name of a tied parameter the expression of the name that is stored."""
+def _share_tied(bound: dict[str, Expr], model: Any, sources: Mapping[str, Source]) -> None:
+    """Give every name of a tied parameter the expression of the name that is stored; of one, if they are equal."""
     for target, origin in model.all_tied_weights_keys.items():
-        if origin in bound and target not in bound:
-            bound[target] = bound[origin]
-        elif target in bound and origin not in bound:
-            bound[origin] = bound[target]
+        if origin not in bound and target not in bound:
+            continue
+        if origin in bound and target in bound and not _equal(bound[origin], bound[target], sources):
+            raise CheckpointError(
+                f"config.json says that {target} is tied to {origin}, but their stored values differ",
+                remedy="set `tie_word_embeddings` to false in config.json",
+            )
+        bound[origin] = bound[target] = bound[origin] if origin in bound else bound[target]
+
+
+def _equal(x: Expr, y: Expr, sources: Mapping[str, Source]) -> bool:
+    """Whether two tensors are stored with the same type and bytes; they are read some rows at a time."""
+    if x.key == y.key:
+        return True
+    if x.type != y.type:
+        return False
+    rows = x.type.static_shape[0]
+    ranges = [(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+    return all(_same_bytes(*evaluate([take(each, 0, *span) for each in (x, y)], sources)) for span in ranges)
+
+
+def _same_bytes(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+
+
+def _check_scaled(checkpoint: Checkpoint) -> None:
+    """Weights in eight bits mean nothing without their scales, and only a quantization_config says what these are."""
+    for name, type in checkpoint.types.items():
+        if type.dtype.is_floating_point and type.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"tensor {name} is stored as {type.dtype}, and config.json has no quantization_config that says how it "
+                "is scaled",
+                where=str(checkpoint.path),
+                remedy="start from the original, unquantised checkpoint",
+            )
 
 
 def _check_complete(
