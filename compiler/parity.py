@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,18 +35,18 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verificat
     Skipped when the model in float32 does not fit ``memory`` bytes. Raises ParityError when the outputs differ.
     """
     from compiler.evaluate import load_model
-    from compiler.inputs import random_windows
+    from compiler.inputs import position_limit, random_windows
     from compiler.ir.execute import run
 
     needed = FLOAT32_BYTES * sum(param.type.numel for param in graph.params.values())
     if needed > memory:
-        return Verification(False, skipped=f"the model needs {needed} bytes in float32, and {memory} are available")
+        return Verification(False, skipped=f"the model needs {needed} bytes in float32, more than there is to use")
     model = load_model(directory)
     (window,) = random_windows(model, 1, LENGTH, seed=0)
     with torch.no_grad():
         theirs = model(**window.arguments)
     ours = run(graph, {name: window.arguments[name] for name in graph.inputs})
-    error = max(_distance(theirs[name].float(), value.float()) for name, value in ours.items())
+    error = _largest([_distance(theirs[name].float(), value.float()) for name, value in ours.items()])
     tolerance = _tolerance(graph)
     if not error <= tolerance:
         raise ParityError(
@@ -54,6 +55,18 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verificat
             remedy=f"at most {tolerance:.3g} is rounding; this is a bug",
         )
     return Verification(True, error, tolerance)
+
+
+def _largest(distances: list[float]) -> float:
+    """The largest distance; NaN when one is no number, which Python's ``max`` may pass over."""
+    return torch.tensor(distances, dtype=torch.float64).amax().item()
+
+
+def output_named(outputs: Any, path: str) -> torch.Tensor:
+    """What a dotted output name of a graph stands for: fields by name, members of a tuple by number."""
+    for part in path.split("."):
+        outputs = outputs[int(part) if part.isdigit() else part]
+    return outputs
 
 
 def _distance(theirs: torch.Tensor, ours: torch.Tensor) -> float:
