@@ -14,6 +14,7 @@ from compiler.weights.checkpoint import Checkpoint, bind
 from compiler.weights.expr import Expr, load
 
 NAME = "same family"
+RUNTIME = ("auto_map", "quantization_config", "_name_or_path", "experts_implementation", "_experts_implementation")
 
 
 def source_config(graph: Graph) -> dict[str, Any] | None:
@@ -45,7 +46,10 @@ def propose(graph: Graph) -> Proposal | Refusal:
     config = source_config(graph)
     if config is None or graph.origin.architecture is None:
         return Refusal(NAME, "the source is no transformers model")
-    config.pop("quantization_config", None)
+    config = {
+        name: value for name, value in config.items()
+        if name not in RUNTIME and not name.removeprefix("_").startswith("attn_implementation")
+    }
     if (graph.origin.config or config).get("tie_word_embeddings") and not shares_embedding(graph):
         config["tie_word_embeddings"] = False
     return Proposal(graph.origin.architecture, config, unused=unused)
