@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def test_an_operation_between_deep_layers_is_kept() -> None:
 
 
 def test_an_unknown_operation_ends_a_capture_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiler.frontend import capture as frontend
-
+    frontend = import_module("compiler.frontend.capture")
     monkeypatch.setattr(frontend, "trace_all", lambda subject: pytest.fail("everything was traced again"))
     module = nn.Sequential()
     module.layers = nn.ModuleList(Inner() for _ in range(4))

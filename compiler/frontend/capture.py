@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from compiler.errors import CaptureError, CompressError
-from compiler.frontend.fold import NotFoldableError, layer_lists, passing_through, unfold
+from compiler.frontend.fold import LayerList, NotFoldableError, layer_lists, unfold
 from compiler.frontend.importer import Importer
 from compiler.frontend.lift import lift
 from compiler.frontend.params import order_params
+from compiler.frontend.skip import check_readers, passing_through
 from compiler.frontend.subject import Subject, subject_of
 from compiler.ir.graph import Graph
 from compiler.ir.verify import verify
@@ -48,18 +49,34 @@ def fold_layers(subject: Subject) -> Graph | None:
     if not lists:
         return None
     try:
-        with passing_through(subject.module, lists):
-            graph = trace_all(subject)
+        program = _export_kept(subject, lists)
+        check_readers(program, lists)
+        graph = _imported(subject, program)
         unfold(graph, subject, lists)
         order_params(graph, subject.names)
-    except (NotFoldableError, CaptureError):
+    except NotFoldableError:
         return None
     return graph
 
 
+def _export_kept(subject: Subject, lists: Sequence[LayerList]) -> ExportedProgram:
+    """Trace the layers that are kept. What torch cannot follow then may be the passing through."""
+    try:
+        with passing_through(subject.module, lists):
+            return export(subject)
+    except CaptureError as error:
+        if error.__cause__ is None:
+            raise
+        raise NotFoldableError("torch cannot pass layers through") from error
+
+
 def trace_all(subject: Subject) -> Graph:
     """The graph from a trace of the whole module."""
-    graph = Importer(subject, export(subject)).run()
+    return _imported(subject, export(subject))
+
+
+def _imported(subject: Subject, program: ExportedProgram) -> Graph:
+    graph = Importer(subject, program).run()
     lift(graph)
     order_params(graph, subject.names)
     return graph
@@ -73,7 +90,7 @@ def export(subject: Subject) -> ExportedProgram:
             return torch.export.export(
                 subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False
             )
-    except CompressError:
+    except (CompressError, NotFoldableError):
         raise
     except Exception as reason:
         first = str(reason).strip().partition("\n")[0]

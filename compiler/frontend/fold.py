@@ -7,8 +7,7 @@ segment stands for every other layer of that kind. When they are not, the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,6 +39,11 @@ class LayerList:
 
     def scope(self, index: int) -> str:
         return f"{self.path}.{index}"
+
+    def index_of(self, scope: str) -> int:
+        """The layer that a scope is in; -1 for none."""
+        inside = scope.startswith(f"{self.path}.")
+        return int(scope[len(self.path) + 1 :].split(".")[0]) if inside else -1
 
 
 def layer_lists(module: nn.Module) -> list[LayerList]:
@@ -77,37 +81,6 @@ def _signature(layer: nn.Module, index: int) -> tuple[object, ...]:
     return (*parts, *((name, tensor.shape) for name, tensor in tensors))
 
 
-@contextmanager
-def passing_through(module: nn.Module, lists: Sequence[LayerList]) -> Generator[None]:
-    """Make every layer that is not kept return what the layer before it returned."""
-    layers = [(module.get_submodule(some.path), some) for some in lists]
-    for children, some in layers:
-        last: list[Any] = [None]
-        for index, layer in enumerate(children.children()):
-            layer.forward = _recorded(layer.forward, last) if index in some.kept else _repeated(last)
-    try:
-        yield
-    finally:
-        for children, _ in layers:
-            for layer in children.children():
-                del layer.forward
-
-
-def _recorded(forward: Callable[..., Any], last: list[Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        last[0] = forward(*args, **kwargs)
-        return last[0]
-
-    return run
-
-
-def _repeated(last: list[Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return last[0]
-
-    return run
-
-
 # --- unfolding -----------------------------------------------------------------------------------------------
 
 
@@ -142,10 +115,9 @@ def _segments(graph: Graph, layers: LayerList) -> dict[int, list[Node]]:
     segments: dict[int, list[Node]] = {index: [] for index in layers.kept}
     order: list[int] = []
     for node in graph.nodes:
-        inside, rest = node.scope.startswith(f"{layers.path}."), node.scope[len(layers.path) + 1 :]
-        index = int(rest.split(".")[0]) if inside else -1
-        if inside:
-            segments[index].append(node)
+        index = layers.index_of(node.scope)
+        if index >= 0:
+            segments.setdefault(index, []).append(node)
         if not order or order[-1] != index:
             order.append(index)
     if [index for index in order if index >= 0] != layers.kept or -1 in order[order.index(layers.kept[0]) :][:-1]:
@@ -162,9 +134,9 @@ def _find_handed(state: _Unfolding) -> None:
     for first, second, same in matched:
         for one, other in ((first, second), (second, first)):
             twin = {v: k for k, v in same.items()} if one is second else same
-            if one in state.handed and other not in state.handed:
+            if one in state.handed and other not in state.handed and state.handed[one] in twin:
                 state.handed[other] = twin[state.handed[one]]
-        if first in state.handed and same.get(state.handed[first]) is not state.handed[second]:
+        if first in state.handed and same.get(state.handed[first]) is not state.handed.get(second):
             raise NotFoldableError("two layers of a kind hand on different values")
     _check_outside_uses(state)
 

@@ -174,7 +174,7 @@ class Importer:
     def _call(self, node: fx.Node, name: str) -> Any:
         args, kwargs = self._argument(node.args), {k: self._argument(v) for k, v in node.kwargs.items()}
         # Only now: reading an argument may have imported another node.
-        self.scope = _scope(node)
+        self.scope = scope_of(node)
         if isinstance(node.meta.get("val"), Tensor):
             self.out = self._type(node.meta["val"])
         handler = HANDLERS.get(name)
@@ -262,7 +262,8 @@ def _is_view(node: fx.Node) -> bool:
     return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
-def _scope(node: fx.Node) -> str:
+def scope_of(node: fx.Node) -> str:
+    """The path of the module that computes a node; empty for the outermost."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0] if stack else ""
     return "" if path.startswith("_empty") else path

@@ -175,7 +175,7 @@ HANDLERS: dict[str, Handler] = {
     **{name: _unary(name) for name in _UNARY},
     **{name: _binary(name) for name in ("add", "sub", "div", "pow", "minimum", "maximum")},
     **{name: _compare(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **dict.fromkeys(("contiguous", "alias", "detach", "lift_fresh_copy", "clone", "detach_"), _identity),
+    **dict.fromkeys(("contiguous", "alias", "detach", "lift_fresh_copy", "clone", "detach_", "passed"), _identity),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "bool", "long"), _cast),
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _logical("logical_and")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical("logical_or")),

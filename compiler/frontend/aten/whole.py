@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -95,12 +95,23 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return tuple(values * axes if len(values) == 1 else values)
 
 
+class _Windowed(NamedTuple):
+    """A padding mask, or none, with the window of the attentions that it is made for."""
+
+    mask: Value | None
+    window: int
+
+
+def _windowed(importer: Importer, mask: Value | None, window: int) -> _Windowed:
+    return _Windowed(mask, window)
+
+
 def _attention(
     importer: Importer,
     query: Value,
     key: Value,
     value: Value,
-    mask: Value | None,
+    mask: Value | _Windowed | None,
     bias: Value | None,
     sinks: Value | None,
     scale: float,
@@ -108,6 +119,10 @@ def _attention(
     window: int,
     softcap: float,
 ) -> Value:
+    if isinstance(mask, _Windowed):
+        if window not in (0, mask.window):
+            raise importer.fail(f"an attention has a window of {window}, and its mask one of {mask.window}")
+        mask, window = mask
     return importer.emit(
         "attention", query, key, value, mask, bias, sinks, scale=scale, causal=causal, window=window, softcap=softcap
     )
@@ -159,4 +174,5 @@ HANDLERS: dict[str, Handler] = {
     "polar": _polar,
     "rms_norm": _rms_norm,
     "scaled_dot_product_attention": _sdpa,
+    "windowed": _windowed,
 }
