@@ -64,7 +64,7 @@ def norm_constants(dtype: torch.dtype, gain: float = 1.0) -> NormConstants:
 
     rms_norm(SHRINK * c) * weight = c * SHRINK * weight / sqrt(eps), up to a relative (SHRINK * c)^2 / 2 eps, so the
     product must be the inverse of SHRINK / sqrt(eps). That is no number of few bits, but a product of two such
-    numbers comes nearer to it than either could: in bfloat16 to about 1e-5 instead of 2e-3.
+    numbers comes nearer to it than one could: in bfloat16 to 7e-5 (for a gain of 1) instead of 5e-4.
     """
     wanted = torch.tensor(gain * NORM_EPS**0.5 / SHRINK, dtype=torch.float64)
     weights = torch.arange(128, 256, dtype=torch.float64) * 2.0**13
