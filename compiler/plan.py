@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +20,18 @@ from compiler.ledger import Bytes, Ledger
 from compiler.pipeline import Observer, PassReport, Pipeline, Report
 from compiler.recipe import Recipe
 
+if TYPE_CHECKING:
+    from backends.safetensors import Emission
+    from compiler.weights.expr import Expr
+
+
+THREADS = 2  # as the writer has
+LARGEST = 16  # tensors whose making is looked at for the estimate of memory
+
 
 @dataclass(frozen=True)
 class Output:
-    """What would be written: the model class, its files (name to bytes of tensors), and who can load it."""
+    """What would be written: the model class, its files (name to bytes of tensors), and where it loads."""
 
     architecture: str
     files: Mapping[str, int]
@@ -35,7 +44,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's outcome. ``peak_memory`` is the most bytes the run is expected to hold, evaluation aside.
+    """A recipe's outcome. ``peak_memory`` is what the run is expected to hold, in bytes; reloading the result to verify
+    and to evaluate it takes the whole model.
 
     ``output`` is None, and ``refusal`` says why, when no format that the recipe asks for can hold the result.
     """
@@ -64,8 +74,8 @@ class Plan:
         return [
             f"writes   {self.output.architecture}, {human_bytes(self.output.tensor_bytes)}"
             f" in {count} file{'s' if count > 1 else ''}",
-            *(f"loads in {place}" for place in self.output.loads_in),
-            f"memory   about {human_bytes(self.peak_memory)} at most, whatever the number of layers",
+            *(f"{'' if index else 'loads in':8} {place}" for index, place in enumerate(self.output.loads_in)),
+            f"memory   about {human_bytes(self.peak_memory)}; the number of layers does not matter",
         ]
 
 
@@ -75,7 +85,7 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
     Raises what capture and the passes raise; errors of passes point at the recipe.
     """
     graph = open_recipe_model(recipe)
-    model = f"{graph.origin.architecture or graph.name} from {recipe.model}"
+    model = f"{graph.origin.architecture or graph.name} from {recipe.model}{_on_disk(graph)}"
     report = run_passes(recipe, graph, dump_graphs=dump_graphs)
     output, refusal, memory = None, "", 0
     try:
@@ -83,6 +93,19 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
     except TargetError as error:
         refusal = error.cause
     return Plan(str(recipe.path), model, report, output, refusal, memory)
+
+
+def _on_disk(graph: Graph) -> str:
+    size = file_bytes(graph)
+    return f" ({human_bytes(size)} on disk)" if size else ", a config without weights"
+
+
+def file_bytes(graph: Graph) -> int:
+    """Bytes of the files that the model's weights lie in; 0 without any."""
+    from compiler.weights.checkpoint import Checkpoint
+
+    source = graph.sources.get("model")
+    return sum(file.stat().st_size for file in source.files) if isinstance(source, Checkpoint) else 0
 
 
 def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None, up_to: int | None = None) -> Report:
@@ -178,10 +201,28 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
     from compiler.weights.layout import layout
 
     emission = require(graph)
-    options = recipe.emit[0]
-    shards = layout(emission.tensors, options.shard)
+    shards = layout(emission.tensors, recipe.emit[0].shard)
     files = {shard.name: shard.tensor_bytes for shard in shards}
-    return Output(emission.architecture, files, tuple(emission.notes)), peak_rss()
+    output = Output(emission.architecture, files, loads_in(emission))
+    return output, peak_rss() + THREADS * _largest_step(emission.tensors)
+
+
+def loads_in(emission: Emission) -> tuple[str, ...]:
+    """Where it loads, and where it does not."""
+    needs = f" with compressed-tensors {version('compressed-tensors')}" if emission.quantization_config else ""
+    ours = f"transformers {version('transformers')}{needs}, without remote code"
+    return (ours, *(f"but: {note}" for note in emission.notes))
+
+
+def _largest_step(tensors: Mapping[str, Expr]) -> int:
+    """The most bytes that making a part of one of the largest tensors takes; smaller ones take less."""
+    from compiler.weights.evaluate import working_set
+    from compiler.weights.tasks import plan
+    from compiler.weights.writer import BUDGET
+
+    largest = sorted(tensors, key=lambda name: tensors[name].type.nbytes)[-LARGEST:]
+    tasks = plan({name: tensors[name] for name in largest}, BUDGET // THREADS)
+    return max(working_set([piece.expr for piece in task.pieces]) for task in tasks)
 
 
 def ledger_table(report: Report) -> str:

@@ -20,7 +20,8 @@ def _head(document: Document) -> Iterator[str]:
     model = document["recipe"]["model"]
     yield "---"
     yield f"library_name: {'transformers'}"
-    yield f"base_model: {_name(model)}"
+    if "hub_id" in document["inputs"]["model"]:
+        yield f"base_model: {document['inputs']['model']['hub_id']}"
     yield "tags: [compress-model]"
     yield "---"
     yield ""
@@ -66,10 +67,8 @@ def _load(document: Document) -> Iterator[str]:
     yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
     yield "```"
     yield ""
-    yield f"transformers {document['versions']['transformers']} was used; no remote code is needed."
-    if document["output"]["quantization"]:
-        yield "The weights are quantised in the compressed-tensors format: `pip install compressed-tensors`."
-    yield from document["output"]["loads_in"]
+    for place in document["output"]["loads_in"]:
+        yield f"- {place}"
     yield ""
 
 

@@ -39,7 +39,7 @@ def make_lock(recipe: Recipe, graph: Graph) -> dict[str, Any]:
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with its includes merged in and every option spelt out."""
     text = recipe.text
-    settled: dict[str, Any] = {"model": text.get("model", recipe.model)}
+    settled: dict[str, Any] = {"model": without_folder(text.get("model", recipe.model))}
     if recipe.calibration is not None:
         settled["calibration"] = _options(recipe.calibration, text.get("calibration", {}))
     settled["passes"] = [{step.key(): plain(step.options())} for step in recipe.passes]
@@ -88,7 +88,12 @@ def plain(value: Any) -> Any:
 def _options(section: Any, written: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a section; the path of its data as the recipe writes it."""
     options = plain(spell(section))
-    return {**options, "data": written["data"]} if "data" in written else options
+    return {**options, "data": without_folder(written["data"])} if "data" in written else options
+
+
+def without_folder(path: str) -> str:
+    """A hub id or relative path as it is; of an absolute path, which means nothing elsewhere, the last part."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _emitter(options: Any) -> str:
@@ -96,8 +101,10 @@ def _emitter(options: Any) -> str:
 
 
 def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
+    hub = {} if Path(recipe.model).exists() else {"hub_id": recipe.model}
     inputs: dict[str, Any] = {
         "model": {
+            **hub,
             "architecture": graph.origin.architecture,
             "fingerprint": graph.sources["model"].fingerprint(),
             "bytes": file_bytes(graph),

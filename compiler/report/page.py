@@ -52,8 +52,8 @@ def _head(document: Document) -> Iterator[str]:
         f"{escape(output['architecture'])}, {human_bytes(output['tensor_bytes'])} of weights</p>"
     )
     yield f"<p>{escape(verification_sentence(document))}</p>"
-    for note in output["loads_in"]:
-        yield f"<p>{escape(note)}</p>"
+    for place in output["loads_in"]:
+        yield f'<p class="soft">{escape(place)}</p>'
 
 
 def _comparison(document: Document) -> Iterator[str]:

@@ -29,7 +29,7 @@ def summary(document: Document, path: Path) -> str:
         table([("", "before", "after", "change"), *comparison(document)]),
         "",
         f"{path}: {output['architecture']}, {human_bytes(output['tensor_bytes'])}",
-        *(f"  {note}" for note in output["loads_in"]),
+        *(f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(output["loads_in"])),
         f"  {verification_sentence(document)}",
         f"  more: {path / 'compress' / 'report.html'}",
     ]
@@ -38,10 +38,11 @@ def summary(document: Document, path: Path) -> str:
 
 def comparison(document: Document) -> list[Row]:
     """Before, after and change of everything counted or measured."""
-    before, after = document["ledger"]["before"], document["ledger"]["after"]
+    before, after, output = document["ledger"]["before"], document["ledger"]["after"], document["output"]
     rows = [
         _row("parameters", before["parameters"], after["parameters"], human_count),
-        _row("bytes of weights", before["stored_bytes"], document["output"]["tensor_bytes"], human_bytes),
+        _row("bytes of weights", before["stored_bytes"], output["tensor_bytes"], human_bytes),
+        _row("bytes of their files", document["inputs"]["model"]["bytes"], sum(output["files"].values()), human_bytes),
         _row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count),
         _row("cache bytes a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes),
     ]
@@ -108,9 +109,11 @@ def verification_sentence(document: Document) -> str:
     found = document["verification"]
     if not found["performed"]:
         return f"Not verified by reloading: {found['skipped']}."
+    if found["error"] == 0:
+        return "Reloaded by plain transformers: its outputs equal the compiled graph's to the last bit."
     return (
-        f"Reloaded by plain transformers: outputs equal the compiled graph's to {found['error']:.2g} "
-        f"of their scale (allowed: {found['tolerance']:.2g})."
+        f"Reloaded by plain transformers: its outputs differ from the compiled graph's by {found['error']:.2g} "
+        f"of their scale (rounding may make that {found['tolerance']:.2g})."
     )
 
 

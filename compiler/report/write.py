@@ -12,6 +12,7 @@ from compiler.evaluate import Evaluation
 from compiler.instrument import peak_rss
 from compiler.parity import Verification
 from compiler.pipeline import Report
+from compiler.plan import loads_in
 from compiler.report.card import model_card
 from compiler.report.lock import lock_text, plain
 from compiler.report.page import page
@@ -65,7 +66,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
             "model_type": findings.emission.config.get("model_type"),
             "target": findings.emission.target,
             "quantization": findings.emission.quantization_config,
-            "loads_in": list(findings.emission.notes),
+            "loads_in": list(loads_in(findings.emission)),
             "tensor_bytes": findings.emission.nbytes,
             "files": {file.name: file.stat().st_size for file in files},
         },
