@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compiler.errors import DataError
+from compiler.frontend.sizes import image_shape
 from compiler.texts import TextData
 
 
@@ -50,9 +51,14 @@ def random_ids(model: Any, length: int, source: torch.Generator) -> Tensor:
     return torch.randint(model.config.get_text_config().vocab_size, (length,), generator=source)
 
 
-def _check_length(model: Any, length: int) -> None:
+def position_limit(model: Any) -> int | None:
+    """The longest sequence of tokens that a loaded model takes; None where it does not say."""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+
+
+def _check_length(model: Any, length: int) -> None:
+    limit = position_limit(model)
     if limit and length > limit:
         raise DataError(f"windows of {length} tokens are longer than the {limit} that the model takes")
 
@@ -74,11 +80,9 @@ def _token_arguments(model: Any, ids: Tensor, source: torch.Generator) -> dict[s
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = ids[None]
     if hasattr(model.config, "vision_config") and not model.can_generate():
-        arguments["pixel_values"] = _random_image(model.config.vision_config, source)
+        arguments["pixel_values"] = _random_image(model.config, source)
     return arguments
 
 
 def _random_image(config: Any, source: torch.Generator) -> Tensor:
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(1, config.num_channels, height, width, generator=source)
+    return torch.randn(1, *image_shape(config), generator=source)

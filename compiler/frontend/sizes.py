@@ -1,0 +1,13 @@
+"""Sizes of inputs that a model's config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model with ``config`` takes; 3 of 224 by 224 if it says none."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(vision, "num_channels", 3), height, width
