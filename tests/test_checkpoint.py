@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compiler.errors import CheckpointError
+from compiler.errors import CaptureError, CheckpointError
+from compiler.frontend.subject import build_on_meta, config_from_dict
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.tensorfile import DTYPES, header_bytes, read_header
 
@@ -111,6 +112,31 @@ def test_a_fingerprint_covers_the_tokenizer(tmp_path):
     before = open_checkpoint(path).fingerprint()
     (path / "tokenizer_config.json").write_text("{}")
     assert open_checkpoint(path).fingerprint() != before
+
+
+def test_links_out_of_the_checkpoint_are_refused(tmp_path):
+    path = make_directory(tmp_path / "model")
+    (tmp_path / "secret").write_text("secret")
+    (path / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="tokenizer.json is a link"):
+        open_checkpoint(path).save_tokenizer(tmp_path)
+
+
+def test_links_to_the_blobs_of_a_hub_cache_are_followed(tmp_path):
+    (tmp_path / "repo" / "snapshots").mkdir(parents=True)
+    (tmp_path / "repo" / "blobs").mkdir()
+    (tmp_path / "repo" / "blobs" / "1234").write_text("{}")
+    path = make_directory(tmp_path / "repo" / "snapshots" / "main")
+    (path / "normalizer.json").symlink_to("../../blobs/1234")
+    (tmp_path / "out").mkdir()
+    (copied,) = open_checkpoint(path).save_tokenizer(tmp_path / "out")
+    assert copied.name == "normalizer.json" and copied.read_text() == "{}" and not copied.is_symlink()
+
+
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", {"a": 1}, [3], 7])
+def test_architectures_of_another_kind_are_refused(tmp_path, names):
+    with pytest.raises(CheckpointError, match="`architectures` in config.json is"):
+        _ = open_checkpoint(make_directory(tmp_path, config={"architectures": names})).architecture
 
 
 HEADERS = [
@@ -329,3 +355,18 @@ def test_files_beside_the_weights_are_copied(tmp_path):
         "vocab.json",
     ]
     assert (tmp_path / "out" / "vocab.json").read_text() == "vocab.json"
+
+
+BAD_CONFIGS = [
+    ({"hidden_size": "abc"}, "cannot make a model of this config"),
+    ({"hidden_act": "sliu"}, "cannot make a model of this config"),
+    ({"model_type": ["llama"]}, "does not know the model type"),
+    ({"architectures": ["LlamaConfig"]}, "no model class `LlamaConfig`"),
+]
+
+
+@pytest.mark.parametrize("change, reason", BAD_CONFIGS)
+def test_a_config_that_makes_no_model_is_one_error(change, reason):
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, **change}
+    with pytest.raises(CaptureError, match=reason):
+        build_on_meta(config_from_dict(values))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compiler.errors import CaptureError
+from compiler.errors import CaptureError, first_line
 from compiler.frontend.interfaces import register
+from compiler.frontend.sizes import image_shape
 from compiler.ir.graph import Origin
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, load
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 _BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
-_MAX_LITERAL = 1 << 16
+_MAX_LITERAL = 1 << 22
 
 
 @dataclass
@@ -168,12 +170,27 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
 
     kind = values.get("model_type")
     known = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
-    try:
-        return AutoConfig.for_model(str(kind), **known)
-    except ValueError as reason:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
         remedy = f"did you mean `{near[0]}`?" if near else f"transformers {version} may be too old for it"
-        raise CaptureError(f"transformers does not know the model type `{kind}`", remedy=remedy) from reason
+        raise CaptureError(f"transformers does not know the model type `{kind}`", remedy=remedy)
+    with _accepted():
+        return AutoConfig.for_model(kind, **known)
+
+
+@contextmanager
+def _accepted() -> Generator[None]:
+    """Turn whatever a class raises over the values of its config into CaptureError."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as reason:  # each class checks its values, or stumbles over them, in its own way
+        raise CaptureError(
+            f"transformers cannot make a model of this config: {first_line(reason)}",
+            where="config.json",
+            remedy="correct the value that it names",
+        ) from reason
 
 
 def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
@@ -182,7 +199,7 @@ def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> 
     config.use_cache = False
     cls = _model_class(config, architecture)
     storage = config.dtype
-    with torch.device("meta"):
+    with _accepted(), torch.device("meta"):
         model: Any = cast(Any, cls)._from_config(config, dtype=torch.float32, attn_implementation=register()).eval()
     _select_implementations(model)
     model.config.dtype = storage
@@ -192,7 +209,7 @@ def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> 
 def _model_class(config: PretrainedConfig, architecture: str | None) -> type[PreTrainedModel]:
     import transformers
 
-    name = architecture or next(iter(config.architectures or ()), None)
+    name = architecture or _first_architecture(config)
     if name is None:
         mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if type(config) not in mapping:
@@ -202,9 +219,18 @@ def _model_class(config: PretrainedConfig, architecture: str | None) -> type[Pre
             )
         return cast("type[PreTrainedModel]", mapping[type(config)])
     cls = getattr(transformers, name, None)
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CaptureError(f"transformers has no model class `{name}`")
     return cls
+
+
+def _first_architecture(config: PretrainedConfig) -> str | None:
+    names: Any = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
+        raise CaptureError(
+            f"`architectures` is {names!r}", where="config.json", remedy="it must be a list of names of model classes"
+        )
+    return next(iter(cast(list[str], names)), None)
 
 
 def _select_implementations(model: Any) -> None:
@@ -304,6 +330,8 @@ def _default_inputs(module: nn.Module) -> dict[str, Tensor]:
     if not isinstance(main, str) or config is None:
         raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
     inputs = {main: _example(main, config)}
+    if main == "input_ids" and hasattr(config, "vision_config") and not cast(Any, module).can_generate():
+        inputs["pixel_values"] = _example("pixel_values", config)
     takes_decoder_ids = "decoder_input_ids" in inspect.signature(module.forward).parameters
     if takes_decoder_ids and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _tokens(_DECODER_TOKENS)
@@ -314,9 +342,7 @@ def _example(name: str, config: Any) -> Tensor:
     if name == "input_ids":
         return _tokens(_TOKENS)
     if name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(_BATCH, config.num_channels, height, width, device="meta")
+        return torch.zeros(_BATCH, *image_shape(config), device="meta")
     if name == "input_features":
         return torch.zeros(_BATCH, config.num_mel_bins, 2 * config.max_source_positions, device="meta")
     raise CaptureError(f"no example of the input `{name}` is known", remedy="pass inputs=")

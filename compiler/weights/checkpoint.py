@@ -32,10 +32,12 @@ _MODEL_FILES = ("config.json", _INDEX)
 _COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config|preprocessor_config|processor_config"
     r"|image_processor.*|video_preprocessor_config|chat_template.*|merges|spiece|sentencepiece.*|.*tokenizer"
-    r"|modules|sentence_bert_config|config_sentence_transformers)"
-    r"\.(json|txt|model|jinja|bpe|tiktoken)"
+    r"|modules|sentence_bert_config|config_sentence_transformers|normalizer|spm|source|target|target_vocab|bpe|dict"
+    r"|vocab-src|vocab-tgt)"
+    r"\.(json|txt|model|jinja|bpe|tiktoken|spm|codes)"
 )
 _POOLING = "[0-9]_*/*.json"  # the folder of a module that sentence-transformers puts behind the model
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 class Checkpoint(ABC):
@@ -49,6 +51,12 @@ class Checkpoint(ABC):
     def architecture(self) -> str | None:
         """The transformers class that the config names, if it names one."""
         names = self.config.get("architectures") or [None]
+        if not isinstance(names, list) or not isinstance(names[0], str | None):
+            raise CheckpointError(
+                f"`architectures` in config.json is {names!r}",
+                where=str(self.path),
+                remedy="it must be a list of names of model classes",
+            )
         return names[0]
 
     @property
@@ -130,7 +138,21 @@ class DirectoryCheckpoint(Checkpoint):
     def _beside(self) -> list[Path]:
         """The files that belong beside the weights."""
         named = [p for p in self.path.iterdir() if _COPIED.fullmatch(p.name) and p.name not in _MODEL_FILES]
-        return sorted([*named, *self.path.glob(_POOLING)])
+        found = [*named, *self.path.glob(_POOLING), *self.path.glob(_TEMPLATES)]
+        for file in found:
+            self._check_inside(file)
+        return sorted(file for file in found if file.is_file())
+
+    def _check_inside(self, file: Path) -> None:
+        """A link may lead anywhere: only the directory itself, or its blobs in a cache of the hub, is copied from."""
+        root, target = self.path.resolve(), file.resolve()
+        blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+        if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
+            raise CheckpointError(
+                f"{file.name} is a link to {target}, outside the checkpoint",
+                where=str(self.path),
+                remedy="replace the link with the file itself",
+            )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -187,7 +209,7 @@ def _sha256(path: Path) -> str:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bpe", "*.tiktoken", "*.spm", "*.codes"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises a dozen unrelated kinds
