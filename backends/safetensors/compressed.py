@@ -95,8 +95,8 @@ def _is_dense(expr: Expr, known: set[str]) -> bool:
 def _config(
     schemes: Mapping[str, Scheme], experts: Mapping[str, Scheme], linears: Mapping[str, None]
 ) -> Quantised | Mismatch:
-    by_scheme = {(scheme, False): _of(scheme, schemes) for scheme in schemes.values()}
-    by_scheme |= {(scheme, True): _of(scheme, experts) for scheme in experts.values()}
+    by_scheme = {(scheme, False): _of(scheme, schemes) for scheme in dict.fromkeys(schemes.values())}
+    by_scheme |= {(scheme, True): _of(scheme, experts) for scheme in dict.fromkeys(experts.values())}
     reason = _unloadable(list(by_scheme))
     if reason:
         return Mismatch(reason)
