@@ -316,6 +316,35 @@ def test_a_convolutional_module_is_captured() -> None:
     assert (run(graph, {"image": image})["output"] - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0, 0.5), (0.25, 2.0)])
+def test_sums_of_products_are_captured(beta: float, alpha: float) -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            bias = torch.broadcast_to(x[:, :1, :1], (x.shape[0], 4, 4))
+            return torch.baddbmm(bias, x.transpose(1, 2), x, beta=beta, alpha=alpha)
+
+    x, module = torch.randn(3, 5, 4), Adds().eval()
+    graph = capture(module, inputs={"x": x})
+    assert torch.allclose(run(graph, {"x": x})["output"], module(x), rtol=0, atol=TOLERANCE)
+
+
+def test_example_images_have_the_size_that_a_config_says() -> None:
+    from transformers import CLIPConfig, ResNetConfig
+
+    from compiler.frontend.sizes import image_shape
+
+    assert image_shape(ResNetConfig(num_channels=1)) == (1, 224, 224)
+    assert image_shape(CLIPConfig(vision_config={"image_size": 32})) == (3, 32, 32)
+
+
+def test_an_attention_that_cannot_be_replaced_is_refused() -> None:
+    from transformers import FalconConfig
+
+    config = FalconConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=20)
+    with pytest.raises(CaptureError, match="`FalconForCausalLM` cannot be replaced"):
+        capture(config, architecture="FalconForCausalLM")
+
+
 def test_in_place_writes_are_followed() -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

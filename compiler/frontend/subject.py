@@ -196,14 +196,26 @@ def _accepted() -> Generator[None]:
 def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
     """The model of ``config`` in float32 on the meta device, with our attention and experts implementations."""
     config = copy.deepcopy(config)
-    config.use_cache = False
+    config.use_cache = config.output_hidden_states = config.output_attentions = False
     cls = _model_class(config, architecture)
     storage = config.dtype
     with _accepted(), torch.device("meta"):
-        model: Any = cast(Any, cls)._from_config(config, dtype=torch.float32, attn_implementation=register()).eval()
+        model: Any = _with_our_attention(cls, config).eval()
     _select_implementations(model)
     model.config.dtype = storage
     return model
+
+
+def _with_our_attention(cls: Any, config: PretrainedConfig) -> Any:
+    try:
+        return cls._from_config(config, dtype=torch.float32, attn_implementation=register())
+    except KeyError as reason:
+        if reason.args != (register(),):
+            raise
+        raise CaptureError(
+            f"the attention of `{cls.__name__}` cannot be replaced for tracing",
+            remedy="capture takes models whose attention goes through transformers' attention interface",
+        ) from reason
 
 
 def _model_class(config: PretrainedConfig, architecture: str | None) -> type[PreTrainedModel]:

@@ -42,6 +42,13 @@ def _named(name: str, tensor: Any) -> Expr:
     return load("model", name, TensorType(tensor.dtype, tuple(tensor.shape)))
 
 
+def _has_head(config: Mapping[str, Any], architecture: str) -> bool:
+    """Whether the class has an output embedding that could share the table of its input's."""
+    from compiler.frontend.subject import build_on_meta, config_from_dict
+
+    return build_on_meta(config_from_dict(config), architecture).get_output_embeddings() is not None
+
+
 def propose(graph: Graph) -> Proposal | Refusal:
     config = source_config(graph)
     if config is None or graph.origin.architecture is None:
@@ -50,7 +57,8 @@ def propose(graph: Graph) -> Proposal | Refusal:
         name: value for name, value in config.items()
         if name not in RUNTIME and not name.removeprefix("_").startswith("attn_implementation")
     }
-    if (graph.origin.config or config).get("tie_word_embeddings") and not shares_embedding(graph):
+    tied = (graph.origin.config or config).get("tie_word_embeddings")
+    if tied and not shares_embedding(graph) and _has_head(config, graph.origin.architecture):
         config["tie_word_embeddings"] = False
     return Proposal(graph.origin.architecture, config, unused=unused)
 

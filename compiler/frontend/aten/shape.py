@@ -227,6 +227,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     **dict.fromkeys(("full", "full_like", "new_full", "fill"), _full),
     "arange": _arange,
+    "broadcast_to": _expand,
     "cat": _concat,
     "chunk": _chunk,
     "constant_pad_nd": _pad,

@@ -27,6 +27,14 @@ def _addmm(importer: Importer, bias: Value, x: Value, y: Value) -> Value:
     return importer.emit("add", importer.emit("matmul", x, y), bias)
 
 
+def _baddbmm(importer: Importer, bias: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    product = importer.emit("matmul", x, y)
+    product = product if alpha == 1 else importer.emit("mul", product, scalar=float(alpha))
+    if beta == 0:
+        return product
+    return importer.emit("add", product, bias if beta == 1 else importer.emit("mul", bias, scalar=float(beta)))
+
+
 def _layer_norm(
     importer: Importer,
     x: Value,
@@ -167,6 +175,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
     "addmm": _addmm,
     "attention": _attention,
+    "baddbmm": _baddbmm,
     "batch_norm": _batch_norm,
     "experts": _experts,
     "layer_norm": _layer_norm,
