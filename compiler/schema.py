@@ -43,6 +43,7 @@ def format_memory(count: int) -> str:
 
 
 Memory = Annotated[int, BeforeValidator(parse_memory), WithJsonSchema({"type": "string", "pattern": f"^{MEMORY}$"})]
+SMALLEST_SHARD = 10**6
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -85,6 +86,10 @@ class Safetensors:
     """A checkpoint directory in sharded safetensors; no file is larger than ``shard`` unless one tensor is."""
 
     shard: Memory = 5 * 10**9
+
+    def __post_init__(self) -> None:
+        if self.shard < SMALLEST_SHARD:
+            raise RecipeError("`shard` is less than 1MB", option="shard", remedy="the default is `shard: 5GB`")
 
 
 EMITTERS: Mapping[str, type] = {"safetensors": Safetensors}

@@ -118,7 +118,7 @@ def test_links_out_of_the_checkpoint_are_refused(tmp_path):
     path = make_directory(tmp_path / "model")
     (tmp_path / "secret").write_text("secret")
     (path / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match="tokenizer.json is a link"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is a link"):
         open_checkpoint(path).save_tokenizer(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_links_to_the_blobs_of_a_hub_cache_are_followed(tmp_path):
 
 @pytest.mark.parametrize("names", ["LlamaForCausalLM", {"a": 1}, [3], 7])
 def test_architectures_of_another_kind_are_refused(tmp_path, names):
-    with pytest.raises(CheckpointError, match="`architectures` in config.json is"):
+    with pytest.raises(CheckpointError, match=r"`architectures` in config.json is"):
         _ = open_checkpoint(make_directory(tmp_path, config={"architectures": names})).architecture
 
 

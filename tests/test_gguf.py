@@ -220,7 +220,7 @@ def test_code_beside_the_file_is_never_run(tmp_path):
     mapped = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(mapped))
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="transformers cannot read the tokenizer of tiny.gguf"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot read the tokenizer of tiny.gguf"):
         save_tokenizer(open_checkpoint(path), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 

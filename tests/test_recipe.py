@@ -413,3 +413,9 @@ def test_the_json_schema_is_as_strict_as_the_compiler(tmp_path, text, fits):
 def test_the_json_schema_names_every_metric():
     metrics = json_schema()["properties"]["evaluate"]["properties"]["metrics"]["items"]["enum"]
     assert metrics == list(METRICS)
+
+
+def test_an_absolute_model_path_is_recorded_without_its_folders(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    recipe = load(tmp_path, f"model: {tmp_path / 'tiny'}\npasses: []\n")
+    assert resolved(recipe)["model"] == "tiny"
