@@ -82,5 +82,6 @@ def check_readers(program: ExportedProgram, lists: Sequence[LayerList]) -> None:
         unread = (set(range(last)) - set(layers.kept)) | ({layers.kept[-1]} - {last})
         for node in program.graph.nodes:
             index = layers.index_of(scope_of(node))
-            if index in unread and any(layers.index_of(scope_of(user)) not in (index, index + 1) for user in node.users):
+            readers = {layers.index_of(scope_of(user)) for user in node.users}
+            if index in unread and readers - {index, index + 1}:
                 raise NotFoldableError("what a layer computes is read beyond the next one")
