@@ -420,6 +420,14 @@ def test_what_cannot_be_captured_says_why_and_where(module: nn.Module, part: str
     assert part in str(caught.value)
 
 
+def test_a_trace_that_fails_says_so_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(Branches().eval(), inputs={"x": torch.zeros(2, 3)})
+    assert "\n" not in caught.value.cause
+    assert "depend on the values" in caught.value.remedy
+    assert capfd.readouterr().err == ""
+
+
 def test_a_module_without_example_inputs_is_refused() -> None:
     with pytest.raises(CaptureError, match="needs example inputs"):
         capture(Sorts().eval())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +89,7 @@ def export(subject: Subject) -> ExportedProgram:
     """Trace the subject. Raises CaptureError when torch cannot follow the model."""
     dynamic: dict[str, Any] = {name: dict.fromkeys(subject.dims[name], Dim.AUTO) for name in subject.inputs}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.export.export(
                 subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False
             )
@@ -95,5 +98,19 @@ def export(subject: Subject) -> ExportedProgram:
     except Exception as reason:
         first = str(reason).strip().partition("\n")[0]
         name = type(subject.module).__name__
-        raise CaptureError(f"torch cannot trace `{name}`: {type(reason).__name__}: {first}") from reason
+        raise CaptureError(
+            f"torch cannot trace `{name}`: {type(reason).__name__}: {first}",
+            remedy="what is computed must not depend on the values of tensors" if "data-dependent" in first else "",
+        ) from reason
 
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep to itself what torch says about a trace that fails: whole graphs, on the standard error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
