@@ -69,8 +69,14 @@ class Quantize(Pass):
             ctx.rewrote(param.name, self._scheme(), bytes_before=dense.type.with_dtype(param.storage).nbytes)
 
     def _quantised(self, param: Param) -> Expr:
-        return quantise(param.expr, self.bits, self.group, symmetric=self.symmetric, search=self.scale == "search",
-                        scale_dtype=param.storage)
+        return quantise(
+            param.expr,
+            self.bits,
+            self.group,
+            symmetric=self.symmetric,
+            search=self.scale == "search",
+            scale_dtype=param.storage,
+        )
 
     def _scheme(self) -> str:
         per = f"groups of {self.group}" if self.group else "one scale a row"

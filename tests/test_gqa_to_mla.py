@@ -26,8 +26,21 @@ WIDTH, VOCABULARY, TOKENS = 32, 50, 40
 class Decoder:
     """Two layers of attention by hand, of any shape. ``bias`` names the projections that have one."""
 
-    def __init__(self, dtype=torch.float32, heads=4, groups=2, head_dim=16, value_dim=None, pairs=None, bias="",
-                 layout="half", scale=None, table_scale=1.0, fused=False, **attention):
+    def __init__(
+        self,
+        dtype=torch.float32,
+        heads=4,
+        groups=2,
+        head_dim=16,
+        value_dim=None,
+        pairs=None,
+        bias="",
+        layout="half",
+        scale=None,
+        table_scale=1.0,
+        fused=False,
+        **attention,
+    ):
         torch.manual_seed(0)
         self.dtype, self.tensors, self.graph = dtype, {}, Graph("decoder")
         self.heads, self.groups, self.head_dim = heads, groups, head_dim

@@ -14,7 +14,11 @@ Progress = Callable[[int, int], None]
 
 
 def emit(
-    emission: Emission, sources: Mapping[str, Source], directory: Path, *, on_progress: Progress | None = None,
+    emission: Emission,
+    sources: Mapping[str, Source],
+    directory: Path,
+    *,
+    on_progress: Progress | None = None,
     **options: Any,
 ) -> None:
     """Write ``emission`` into ``directory``, which exists. ``options`` are those of ``compiler.weights.writer.write``.

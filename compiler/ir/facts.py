@@ -55,8 +55,11 @@ def kv_cache_values(graph: Graph) -> int:
     Grouped attention keeps G * (d + v) of each token, latent attention r + R. A window bounds the length of a cache,
     not the size of a token, so windowed attention counts in full. Keys that several layers share count once.
     """
-    shared = {tuple(node.inputs[1:3]): node for node in graph.nodes_named("attention", "latent_attention")
-              if node.attr("causal")}
+    shared = {
+        tuple(node.inputs[1:3]): node
+        for node in graph.nodes_named("attention", "latent_attention")
+        if node.attr("causal")
+    }
     return sum(_cached(node.input(1)) + _cached(node.input(2)) for node in shared.values())
 
 

@@ -60,8 +60,12 @@ def subgraph(graph: Graph, nodes: Sequence[Node], name: str) -> Graph:
 def _outer(part: Graph, copies: dict[Value, Value], value: Value) -> Value:
     if isinstance(value, Param):
         copies[value] = part.add_param(
-            value.name, value.expr, value.storage,
-            dtype=value.type.dtype, aliases=value.aliases, persistent=value.persistent,
+            value.name,
+            value.expr,
+            value.storage,
+            dtype=value.type.dtype,
+            aliases=value.aliases,
+            persistent=value.persistent,
         )
     else:
         name = value.name if value.node is None else f"x{len(part.inputs)}"

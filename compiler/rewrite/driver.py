@@ -70,9 +70,7 @@ def _is_used(graph: Graph, node: Node) -> bool:
     return any(output.users for output in node.outputs) or any(v.node is node for v in graph.outputs.values())
 
 
-def _apply(
-    graph: Graph, node: Node, rule: Rule, outcome: Outcome, refused: dict[tuple[Node, str], Refused]
-) -> bool:
+def _apply(graph: Graph, node: Node, rule: Rule, outcome: Outcome, refused: dict[tuple[Node, str], Refused]) -> bool:
     """Whether ``rule`` changed the graph: by what it returned, or by edits of its own."""
     before, name = len(graph), rule.__name__
     new = rule(Site(graph, node))

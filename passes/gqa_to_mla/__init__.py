@@ -72,8 +72,11 @@ class GqaToMla(Pass):
     def _check_full(self, name: str, asked: int | str, width: int) -> None:
         if asked not in (FULL, width):
             option = name.replace("_", "-")
-            raise PassError(f"{option} {asked} is not exact: the full one is {width} here", option=name,
-                            remedy=f"write `{option}: full`, or leave it out")
+            raise PassError(
+                f"{option} {asked} is not exact: the full one is {width} here",
+                option=name,
+                remedy=f"write `{option}: full`, or leave it out",
+            )
 
 
 def _refused(reasons: dict[str, str], converted: int) -> PassError:

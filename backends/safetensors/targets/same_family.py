@@ -54,7 +54,8 @@ def propose(graph: Graph) -> Proposal | Refusal:
     if config is None or graph.origin.architecture is None:
         return Refusal(NAME, "the source is no transformers model")
     config = {
-        name: value for name, value in config.items()
+        name: value
+        for name, value in config.items()
         if name not in RUNTIME and not name.removeprefix("_").startswith("attn_implementation")
     }
     tied = (graph.origin.config or config).get("tie_word_embeddings")
