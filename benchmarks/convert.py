@@ -120,9 +120,7 @@ def dinov2(source: Path, target: Path) -> None:
 
     graph = onnx.load(str(source)).graph
     values = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
-    tensors = {
-        name.removeprefix("backbone."): value for name, value in values.items() if name.startswith("backbone.")
-    }
+    tensors = {name.removeprefix("backbone."): value for name, value in values.items() if name.startswith("backbone.")}
     for node in graph.node:
         weight = next((name for name in node.input if name.startswith("onnx::MatMul")), None)
         if weight is not None and node.name.startswith("/backbone/encoder/"):

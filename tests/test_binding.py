@@ -156,7 +156,11 @@ def test_the_model_is_left_alone(llama):
 def write_tied(path, head):
     """A tiny Llama whose config ties its head to its embedding, while the file holds both."""
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)

@@ -146,8 +146,10 @@ def _captured(config: Any, architecture: str, graph: Graph) -> Graph:
     found = capture(config, architecture=architecture)
     if {name: value.type for name, value in found.inputs.items()} == {n: v.type for n, v in graph.inputs.items()}:
         return found
-    inputs = {name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
-              for name, value in graph.inputs.items()}
+    inputs = {
+        name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
+        for name, value in graph.inputs.items()
+    }
     return capture(config, inputs=inputs, architecture=architecture)
 
 

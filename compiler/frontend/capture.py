@@ -90,9 +90,7 @@ def export(subject: Subject) -> ExportedProgram:
     dynamic: dict[str, Any] = {name: dict.fromkeys(subject.dims[name], Dim.AUTO) for name in subject.inputs}
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(
-                subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False
-            )
+            return torch.export.export(subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False)
     except (CompressError, NotFoldableError):
         raise
     except Exception as reason:

@@ -70,9 +70,7 @@ def subject_of(
 # --- sources of weights --------------------------------------------------------------------------------------
 
 
-def _from_config(
-    config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, architecture: str | None
-) -> Subject:
+def _from_config(config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
     module = build_on_meta(config, architecture)
     storage = _storage(config, module)
     weights = {
@@ -106,8 +104,9 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
         _select_implementations(module)
     transient = _transient(live)
     weights = {
-        name: _literal(name, tensor) if name in transient else
-        load(MODEL, name, TensorType(tensor.dtype, tuple(tensor.shape)))
+        name: _literal(name, tensor)
+        if name in transient
+        else load(MODEL, name, TensorType(tensor.dtype, tuple(tensor.shape)))
         for name, tensor in tensors.items()
     }
     subject = _subject(module, inputs, weights, _origin(live, getattr(live, "config", None)))
@@ -386,7 +385,9 @@ def _dims(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """Names of the axes that stay symbolic: B, and T, or S for the encoder beside a decoder."""
     has_decoder = any(name.startswith("decoder_") for name in inputs)
     return {
-        name: {axis: ("B", "S" if has_decoder and not name.startswith("decoder_") else "T")[axis]
-               for axis in _dynamic_axes(tensor)}
+        name: {
+            axis: ("B", "S" if has_decoder and not name.startswith("decoder_") else "T")[axis]
+            for axis in _dynamic_axes(tensor)
+        }
         for name, tensor in inputs.items()
     }

@@ -173,8 +173,11 @@ def _described(node: Node) -> _Node | None:
     if len(node.inputs) > len(operands) or len(node.outputs) != len(results):
         return None
     found = _Node({}, [])
-    pairs = [(v, rule) for v, rule in zip((*node.inputs, *node.outputs), (*operands[: len(node.inputs)], *results),
-                                          strict=True) if v is not None]
+    pairs = [
+        (v, rule)
+        for v, rule in zip((*node.inputs, *node.outputs), (*operands[: len(node.inputs)], *results), strict=True)
+        if v is not None
+    ]
     expanded = [(value, rule, _expanded(rule, value.type.rank)) for value, rule in pairs]
     if any(axes is None for _, _, axes in expanded):
         return None

@@ -231,9 +231,7 @@ def to_torch(graph: Graph, *, device: torch.device | str = "cpu") -> fx.GraphMod
 def _unpacked(lowered: fx.Graph, node: Node, call: fx.Node) -> dict[Value, fx.Node]:
     if len(node.outputs) == 1:
         return {node.output: call}
-    return {
-        value: lowered.call_function(operator.getitem, (call, index)) for index, value in enumerate(node.outputs)
-    }
+    return {value: lowered.call_function(operator.getitem, (call, index)) for index, value in enumerate(node.outputs)}
 
 
 def _input_sizes(graph: Graph, placeholders: Mapping[Value, fx.Proxy]) -> dict[str, fx.Proxy]:

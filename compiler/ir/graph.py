@@ -195,9 +195,7 @@ class Graph:
         kept = definition.normalise_attrs(attrs or {})
         types = definition.infer_types([None if v is None else v.type for v in trimmed], kept, scope)
         node = Node(definition, trimmed, kept, [], scope)
-        node.outputs = [
-            Value(names[i] if i < len(names) else "", type, node=node) for i, type in enumerate(types)
-        ]
+        node.outputs = [Value(names[i] if i < len(names) else "", type, node=node) for i, type in enumerate(types)]
         for value in trimmed:
             _add_use(value, node)
         self._link(node, before or self._root)

@@ -33,8 +33,9 @@ def resolve(graph: Graph, selector: Selector, skip: Sequence[str] = ()) -> list[
     known = roles(graph)
     for entry in skip:
         if entry not in ROLES and not any(_named(param, entry) for param in graph.params.values()):
-            raise SelectorError(f"`skip: {entry}` matches nothing in `{graph.name}`", remedy=_near(graph, entry, known),
-                                option="skip")
+            raise SelectorError(
+                f"`skip: {entry}` matches nothing in `{graph.name}`", remedy=_near(graph, entry, known), option="skip"
+            )
     where = dict(selector) if isinstance(selector, Mapping) else {"any": selector}
     tests = [_test(key, value, known) for key, value in where.items() if key != "expect"]
     skipped = _any_entry(skip, known)
@@ -107,9 +108,7 @@ def _any_role(value: Any, known: Mapping[Param, set[str]]) -> _Test:
 
 def _named(param: Param, pattern: str) -> bool:
     """Whether a name of ``param`` matches a glob, or holds ``pattern`` as whole parts (``lm_head``, ``layers.3``)."""
-    return any(
-        fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for name in (param.name, *param.aliases)
-    )
+    return any(fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for name in (param.name, *param.aliases))
 
 
 def _in_layers(value: Any) -> _Test:
@@ -117,8 +116,10 @@ def _in_layers(value: Any) -> _Test:
     for part in str(value).split(","):
         span = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if span is None or isinstance(value, bool):
-            raise SelectorError(f"`layers` must be like 0-11,20, not {value!r}",
-                                remedy="write numbers and ranges of layers, with commas between")
+            raise SelectorError(
+                f"`layers` must be like 0-11,20, not {value!r}",
+                remedy="write numbers and ranges of layers, with commas between",
+            )
         chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
     return lambda param: layer_index(param) in chosen
 
@@ -185,8 +186,11 @@ def _compute(tree: ast.expr, sizes: Mapping[str, int]) -> Any:
 
 def _nothing(graph: Graph, selector: Selector, known: Mapping[Param, set[str]], matched: int) -> SelectorError:
     if matched:
-        return SelectorError(f"{_shown(selector)} selects {matched} weights, but `skip` leaves none of them",
-                             remedy="skip less, or remove the pass", option="skip")
+        return SelectorError(
+            f"{_shown(selector)} selects {matched} weights, but `skip` leaves none of them",
+            remedy="skip less, or remove the pass",
+            option="skip",
+        )
     return SelectorError(
         f"{_shown(selector)} selects nothing in `{graph.name}`", remedy=_near(graph, str(selector), known)
     )

@@ -255,9 +255,7 @@ class _Search:
             raise ValueError(f"`{node.op.name}` has no attribute {', '.join(expected)}")
         return state
 
-    def _fit_operands(
-        self, pattern: Op, operands: list[Value | None], state: _State, node: Node
-    ) -> Iterator[_State]:
+    def _fit_operands(self, pattern: Op, operands: list[Value | None], state: _State, node: Node) -> Iterator[_State]:
         if len(operands) != len(pattern.operands):
             self.failed(state, node, f"`{node.op.name}` has {len(operands)} operands, not {len(pattern.operands)}")
             return

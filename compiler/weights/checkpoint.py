@@ -194,8 +194,9 @@ def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
 
 def _state(files: Iterable[Path]) -> str:
     try:
-        found = [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file in files
-                 for status in [file.stat()]]
+        found = [
+            (file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file in files for status in [file.stat()]
+        ]
     except OSError as reason:
         raise CheckpointError(f"cannot read the checkpoint: {reason.strerror}", where=str(reason.filename)) from reason
     return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -153,9 +153,7 @@ def _reduction(name: str, function: Callable[..., Tensor], doc: str) -> OpDef:
     def evaluate(x: Tensor, *, axes: tuple[int, ...], keep: bool) -> Tensor:
         return function(x, axes, keepdim=keep)
 
-    return OpDef(
-        name, "x", _infer_reduction, evaluate, {"axes": Attr("ints"), "keep": Attr("bool", False)}, doc=doc
-    )
+    return OpDef(name, "x", _infer_reduction, evaluate, {"axes": Attr("ints"), "keep": Attr("bool", False)}, doc=doc)
 
 
 def _infer_argmax(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
@@ -206,11 +204,25 @@ OPS: tuple[OpDef, ...] = (
     _unary("sigmoid", torch.sigmoid, "1 / (1 + e^-x)."),
     _unary("relu", torch.relu, "max(x, 0)."),
     _unary("silu", F.silu, "x * sigmoid(x)."),
-    OpDef("gelu", "x", _infer_same, _eval_gelu, {"approximate": Attr("text", "none", ("none", "tanh"))},
-          axes="... -> ...", doc="x * Phi(x), exactly or by the tanh approximation."),
+    OpDef(
+        "gelu",
+        "x",
+        _infer_same,
+        _eval_gelu,
+        {"approximate": Attr("text", "none", ("none", "tanh"))},
+        axes="... -> ...",
+        doc="x * Phi(x), exactly or by the tanh approximation.",
+    ),
     _unary("logical_not", torch.logical_not, "Not x, of bools."),
-    OpDef("cast", "x", _infer_cast, _eval_cast, {"dtype": Attr("dtype")}, axes="... -> ...",
-          doc="x in another dtype; to an integer, rounding towards zero."),
+    OpDef(
+        "cast",
+        "x",
+        _infer_cast,
+        _eval_cast,
+        {"dtype": Attr("dtype")},
+        axes="... -> ...",
+        doc="x in another dtype; to an integer, rounding towards zero.",
+    ),
     _binary("add", torch.add, "x + y."),
     _binary("sub", torch.sub, "x - y."),
     _binary("mul", torch.mul, "x * y."),
@@ -220,20 +232,49 @@ OPS: tuple[OpDef, ...] = (
     _binary("maximum", _bounded(torch.maximum), "The larger of x and y."),
     _binary("logical_and", torch.logical_and, "x and y, of bools."),
     _binary("logical_or", torch.logical_or, "x or y, of bools."),
-    OpDef("compare", "x y?", _INFER_PREDICATE, _eval_compare,
-          {"relation": Attr("text", choices=tuple(RELATIONS)), "scalar": _SCALAR}, axes="..., ...? -> ...",
-          doc="Whether `x relation y` holds."),
-    OpDef("where", "condition x y", _infer_where, torch.where, axes="..., ..., ... -> ...",
-          doc="x where the condition holds, y elsewhere."),
+    OpDef(
+        "compare",
+        "x y?",
+        _INFER_PREDICATE,
+        _eval_compare,
+        {"relation": Attr("text", choices=tuple(RELATIONS)), "scalar": _SCALAR},
+        axes="..., ...? -> ...",
+        doc="Whether `x relation y` holds.",
+    ),
+    OpDef(
+        "where",
+        "condition x y",
+        _infer_where,
+        torch.where,
+        axes="..., ..., ... -> ...",
+        doc="x where the condition holds, y elsewhere.",
+    ),
     _reduction("sum", torch.sum, "Sum over axes."),
     _reduction("mean", torch.mean, "Mean over axes."),
     _reduction("max", torch.amax, "Maximum over axes."),
-    OpDef("argmax", "x", _infer_argmax, _eval_argmax, {"axis": Attr("int")},
-          doc="Index of the first maximum along an axis."),
-    OpDef("softmax", "x", _infer_along_axis, _eval_softmax, {"axis": Attr("int", -1)},
-          doc="e^x normalised to sum 1 along an axis."),
-    OpDef("cumsum", "x", _infer_along_axis, _eval_cumsum, {"axis": Attr("int", -1)},
-          doc="Running sum along an axis."),
-    OpDef("topk", "x", _infer_topk, _eval_topk, {"count": Attr("int"), "axis": Attr("int", -1)},
-          doc="The `count` largest values along an axis, descending, and their indices."),
+    OpDef(
+        "argmax",
+        "x",
+        _infer_argmax,
+        _eval_argmax,
+        {"axis": Attr("int")},
+        doc="Index of the first maximum along an axis.",
+    ),
+    OpDef(
+        "softmax",
+        "x",
+        _infer_along_axis,
+        _eval_softmax,
+        {"axis": Attr("int", -1)},
+        doc="e^x normalised to sum 1 along an axis.",
+    ),
+    OpDef("cumsum", "x", _infer_along_axis, _eval_cumsum, {"axis": Attr("int", -1)}, doc="Running sum along an axis."),
+    OpDef(
+        "topk",
+        "x",
+        _infer_topk,
+        _eval_topk,
+        {"count": Attr("int"), "axis": Attr("int", -1)},
+        doc="The `count` largest values along an axis, descending, and their indices.",
+    ),
 )

@@ -216,9 +216,7 @@ def _eval_attention(
     plain = mask is None and bias is None and sinks is None and not window and not softcap
     if plain and (not causal or query.shape[2] == key.shape[2]):
         grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).contiguous()
     return _explicit_attention(query, key, value, mask, bias, sinks, scale, causal, window, softcap)
 
@@ -341,52 +339,133 @@ def _eval_experts(
 
 
 OPS = (
-    OpDef("linear", "x weight bias?", _infer_linear, _eval_linear, axes="... i, o i, o? -> ... o",
-          doc="x @ weight.T + bias. weight [out, in]."),
-    OpDef("embedding", "table ids", _infer_embedding, _eval_embedding, axes="v d, ... -> ... d",
-          doc="Rows of table [V, D] at ids."),
-    OpDef("matmul", "x y", _infer_matmul, torch.matmul, axes="... i k, ... k j -> ... i j",
-          doc="Matrix product over the last two axes, leading axes broadcast."),
-    OpDef("conv", "x weight bias?", _infer_conv, _eval_conv,
-          {"stride": Attr("ints"), "padding": Attr("ints"), "dilation": Attr("ints"), "groups": Attr("int", 1)},
-          doc="Convolution of x [B, C, ...] with weight [O, C/groups, ...], over one to three axes."),
-    OpDef("rms_norm", "x weight?", _infer_norm, _eval_rms_norm,
-          {"eps": Attr("float"), "offset": Attr("float", 0.0)}, axes="... d, d? -> ... d",
-          doc="x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis."),
-    OpDef("layer_norm", "x weight? bias?", _infer_norm, _eval_layer_norm,
-          {"eps": Attr("float")}, axes="... d, d?, d? -> ... d",
-          doc="(x - mean) / sqrt(var + eps) * weight + bias, over the last axis."),
-    OpDef("split_heads", "x", _infer_split_heads, _eval_split_heads,
-          {"heads": Attr("int")}, axes="b t (h d) -> b h t d", doc="[B, T, H*d] to [B, H, T, d]."),
-    OpDef("merge_heads", "x", _infer_merge_heads, _eval_merge_heads, axes="b t h d -> b t (h d)",
-          doc="[B, T, H, d] (as attention yields it) to [B, T, H*d]."),
-    OpDef("rope_table", "positions frequencies", _infer_rope_table, _eval_rope_table,
-          {"scale": Attr("float", 1.0)}, axes="b t, p -> b t p, b t p",
-          doc="cos and sin of position * frequency, times scale: [B, T, pairs] each."),
-    OpDef("rope", "x cos sin", _infer_rope, _eval_rope,
-          {"layout": Attr("text", "half", ("half", "interleaved", "interleaved-to-half"))},
-          axes="b h t d!, b t p!, b t p! -> b h t d",
-          doc="Rotate pairs of the first 2*pairs dims of x [B, H, T, d]; the rest passes. `half` pairs (i, i+pairs), "
-              "`interleaved` pairs (2i, 2i+1), `interleaved-to-half` reads pairs (2i, 2i+1) and writes (i, i+pairs)."),
-    OpDef("attention", "query key value mask? bias? sinks?", _infer_attention, _eval_attention,
-          {"scale": Attr("float"), "causal": Attr("bool", False), "window": Attr("int", 0),
-           "softcap": Attr("float", 0.0)},
-          axes="b (g s) t d, b g u d, b g u v, b u?, b (g s) t u?, (g s)? -> b t (g s) v",
-          doc="softmax(scale * q k^T + bias) v. query [B, H, T, d], key [B, G, S, d], value [B, G, S, v] -> "
-              "[B, T, H, v]. mask [B, S] is true where a key exists; sinks [H] are extra logits without a value; "
-              "window w lets position i see (i-w, i] when causal and (i-w, i+w) otherwise; softcap c bends scores to "
-              "c*tanh(s/c)."),
-    OpDef("latent_attention", "query latent rotary_key up mask?", _infer_latent_attention, _eval_latent_attention,
-          {"scale": Attr("float"), "causal": Attr("bool", False)},
-          axes="b h t q!, b u r, b u p!, (h! m!) r, b u? -> b t h v!",
-          doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
-              "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
-              "rows -> [B, T, H, v]. The cache holds latent and rotary_key."),
-    OpDef("experts", "x indices weights gate_up down gate_up_bias? down_bias?", _infer_experts, _eval_experts,
-          {"activation": Attr("text", choices=(*GATES, "clamped_swish")), "alpha": Attr("float", 1.0),
-           "limit": Attr("float", 0.0)},
-          axes="n d, n k!, n k!, e! (two! f) d, e! d f, e! (two! f)?, e! d? -> n d",
-          doc="Sum over k of weights[:, k] * expert indices[:, k] of x [N, D]. An expert is down (gate(g) * u) with "
-              "g, u the halves of gate_up x: gate_up [E, 2F, D], down [E, D, F], biases [E, 2F] and [E, D]. "
-              "`clamped_swish` is (clip(u, +-limit) + 1) * m * sigmoid(alpha m) with m = min(g, limit)."),
+    OpDef(
+        "linear",
+        "x weight bias?",
+        _infer_linear,
+        _eval_linear,
+        axes="... i, o i, o? -> ... o",
+        doc="x @ weight.T + bias. weight [out, in].",
+    ),
+    OpDef(
+        "embedding",
+        "table ids",
+        _infer_embedding,
+        _eval_embedding,
+        axes="v d, ... -> ... d",
+        doc="Rows of table [V, D] at ids.",
+    ),
+    OpDef(
+        "matmul",
+        "x y",
+        _infer_matmul,
+        torch.matmul,
+        axes="... i k, ... k j -> ... i j",
+        doc="Matrix product over the last two axes, leading axes broadcast.",
+    ),
+    OpDef(
+        "conv",
+        "x weight bias?",
+        _infer_conv,
+        _eval_conv,
+        {"stride": Attr("ints"), "padding": Attr("ints"), "dilation": Attr("ints"), "groups": Attr("int", 1)},
+        doc="Convolution of x [B, C, ...] with weight [O, C/groups, ...], over one to three axes.",
+    ),
+    OpDef(
+        "rms_norm",
+        "x weight?",
+        _infer_norm,
+        _eval_rms_norm,
+        {"eps": Attr("float"), "offset": Attr("float", 0.0)},
+        axes="... d, d? -> ... d",
+        doc="x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis.",
+    ),
+    OpDef(
+        "layer_norm",
+        "x weight? bias?",
+        _infer_norm,
+        _eval_layer_norm,
+        {"eps": Attr("float")},
+        axes="... d, d?, d? -> ... d",
+        doc="(x - mean) / sqrt(var + eps) * weight + bias, over the last axis.",
+    ),
+    OpDef(
+        "split_heads",
+        "x",
+        _infer_split_heads,
+        _eval_split_heads,
+        {"heads": Attr("int")},
+        axes="b t (h d) -> b h t d",
+        doc="[B, T, H*d] to [B, H, T, d].",
+    ),
+    OpDef(
+        "merge_heads",
+        "x",
+        _infer_merge_heads,
+        _eval_merge_heads,
+        axes="b t h d -> b t (h d)",
+        doc="[B, T, H, d] (as attention yields it) to [B, T, H*d].",
+    ),
+    OpDef(
+        "rope_table",
+        "positions frequencies",
+        _infer_rope_table,
+        _eval_rope_table,
+        {"scale": Attr("float", 1.0)},
+        axes="b t, p -> b t p, b t p",
+        doc="cos and sin of position * frequency, times scale: [B, T, pairs] each.",
+    ),
+    OpDef(
+        "rope",
+        "x cos sin",
+        _infer_rope,
+        _eval_rope,
+        {"layout": Attr("text", "half", ("half", "interleaved", "interleaved-to-half"))},
+        axes="b h t d!, b t p!, b t p! -> b h t d",
+        doc="Rotate pairs of the first 2*pairs dims of x [B, H, T, d]; the rest passes. `half` pairs (i, i+pairs), "
+        "`interleaved` pairs (2i, 2i+1), `interleaved-to-half` reads pairs (2i, 2i+1) and writes (i, i+pairs).",
+    ),
+    OpDef(
+        "attention",
+        "query key value mask? bias? sinks?",
+        _infer_attention,
+        _eval_attention,
+        {
+            "scale": Attr("float"),
+            "causal": Attr("bool", False),
+            "window": Attr("int", 0),
+            "softcap": Attr("float", 0.0),
+        },
+        axes="b (g s) t d, b g u d, b g u v, b u?, b (g s) t u?, (g s)? -> b t (g s) v",
+        doc="softmax(scale * q k^T + bias) v. query [B, H, T, d], key [B, G, S, d], value [B, G, S, v] -> "
+        "[B, T, H, v]. mask [B, S] is true where a key exists; sinks [H] are extra logits without a value; "
+        "window w lets position i see (i-w, i] when causal and (i-w, i+w) otherwise; softcap c bends scores to "
+        "c*tanh(s/c).",
+    ),
+    OpDef(
+        "latent_attention",
+        "query latent rotary_key up mask?",
+        _infer_latent_attention,
+        _eval_latent_attention,
+        {"scale": Attr("float"), "causal": Attr("bool", False)},
+        axes="b h t q!, b u r, b u p!, (h! m!) r, b u? -> b t h v!",
+        doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
+        "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
+        "rows -> [B, T, H, v]. The cache holds latent and rotary_key.",
+    ),
+    OpDef(
+        "experts",
+        "x indices weights gate_up down gate_up_bias? down_bias?",
+        _infer_experts,
+        _eval_experts,
+        {
+            "activation": Attr("text", choices=(*GATES, "clamped_swish")),
+            "alpha": Attr("float", 1.0),
+            "limit": Attr("float", 0.0),
+        },
+        axes="n d, n k!, n k!, e! (two! f) d, e! d f, e! (two! f)?, e! d? -> n d",
+        doc="Sum over k of weights[:, k] * expert indices[:, k] of x [N, D]. An expert is down (gate(g) * u) with "
+        "g, u the halves of gate_up x: gate_up [E, 2F, D], down [E, D, F], biases [E, 2F] and [E, D]. "
+        "`clamped_swish` is (clip(u, +-limit) + 1) * m * sigmoid(alpha m) with m = min(g, limit).",
+    ),
 )
