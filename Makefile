@@ -34,7 +34,7 @@ $(GGUF): | $(VENV)/.user
 
 demo: $(VENV)/.user $(GGUF) ## install, fetch SmolLM2-135M, compress it, compare it, and let the result answer a prompt
 	$(BIN)/compress-model recipes/demo.yaml -o $(DEMO)
-	$(BIN)/python benchmarks/answer.py $(DEMO) "What is the capital of France?"
+	TQDM_DISABLE=1 $(BIN)/python benchmarks/answer.py $(DEMO) "What is the capital of France?"
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .
@@ -47,6 +47,7 @@ test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, th
 bench: $(VENV)/.user $(GGUF) ## measure what README's tables say
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/quality.py
 
 clean: ## remove the environment, fetched models and outputs
