@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -44,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, handler = _parse(arguments)
         console = Console(quiet=options.quiet)
-        handler(options, console)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if options.debug else "ignore")  # other libraries talk to developers
+            handler(options, console)
     except CompressError as error:
         return _fail(error, str(error), error.exit_code, arguments, console)
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 0
     except Exception as error:
         text = f"error[internal]: {type(error).__name__}: {error}\nhelp: this is a bug; `--debug` shows where"

@@ -25,24 +25,20 @@ class Console:
 
     def result(self, text: str) -> None:
         """Print what the user asked for."""
-        self._out.write(text if text.endswith("\n") else text + "\n")
-        self._out.flush()
+        _write(self._out, text if text.endswith("\n") else text + "\n")
 
     def stream(self, text: str) -> None:
         """Print a part of what the user asked for, at once."""
-        self._out.write(text)
-        self._out.flush()
+        _write(self._out, text)
 
     def say(self, text: str) -> None:
         """Tell what is going on."""
         if not self.quiet:
-            self._err.write(text + "\n")
-            self._err.flush()
+            _write(self._err, text + "\n")
 
     def error(self, text: str) -> None:
         """Print an error message."""
-        self._err.write(text + "\n")
-        self._err.flush()
+        _write(self._err, text + "\n")
 
     @contextmanager
     def progress(self, what: str) -> Generator[Advance]:
@@ -54,6 +50,13 @@ class Console:
                 yield advance
         else:
             yield _Lines(what, self.say)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write at once; letters that the stream's encoding lacks become question marks."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()
 
 
 @contextmanager

@@ -102,6 +102,13 @@ def test_interruption_is_130(run, monkeypatch):
     assert run("schema") == (130, "", "interrupted\n")
 
 
+def test_a_reader_that_stops_early_is_no_error(folder):
+    command = [sys.executable, "-m", "compiler.cli", "show", str(folder / "tiny"), "--weights"]
+    shown = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shown.stdout.close()
+    assert (shown.wait(), shown.stderr.read()) == (0, b"")
+
+
 def test_output_is_complete(folder):
     names = set(contents(folder / "out"))
     assert names >= {

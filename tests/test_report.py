@@ -44,7 +44,7 @@ def plain(document):
     document = copy.deepcopy(document)
     document |= {"passes": [], "evaluation": None}
     document["verification"] = {"performed": False, "error": None, "tolerance": None, "skipped": "it is too large"}
-    document["output"] |= {"quantization": None, "loads_in": ["transformers"]}
+    document["output"] |= {"quantization": None, "loads_in": ["transformers"], "other_files": ["config.json"]}
     return document
 
 
@@ -83,6 +83,7 @@ def test_keys_are_stable(document):
         "loads_in",
         "tensor_bytes",
         "files",
+        "other_files",
     }
     assert document["schema"] == 1
 
@@ -136,6 +137,7 @@ def test_model_card_of_little(plain):
     assert "Not verified by reloading: it is too large." in card
     assert "was not measured" in card
     assert "compressed-tensors" not in card.split("## Making it again")[0]
+    assert "AutoTokenizer" not in card
 
 
 class Tags(HTMLParser):
@@ -318,3 +320,9 @@ def test_quiet_says_nothing_but_results():
     console.say("working")
     console.result("done")
     assert (out.getvalue(), err.getvalue()) == ("done\n", "")
+
+
+def test_letters_that_a_terminal_lacks_are_no_error():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(out=stream).result("caf\u00e9")
+    assert stream.buffer.getvalue() == b"caf?\n"

@@ -19,7 +19,7 @@ def model_card(document: Document) -> str:
 def _head(document: Document) -> Iterator[str]:
     model = document["recipe"]["model"]
     yield "---"
-    yield f"library_name: {'transformers'}"
+    yield "library_name: transformers"
     if "hub_id" in document["inputs"]["model"]:
         yield f"base_model: {document['inputs']['model']['hub_id']}"
     yield "tags: [compress-model]"
@@ -60,12 +60,17 @@ def _done(document: Document) -> Iterator[str]:
 def _load(document: Document) -> Iterator[str]:
     yield "## Loading it"
     yield ""
+    architecture = document["output"]["architecture"]
+    tokenizer = any(name.startswith("tokenizer") for name in document["output"]["other_files"])
     yield "```python"
-    yield "from transformers import AutoTokenizer, " + document["output"]["architecture"]
+    yield f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{architecture}"
     yield ""
-    yield f'model = {document["output"]["architecture"]}.from_pretrained("path/to/this/directory")'
-    yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
+    yield f'model = {architecture}.from_pretrained("path/to/this/directory")'
+    if tokenizer:
+        yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
     yield "```"
+    yield ""
+    yield "Where it loads:"
     yield ""
     for place in document["output"]["loads_in"]:
         yield f"- {place}"

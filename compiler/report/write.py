@@ -69,6 +69,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
             "loads_in": list(loads_in(findings.emission)),
             "tensor_bytes": findings.emission.nbytes,
             "files": {file.name: file.stat().st_size for file in files},
+            "other_files": sorted(file.name for file in directory.iterdir() if file.is_file() and file not in files),
         },
         "ledger": {"before": asdict(report.before), "after": asdict(report.after)},
         "passes": [_pass(entry) for entry in report.passes],
