@@ -205,7 +205,7 @@ def test_it_refuses_with_a_reason(shape, reason):
     with pytest.raises(PassError) as raised:
         Decoder(**shape).convert()
     assert raised.value.cause == (
-        f"the attention in layers.0.attention has no exact latent form: {reason} (1 more layers have none either)"
+        f"the attention in layers.0.attention has no exact latent form: {reason} (1 more layer has none either)"
     )
 
 

@@ -64,7 +64,8 @@ class GqaToMla(Pass):
             else:
                 found.append(result)
         if not found or (reasons and self.layers == "all"):
-            raise _refused(reasons, len(found))
+            latent = bool(graph.nodes_named("latent_attention"))
+            raise _refused(reasons, len(found), latent)
         for scope, reason in reasons.items():
             ctx.skipped(scope, reason)
         return found
@@ -79,11 +80,12 @@ class GqaToMla(Pass):
             )
 
 
-def _refused(reasons: dict[str, str], converted: int) -> PassError:
+def _refused(reasons: dict[str, str], converted: int, latent: bool) -> PassError:
     if not reasons:
-        return PassError("the model has no attention")
+        return PassError("the model's attention is latent already" if latent else "the model has no attention")
     scope, reason = next(iter(reasons.items()))
-    more = f" ({len(reasons) - 1} more layers have none either)" if len(reasons) > 1 else ""
+    count = len(reasons) - 1
+    more = f" ({count} more {'layer has' if count == 1 else 'layers have'} none either)" if count else ""
     remedy = f"`layers: possible` converts the other {converted}, for which no stock class exists" if converted else ""
     return PassError(f"the attention in {scope} has no exact latent form: {reason}{more}", remedy=remedy)
 

@@ -1,0 +1,134 @@
+"""Law 2: exact passes, and lossy ones at their exact point, change nothing. Every pass on every family.
+
+Where a pass refuses a family the reason is golden: a refusal that goes away, or comes, is a change to decide upon.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backends.safetensors import Refusal, propose
+from compiler.errors import PassError
+from compiler.frontend import capture
+from compiler.ir.execute import run
+from compiler.pipeline import Pass, Pipeline
+from passes import pass_class, pass_names
+from tests.emitted import TOLERANCE, Job, distance
+from tests.families import FAMILIES
+
+STOCK = {"llama", "qwen2", "phi3"}
+"""Families whose exact latent form is DeepSeek-V3's class."""
+
+NO_CLASS = {
+    "gemma": "this model has `mul` in model.embed_tokens (f32[B,T,48]) where the target has `rms_norm` in "
+    "model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
+    "granite": "this model has `mul` in model (f32[B,T,48]) where the target has `rms_norm` in "
+    "model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
+    "gpt_neox": "this model has `layer_norm` in gpt_neox.layers.0.input_layernorm (f32[B,T,48], f32[48], f32[48]) "
+    "where the target has `rms_norm` in model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
+    "mixtral": "it has no gated MLP with an activation of the class",
+}
+"""Families that have an exact latent form which no stock class holds, and what stands in the way."""
+
+WINDOW = "it slides a window of 5 tokens, which latent attention cannot"
+NORM = "it normalises its queries or keys, which is not linear in the input"
+ALL_LOOK = "it is not causal"
+NO_ROPE = "it has no rotary embedding"
+LATENT = "the model's attention is latent already"
+
+REFUSED = {
+    "mistral": WINDOW, "gemma2": WINDOW, "cohere2": WINDOW, "gpt_oss": WINDOW,
+    "qwen3": NORM, "gemma3": NORM, "olmo2": NORM, "qwen3_moe": NORM,
+    "smollm3": NO_ROPE, "gpt2": NO_ROPE, "opt": NO_ROPE, "clip_text": NO_ROPE,
+    "bert": ALL_LOOK, "roberta": ALL_LOOK, "modernbert": ALL_LOOK, "vit": ALL_LOOK, "deit": ALL_LOOK,
+    "dinov2": ALL_LOOK, "clip_vision": ALL_LOOK, "siglip_vision": ALL_LOOK, "siglip_text": ALL_LOOK, "t5": ALL_LOOK,
+    "whisper": ALL_LOOK, "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+}  # fmt: skip
+
+
+def exact_passes() -> list[type[Pass]]:
+    return [cls for cls in map(pass_class, pass_names()) if cls.exact_when is not None]
+
+
+@pytest.mark.parametrize("cls", exact_passes(), ids=lambda cls: cls.key())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_exact_pass_changes_nothing_or_says_why_it_cannot_be(name, cls):
+    family = FAMILIES[name]
+    graph = capture(family.build())
+    before = run(graph, family.inputs())
+    step = cls(**cls.exact_when)
+    assert step.exact
+    if name in REFUSED:
+        with pytest.raises(PassError) as raised:
+            Pipeline([step]).run(graph)
+        assert REFUSED[name] in raised.value.cause
+        return
+    Pipeline([step]).run(graph)
+    assert distance(run(graph, family.inputs()), before) <= TOLERANCE
+    found = propose(graph)
+    if name in STOCK:
+        assert found.architecture == "DeepseekV3ForCausalLM"
+    else:
+        assert isinstance(found, Refusal) and found.reason.endswith(f"; deepseek_v3: {NO_CLASS[name]}")
+
+
+def test_every_family_is_accounted_for():
+    assert STOCK | NO_CLASS.keys() | REFUSED.keys() == FAMILIES.keys()
+
+
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama3 frequencies": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
+    "yarn frequencies": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                             "original_max_position_embeddings": 16}},
+    ),
+    "tied head": ("llama", {"tie_word_embeddings": True}),
+    "multi-head": ("llama", {"num_key_value_heads": 4}),
+    "multi-query": ("llama", {"num_key_value_heads": 1}),
+    "heads wider than the model": ("llama", {"head_dim": 20}),
+    "biases in attention": ("llama", {"attention_bias": True}),
+    "another epsilon": ("llama", {"rms_norm_eps": 1e-5}),
+    "tanh gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "phi3, fused and half rotated": ("phi3", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_stock_latent_attention_computes_and_caches_the_same(name, changes, tmp_path):
+    """In plain transformers, without remote code: logits, live cache and greedy text are those of the original."""
+    from transformers import AutoModelForCausalLM
+
+    job = Job(name, tmp_path, [pass_class("gqa-to-mla")()], **changes)
+    emission = job.emit()
+    assert emission.architecture == "DeepseekV3ForCausalLM"
+    original, latent = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (job.source, job.out))
+    inputs = job.family.inputs(tokens=24)
+    with torch.no_grad():
+        theirs, ours = original(**inputs, use_cache=True), latent(**inputs, use_cache=True)
+    assert distance({"logits": ours.logits}, {"logits": theirs.logits}) <= TOLERANCE
+    assert cached_values(ours) == cached_values(theirs)
+    prompt = inputs["input_ids"][:, :8]
+    texts = [model.generate(prompt, max_new_tokens=12, do_sample=False) for model in (original, latent)]
+    assert torch.equal(*texts)
+
+
+def cached_values(output) -> int:
+    return sum(layer.keys.numel() + layer.values.numel() for layer in output.past_key_values.layers)
+
+
+def test_an_mlp_with_biases_has_no_stock_class():
+    graph = capture(FAMILIES["llama"].config(mlp_bias=True))
+    Pipeline([pass_class("gqa-to-mla")()]).run(graph, planned=True)
+    assert propose(graph).reason.endswith(
+        "deepseek_v3: `linear` in model.layers.0.mlp.gate_proj has a bias only here: f32[80]"
+    )
