@@ -264,9 +264,9 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
 
 def _dense(model: Any, dtype: torch.dtype) -> Any:
     """A quantised model with the weights that it computes with, of the dtype it is stored in, cast to ``dtype``."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.compressor.decompress_model(model)
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
     return torch.nn.Module.to(model, dtype)
 
 
