@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from compiler.console import human_bytes, human_count, table
 from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs, peak_rss
@@ -120,15 +118,23 @@ def bytes_in_file() -> Bytes:
     """A count of the bytes of the tensors that stand for a parameter in a safetensors file; it remembers."""
     from backends.safetensors import stored_tensors
 
-    known: dict[tuple[str, torch.dtype], int] = {}
+    known: dict[Any, int] = {}
 
     def count(param: Param) -> int:
-        key = (param.expr.key, param.storage)
-        if key not in known:
-            known[key] = sum(expr.type.nbytes for expr in stored_tensors(param))
-        return known[key]
+        kind = _kind(param)
+        if kind not in known:
+            known[kind] = sum(expr.type.nbytes for expr in stored_tensors(param))
+        return known[kind]
 
     return count
+
+
+def _kind(param: Param) -> Any:
+    """All that the bytes of a parameter depend on: types, how it is quantised, and who reads it."""
+    readers = {(node.op.name, index) for node in param.users for index, v in enumerate(node.inputs) if v is param}
+    quantised = param.expr.attrs if param.expr.op == "dequantize" else ()
+    parts = tuple(arg.type for arg in param.expr.args) if quantised else ()
+    return param.type, param.storage, quantised, parts, frozenset(readers)
 
 
 def open_recipe_model(recipe: Recipe) -> Graph:
