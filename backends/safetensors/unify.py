@@ -103,7 +103,7 @@ def _check_params(target: Graph, ours: Graph, paired: Mapping[Param, list[Param]
     for param in target.params.values():
         partners = paired.get(param, [])
         if len(partners) > 1:
-            names = " and ".join(partner.name for partner in partners)
+            names = " and ".join(sorted(partner.name for partner in partners))
             return Mismatch(f"{param.name} is one weight there; here {names} are different ones")
         if not partners:
             return Mismatch(f"{param.name} has no counterpart here")
