@@ -76,11 +76,10 @@ def test_latent_attention_computes_the_same_function(latent, windows, expected):
 
 
 def test_latent_attention_writes_the_same_words(latent, original, tokenizer):
-    for prompt in ("What is the capital of France?", "Tell me a story about a fox and a crow."):
-        ids = prompt_ids(tokenizer, prompt, chat=True)
-        ours, theirs = (list(greedy(each, ids, NEW_TOKENS, stop=False)) for each in (latent, original))
-        assert len(theirs) == NEW_TOKENS
-        assert ours == theirs
+    ids = prompt_ids(tokenizer, "Tell me a story about a fox and a crow.", chat=True)
+    ours, theirs = (list(greedy(each, ids, NEW_TOKENS, stop=False)) for each in (latent, original))
+    assert len(theirs) == NEW_TOKENS
+    assert ours == theirs
 
 
 def test_latent_attention_has_the_same_live_cache(latent, original):
