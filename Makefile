@@ -38,6 +38,7 @@ demo: $(VENV)/.user $(GGUF) ## install, fetch SmolLM2-135M, compress it, compare
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, then the real model
