@@ -41,7 +41,11 @@ def quantization_config(
     linears, embeddings = _names(module, "Linear"), _names(module, "Embedding")
     schemes = _schemes(named, keep=lambda name: EXPERT.search(name) is None)
     experts = _schemes(stored, keep=lambda name: EXPERT.search(name) is not None)
-    plain = [key for key, expr in stored.items() if EXPERT.search(key) and expr.type.rank == 2 and expr.key in dense]
+    plain = [
+        key
+        for key, expr in stored.items()
+        if EXPERT.search(key) and expr.type.rank == 2 and as_dequantize(expr) is None
+    ]
     if plain and (schemes or experts):
         return Mismatch(f"transformers reads no dense experts ({plain[0]}) beside quantised weights; quantise them too")
     strange = [name for name in schemes if name not in linears and name not in embeddings]

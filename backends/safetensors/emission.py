@@ -14,7 +14,7 @@ import torch
 
 from backends.safetensors.assemble import assemble
 from backends.safetensors.compressed import quantization_config
-from backends.safetensors.parts import stored_parts
+from backends.safetensors.parts import as_dequantize, stored_parts
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Param
@@ -127,15 +127,15 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     if isinstance(unused, Mismatch):
         return Refusal(target, unused.reason)
     named = {**named, **unused}
-    dense = unbind(named, module)
-    quantised = quantization_config(named, dense, module)
+    stored = {key: as_dequantize(expr) or expr for key, expr in unbind(named, module).items()}
+    quantised = quantization_config(named, stored, module)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
     if quantised:
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
-    tensors = {name: part for key, expr in dense.items() for name, part in stored_parts(key, expr).items()}
+    tensors = {name: part for key, expr in stored.items() for name, part in stored_parts(key, expr).items()}
     return Emission(target, proposal.architecture, written, tensors, notes)
 
 
