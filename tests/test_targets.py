@@ -15,6 +15,7 @@ from backends.safetensors.targets.deepseek_v3 import THETA, _factors
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import TargetError
 from compiler.frontend import capture
+from compiler.ir.facts import mlp_sites
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.pipeline import Pipeline
@@ -76,6 +77,33 @@ def test_generation_config_comes_along(tmp_path):
     job = Job("llama", tmp_path)
     job.emit()
     assert (job.source / "generation_config.json").read_bytes() == (job.out / "generation_config.json").read_bytes()
+
+
+def narrowed(width, layers=(0, 1)) -> Graph:
+    """A llama whose MLPs in ``layers`` keep their first ``width`` inner dims."""
+    graph = capture(FAMILIES["llama"].build())
+    for site in [site for i, site in enumerate(mlp_sites(graph)) if i in layers]:
+        values = {}
+        for node, axis in ((site.gate, 0), (site.up, 0), (site.down, 1)):
+            weight = node.input(1)
+            values[node] = graph.add_param(f"{weight.name}.cut", slice(weight.expr, axis, 0, width))
+        inner = [graph.op("linear", [node.input(0), values[node]], before=site.down) for node in (site.gate, site.up)]
+        inner = graph.op("mul", [graph.op("silu", inner[:1], before=site.down), inner[1]], before=site.down)
+        graph.replace(site.down.output, graph.op("linear", [inner, values[site.down]], before=site.down))
+    graph.prune()
+    return graph
+
+
+def test_a_narrower_mlp_stays_in_its_family():
+    found = require(narrowed(56))
+    assert (found.target, found.config["intermediate_size"]) == ("same family", 56)
+    assert found.tensors["model.layers.1.mlp.down_proj.weight"].shape == (48, 56)
+
+
+def test_mlps_of_different_widths_have_no_class():
+    refusal = propose(narrowed(56, layers=(1,)))
+    assert isinstance(refusal, Refusal)
+    assert "same family: `linear` in the model reads f32[56,48]; the target's reads f32[80,48]" in refusal.reason
 
 
 def test_a_plain_module_has_no_target():

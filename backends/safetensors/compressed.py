@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
-from backends.safetensors.formats import Scheme, format_of, pack_quantized, scheme_of
+from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
 from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
@@ -121,7 +121,7 @@ def _config(
         # read by transformers alone: it then dequantises while loading, which works for every class and with zero
         # points, where its other way, to dequantise in the first forward pass, does not
         config["dequantize"] = True
-    return Quantised(config, tuple(_fused_notes(schemes, linears)))
+    return Quantised(config, (*_format_notes(described), *_fused_notes(schemes, linears)))
 
 
 def _of(scheme: Scheme, schemes: Mapping[str, Scheme]) -> list[str]:
@@ -161,6 +161,11 @@ def _patterns(experts: list[str]) -> list[str]:
     """One pattern for the experts of each projection, of all layers."""
     kinds = dict.fromkeys(name[name.rindex(".") + 1 :] for name in experts)
     return [f"re:.*\\.experts\\.\\d+\\.{re.escape(kind)}$" for kind in kinds]
+
+
+def _format_notes(groups: list[dict[str, Any]]) -> list[str]:
+    plain = any(group["format"] == int_quantized.FORMAT.name for group in groups)
+    return ["vLLM reads int-quantized weights only where activations are quantised too"] if plain else []
 
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))

@@ -6,7 +6,7 @@ has to be the same program; the comparison yields which of our parameters goes u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,14 +89,25 @@ def propose(graph: Graph) -> Emission | Refusal:
 
     refusals: list[Refusal] = []
     for target in TARGETS:
-        proposal = target.propose(graph)
-        if isinstance(proposal, Proposal):
-            proposal = _emission(graph, target.name, proposal)
-        if isinstance(proposal, Emission):
-            return proposal
-        refusals.append(proposal)
+        found = _first(graph, target.name, target.propose(graph))
+        if isinstance(found, Emission):
+            return found
+        refusals.append(found)
     reasons = "; ".join(f"{refusal.target}: {refusal.reason}" for refusal in refusals)
     return Refusal(", ".join(refusal.target for refusal in refusals), reasons)
+
+
+def _first(graph: Graph, target: str, proposals: Sequence[Proposal] | Refusal) -> Emission | Refusal:
+    """The emission of the first proposal that fits, or the refusal of the likeliest one."""
+    if isinstance(proposals, Refusal):
+        return proposals
+    refusals: list[Refusal] = []
+    for proposal in proposals:
+        found = _emission(graph, target, proposal)
+        if isinstance(found, Emission):
+            return found
+        refusals.append(found)
+    return refusals[0]
 
 
 def require(graph: Graph) -> Emission:

@@ -30,7 +30,7 @@ ACTIVATIONS = {
 RUNTIMES = "the classes of vLLM and SGLang take neither its rotary table nor the epsilon of its latent's norm"
 
 
-def propose(graph: Graph) -> Proposal | Refusal:
+def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
     """The config that latent attention, norms and MLPs of ``graph`` suggest. Refuses what has no such attention."""
     sites, mlps, tables = latent_sites(graph), mlp_sites(graph), graph.nodes_named("rope_table")
     if not sites:
@@ -50,7 +50,7 @@ def propose(graph: Graph) -> Proposal | Refusal:
         **_rotary(tables[0], graph, sites[0]),
         **_kept(graph),
     }
-    return Proposal("DeepseekV3ForCausalLM", config, (RUNTIMES,))
+    return (Proposal("DeepseekV3ForCausalLM", config, (RUNTIMES,)),)
 
 
 def _embedding(graph: Graph) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from compiler.ir.graph import Graph
 
 @dataclass(frozen=True)
 class Target:
-    """A stock class. ``propose`` makes a config from a graph's facts, cheaply; it need not be certain to fit."""
+    """A stock class. ``propose`` makes configs from a graph's facts, the likeliest first; none needs to fit."""
 
     name: str
-    propose: Callable[[Graph], Proposal | Refusal]
+    propose: Callable[[Graph], tuple[Proposal, ...] | Refusal]
