@@ -7,15 +7,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from backends.safetensors import Refusal, propose
+from backends.safetensors import Refusal, emit, propose
 from compiler.errors import PassError
+from compiler.evaluate import load_model
 from compiler.frontend import capture
+from compiler.ir.execute import run
 from compiler.pipeline import Pipeline
 from passes.gqa_to_mla import GqaToMla
 from passes.quantize import Quantize
-from tests.emitted import TOLERANCE, Job
+from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 from tests.test_gqa_to_mla import Decoder
 
@@ -148,6 +150,33 @@ def test_a_tied_head_gets_its_own_copy_when_asked(tmp_path):
     assert stored["model.embed_tokens.weight"].dtype == torch.float32
     assert emission.config["tie_word_embeddings"] is False
     assert job.reload_error() <= TOLERANCE
+
+
+def test_a_head_whose_bias_is_tied_too_gets_its_own_copy(tmp_path):
+    job = Job("bert", tmp_path, [Quantize(bits=8, tied="copy")])
+    job.emit()
+    assert job.reload_error() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("labels", "loads"), [(3, False), (8, False), (9, True)])
+def test_zero_points_of_few_rows_are_refused_by_name(labels, loads, tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 64}
+    config = LlamaConfig(num_hidden_layers=1, num_labels=labels, pad_token_id=0, **small)
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "source")
+    graph = capture(tmp_path / "source")
+    Pipeline([Quantize(bits=4, group=16, symmetric=False)]).run(graph)
+    found = propose(graph)
+    if not loads:
+        assert isinstance(found, Refusal)
+        assert "score.weight has too few rows" in found.reason
+        return
+    (tmp_path / "out").mkdir()
+    emit(found, graph.sources, tmp_path / "out")
+    ids = torch.randint(1, 64, (2, 7))
+    with torch.no_grad():
+        theirs = load_model(tmp_path / "out")(input_ids=ids)
+    assert distance(theirs, run(graph, {"input_ids": ids})) <= TOLERANCE
 
 
 def test_what_is_quantised_already_stays_as_it_is(tmp_path):

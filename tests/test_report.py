@@ -262,6 +262,7 @@ def test_summary_and_comparison(document):
         "FLOPs a token",
         "cache bytes a token",
         "cached values a token, live",
+        "cached bytes a token, live, in float32",
         "perplexity",
         "KL to the original (nats a token)",
     ]

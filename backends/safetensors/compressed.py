@@ -14,6 +14,8 @@ from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
 
+WORD = 32  # bits of the words that codes are packed into
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -51,6 +53,9 @@ def quantization_config(
     strange = [name for name in schemes if name not in linears and name not in embeddings]
     if strange:
         return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")
+    short = _too_short({**schemes, **experts}, stored)
+    if short:
+        return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
     found = _config(schemes, experts, linears) if schemes or experts else None
     return _rehearsed(found, module) if isinstance(found, Quantised) else found
 
@@ -138,6 +143,15 @@ def _unloadable(schemes: list[tuple[Scheme, bool]]) -> str:
     if len(schemes) > 1 and any(_has_packed_zeros(*key) for key in schemes):
         return "transformers reads packed zero points only of models with one scheme; make the weights symmetric"
     return ""
+
+
+def _too_short(schemes: Mapping[str, Scheme], stored: Mapping[str, Expr]) -> str | None:
+    """A weight whose zero points, packed along its rows, are a single row of words, which transformers cannot read."""
+    for name, scheme in schemes.items():
+        expr = stored.get(f"{name}.weight")
+        if expr is not None and _has_packed_zeros(scheme, False) and expr.shape[-2] * scheme.bits <= WORD:
+            return f"{name}.weight"
+    return None
 
 
 def _has_packed_zeros(scheme: Scheme, expert: bool) -> bool:

@@ -60,9 +60,12 @@ def _measured(found: Mapping[str, Any] | None) -> list[Row]:
     rows = [_metric(name, found["reference"].get(name), estimate) for name, estimate in found["metrics"].items()]
     if found["cache"] is None:
         return rows
-    theirs = found["reference_cache"] or {}
-    cells = (_count(theirs.get("values_per_token")), _count(found["cache"]["values_per_token"]))
-    return [("cached values a token, live", *cells, ""), *rows]
+    theirs, ours = found["reference_cache"] or {}, found["cache"]
+    names = {
+        "values_per_token": "cached values a token, live",
+        "bytes_per_token": f"cached bytes a token, live, in {found['dtype']}",
+    }
+    return [*((name, _count(theirs.get(key)), _count(ours[key]), "") for key, name in names.items()), *rows]
 
 
 def _metric(name: str, before: Mapping[str, float] | None, after: Mapping[str, float]) -> Row:

@@ -35,8 +35,15 @@ def unused(graph: Graph, module: Any, named: Mapping[str, Expr]) -> Mapping[str,
     """Tensors that the class never computes with (a mask token) as the source has them."""
     missing = missing_names(module, named)
     source = graph.sources.get("model")
-    stored = bind(source, module) if missing and isinstance(source, Checkpoint) else {}
+    stored = bind(source, _source_module(graph)) if missing and isinstance(source, Checkpoint) else {}
     return {name: stored.get(name) or _named(name, module.state_dict()[name]) for name in missing}
+
+
+def _source_module(graph: Graph) -> Any:
+    """The class as the source has it: ``module`` may have been untied since, and need more than the source holds."""
+    from compiler.frontend.subject import build_on_meta, config_from_dict
+
+    return build_on_meta(config_from_dict(source_config(graph) or {}), graph.origin.architecture or "")
 
 
 def _named(name: str, tensor: Any) -> Expr:
