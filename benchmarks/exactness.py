@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.common import ROOT, SMOLLM2, compress, show
 from compiler import capture
-from compiler.decode import greedy, prompt_ids
 from compiler.evaluate import kv_cache, load_model, load_tokenizer
+from compiler.evaluate.decode import greedy, prompt_ids
+from compiler.evaluate.texts import TextData
 from compiler.ir.execute import run
-from compiler.texts import TextData
 
 PROMPTS = [
     "What is the capital of France?",

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import MINILM, ROOT, SMOLLM2, WORK, compress, peer_python, run, show, weight_bytes
 from benchmarks.fetch import fetch
 from compiler.evaluate import evaluate_model
-from compiler.metrics import Estimate
+from compiler.evaluate.metrics import Estimate
 
 TEXT = ROOT / "benchmarks" / "data" / "persuasion.txt"
 SAMPLES = 8

@@ -10,7 +10,7 @@ from typing import Any
 from compiler.console import table
 from compiler.errors import UsageError, nearest
 from compiler.pipeline import Pass
-from compiler.schema import describe, spell_value
+from compiler.recipe.schema import describe, spell_value
 from passes import pass_class, pass_names
 
 

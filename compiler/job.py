@@ -18,10 +18,10 @@ from typing import Any
 from backends.safetensors import Emission, emit, require
 from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, OutputError, RecipeError
+from compiler.evaluate.parity import verify_by_reload
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
 from compiler.output import OutputDirectory
-from compiler.parity import verify_by_reload
 from compiler.pipeline import Observer, Pipeline, Report
 from compiler.plan import bytes_in_file, open_recipe_model
 from compiler.recipe import Recipe

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from compiler.calibrate import sweep, token_batches
 from compiler.errors import CheckpointError, DataError
 from compiler.evaluate import compare_speed, evaluate_model, generate, kv_cache, load_model
+from compiler.evaluate.metrics import METRICS, Scored, Sums
+from compiler.evaluate.texts import TextData, token_windows
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
-from compiler.metrics import METRICS, Scored, Sums
-from compiler.texts import TextData, token_windows
 from compiler.weights.expr import load
 from compiler.weights.source import MemorySource
 from tests.tiny import TEXT, byte_tokenizer, write_text

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from compiler import Recipe, capture, compress
-from compiler.decode import greedy, prompt_ids
 from compiler.evaluate import cache_size, load_model, load_tokenizer
+from compiler.evaluate.decode import greedy, prompt_ids
+from compiler.evaluate.texts import TextData
 from compiler.ir.execute import run
 from compiler.plan import make_plan
-from compiler.texts import TextData
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.errors import OrderError, RecipeError, Span
+from compiler.evaluate.metrics import METRICS
 from compiler.ir.select import Selector
-from compiler.metrics import METRICS
 from compiler.pipeline import Pass
 from compiler.recipe import Recipe
-from compiler.report.lock import recipe_text, resolved
-from compiler.schema import (
+from compiler.recipe.schema import (
     UNITS,
     Evaluate,
     Safetensors,
@@ -24,7 +23,8 @@ from compiler.schema import (
     parse_memory,
     spell,
 )
-from compiler.yamltree import Tree, read_tree
+from compiler.recipe.yamltree import Tree, read_tree
+from compiler.report.lock import recipe_text, resolved
 from passes import GqaToMla, Quantize
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

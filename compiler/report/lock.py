@@ -14,7 +14,7 @@ from compiler import __version__
 from compiler.ir.graph import Graph
 from compiler.plan import file_bytes
 from compiler.recipe import Recipe
-from compiler.schema import spell
+from compiler.recipe.schema import spell
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "numpy")
 HEADER = "# What determined this output. The recipe below, on these inputs with these versions, repeats it.\n"

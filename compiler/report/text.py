@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler.console import human_bytes, human_count, table
-from compiler.schema import spell_value
+from compiler.recipe.schema import spell_value
 
 Document = Mapping[str, Any]
 Row = tuple[str, str, str, str]

@@ -9,8 +9,8 @@ from typing import Any
 
 from backends.safetensors import Emission
 from compiler.evaluate import Evaluation
+from compiler.evaluate.parity import Verification
 from compiler.instrument import peak_rss
-from compiler.parity import Verification
 from compiler.pipeline import Report
 from compiler.plan import loads_in
 from compiler.report.card import model_card

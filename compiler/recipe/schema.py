@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from compiler.errors import CompressError, RecipeError, nearest
-from compiler.yamltree import Tree, plain_scalar
+from compiler.recipe.yamltree import Tree, plain_scalar
 
 T = TypeVar("T")
 

@@ -35,7 +35,7 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verificat
     Skipped when the model in float32 does not fit ``memory`` bytes. Raises ParityError when the outputs differ.
     """
     from compiler.evaluate import load_model
-    from compiler.inputs import position_limit, random_windows
+    from compiler.evaluate.inputs import position_limit, random_windows
     from compiler.ir.execute import run
 
     needed = FLOAT32_BYTES * sum(param.type.numel for param in graph.params.values())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compiler.errors import DataError
+from compiler.evaluate.texts import TextData
 from compiler.frontend.sizes import image_shape
-from compiler.texts import TextData
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.inputs import random_ids
+from compiler.evaluate.inputs import random_ids
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
-from compiler.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Run, build
-from compiler.yamltree import Tree, read_tree
+from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Run, build
+from compiler.recipe.yamltree import Tree, read_tree
 from passes import pass_class, pass_names
 
 INCLUDED = "included"

@@ -20,11 +20,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.decode import pieces, prompt_ids, timed
 from compiler.errors import CheckpointError, DataError
-from compiler.inputs import Window, is_causal, random_ids, random_windows, text_windows
-from compiler.metrics import METRICS, Estimate, Scored, Sums, alone, check_names, choose
-from compiler.texts import TextData
+from compiler.evaluate.decode import pieces, prompt_ids, timed
+from compiler.evaluate.inputs import Window, is_causal, random_ids, random_windows, text_windows
+from compiler.evaluate.metrics import METRICS, Estimate, Scored, Sums, alone, check_names, choose
+from compiler.evaluate.texts import TextData
 
 CACHE_LENGTH = 64
 Progress = Callable[[int, int], None]
@@ -137,10 +137,9 @@ def evaluate_model(
     """Measure the model in ``path``, a checkpoint directory or a ``.gguf`` file, and its distance from ``against``.
 
     A text file ``data`` is cut into ``samples`` windows of ``length`` tokens by the tokenizer of ``against`` (or of
-    the model). Without ``data`` inputs are random with ``seed``. ``metrics`` are names in
-    ``compiler.metrics.METRICS``; by default those that fit: perplexity of causal language models on texts, kl and
-    agreement of models that generate, cosine and relative-error of all others. ``on_progress(done, all)`` counts
-    windows.
+    the model). Without ``data`` inputs are random with ``seed``. ``metrics`` are names in ``metrics.METRICS``; by
+    default those that fit: perplexity of causal language models on texts, kl and agreement of models that generate,
+    cosine and relative-error of all others. ``on_progress(done, all)`` counts windows.
 
     Raises DataError when a metric does not apply or the data is unfit, CheckpointError when a model does not load.
     """
