@@ -60,11 +60,13 @@ def kv_cache_values(graph: Graph) -> int:
         for node in graph.nodes_named("attention", "latent_attention")
         if node.attr("causal")
     }
-    return sum(_cached(node.input(1)) + _cached(node.input(2)) for node in shared.values())
+    return sum(_cached(node.input(1)) + _cached(node.optional_input(2)) for node in shared.values())
 
 
-def _cached(value: Value) -> int:
-    """Values per token of a cached tensor [B, G, S, d] or [B, S, r]."""
+def _cached(value: Value | None) -> int:
+    """Values per token of a cached tensor [B, G, S, d] or [B, S, r]; none of an absent rotary key."""
+    if value is None:
+        return 0
     return math.prod(static(dim) for axis, dim in enumerate(value.shape) if axis not in (0, value.type.rank - 2))
 
 

@@ -100,7 +100,8 @@ class LatentSite:
     """One ``latent_attention`` node. ``query_up`` makes the heads, ``query_down`` its latent (None without one).
 
     ``kv_down`` makes the latent and ``rotary_key`` the rotated key; they are one linear map where both are made
-    together. ``up`` is the up-projection [heads * (unrotated + value_dim), rank].
+    together. ``up`` is the up-projection [heads * (unrotated + value_dim), rank]. Without a rotary embedding
+    ``rotary_dim`` is 0 and ``rotary_key`` None.
     """
 
     node: Node
@@ -125,6 +126,18 @@ class LatentSite:
     @property
     def causal(self) -> bool:
         return self.node.attr("causal")
+
+    @property
+    def window(self) -> int:
+        return self.node.attr("window")
+
+    @property
+    def softcap(self) -> float:
+        return self.node.attr("softcap")
+
+    @property
+    def mask(self) -> Value | None:
+        return self.node.optional_input(4)
 
     @property
     def scope(self) -> str:
@@ -270,15 +283,16 @@ def _attention_site(node: Node) -> AttentionSite:
 
 
 def _latent_site(node: Node) -> LatentSite:
-    query, latent, rotary = (path_to_linear(node.input(i)) for i in range(3))
+    query, latent = (path_to_linear(node.input(i)) for i in range(2))
+    rotary = node.optional_input(2)
     query_down = path_to_linear(query.linear.input(0)).linear if query.linear else None
-    width, rotary_dim = static(node.input(0).shape[3]), static(node.input(2).shape[-1])
+    width, rotary_dim = static(node.input(0).shape[3]), static(rotary.shape[-1]) if rotary else 0
     return LatentSite(
         node=node,
         query_down=query_down,
         query_up=query.linear,
         kv_down=latent.linear,
-        rotary_key=rotary.linear,
+        rotary_key=path_to_linear(rotary).linear if rotary else None,
         up=node.input(3),
         output=_walk_forward(node.output),
         latent_norm=latent.first(*_NORMS),

@@ -37,6 +37,8 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
         return Refusal(NAME, "it has no latent attention")
     if len(tables) != 1 or not isinstance(tables[0].input(1), Param):
         return Refusal(NAME, "the class has one rotary table of constant frequencies, and this model has not")
+    if not sites[0].rotary_dim:
+        return Refusal(NAME, f"the class has rotary keys, and {sites[0].scope or 'this attention'} has none")
     if not mlps or _activation(mlps[0]) is None:
         return Refusal(NAME, "it has no gated MLP with an activation of the class")
     config = {

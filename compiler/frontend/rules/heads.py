@@ -174,7 +174,7 @@ def _rows(expr: Expr, heads: int, start: int, stop: int) -> Expr:
 def latent(site: Site) -> Value | None:
     """Keys and values expanded from one latent, with a rotated key that all heads share."""
     node = site.node
-    plain = not any(node.attr(name) for name in ("window", "softcap")) and len(node.inputs) <= 4
+    plain = len(node.inputs) <= 4
     joined, taken = made_by(node.input(1), "concat"), last_axis_slice(node.input(2))
     if plain and joined is None:
         return _fully_rotated_latent(site)
@@ -203,8 +203,8 @@ def _latent_attention(site: Site, key: Value, up: Node) -> Value:
     """``key`` [B, 1, T, R] is shared by all heads, ``up`` expands the latent."""
     node = site.node
     rotary = site.op("reshape", key, shape=(key.shape[0], *key.shape[2:]))
-    attrs = {"scale": node.attr("scale"), "causal": node.attr("causal")}
-    return site.op("latent_attention", node.input(0), up.input(0), rotary, up.input(1), node.optional_input(3), **attrs)
+    inputs = [node.input(0), up.input(0), rotary, up.input(1), node.optional_input(3)]
+    return site.op("latent_attention", *inputs, **node.attrs)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

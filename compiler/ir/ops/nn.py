@@ -254,31 +254,47 @@ def _explicit_attention(
 
 
 def _infer_latent_attention(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
-    query, latent, rotary, up = need(types[0]), need(types[1]), need(types[2]), need(types[3])
+    query, latent, rotary, up = need(types[0]), need(types[1]), types[2], need(types[3])
     same_dim(latent.shape[-1], up.shape[1], "latent ranks")
+    if rotary is not None:
+        same_dim(latent.shape[1], rotary.shape[1], "latent and rotary key lengths")
     heads, unrotated = query.shape[1], _unrotated_width(query, rotary)
     if not isinstance(up.shape[0], int) or not isinstance(heads, int) or up.shape[0] % heads:
         raise ValueError(f"up-projection of {up.shape[0]} rows does not split into {heads} heads")
     value_width = up.shape[0] // heads - unrotated
+    if value_width <= 0:
+        raise ValueError(f"up-projection of {up.shape[0]} rows leaves {heads} heads no value beside their key")
     return [query.with_shape((query.shape[0], query.shape[2], heads, value_width))]
 
 
-def _unrotated_width(query: TensorType, rotary: TensorType) -> int:
-    width, rotated = query.shape[-1], rotary.shape[-1]
+def _unrotated_width(query: TensorType, rotary: TensorType | None) -> int:
+    width, rotated = query.shape[-1], 0 if rotary is None else rotary.shape[-1]
     if not isinstance(width, int) or not isinstance(rotated, int) or rotated > width:
         raise ValueError(f"queries of width {width} cannot hold a rotary part of {rotated}")
     return width - rotated
 
 
 def _eval_latent_attention(
-    query: Tensor, latent: Tensor, rotary: Tensor, up: Tensor, mask: Tensor | None, *, scale: float, causal: bool
+    query: Tensor,
+    latent: Tensor,
+    rotary: Tensor | None,
+    up: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     batch, heads, _, width = query.shape
-    unrotated = width - rotary.shape[-1]
+    unrotated = width - (0 if rotary is None else rotary.shape[-1])
     expanded = F.linear(latent, up).view(batch, latent.shape[1], heads, -1).transpose(1, 2)
-    key = torch.cat((expanded[..., :unrotated], rotary.unsqueeze(1).expand(-1, heads, -1, -1)), -1)
-    value = expanded[..., unrotated:]
-    return _eval_attention(query, key, value, mask, None, None, scale=scale, causal=causal, window=0, softcap=0.0)
+    key, value = expanded[..., :unrotated], expanded[..., unrotated:]
+    if rotary is not None:
+        key = torch.cat((key, rotary.unsqueeze(1).expand(-1, heads, -1, -1)), -1)
+    return _eval_attention(
+        query, key, value, mask, None, None, scale=scale, causal=causal, window=window, softcap=softcap
+    )
 
 
 # --- experts -------------------------------------------------------------------------------------------------
@@ -444,14 +460,20 @@ OPS = (
     ),
     OpDef(
         "latent_attention",
-        "query latent rotary_key up mask?",
+        "query latent rotary_key? up mask?",
         _infer_latent_attention,
         _eval_latent_attention,
-        {"scale": Attr("float"), "causal": Attr("bool", False)},
-        axes="b h t q!, b u r, b u p!, (h! m!) r, b u? -> b t h v!",
+        {
+            "scale": Attr("float"),
+            "causal": Attr("bool", False),
+            "window": Attr("int", 0),
+            "softcap": Attr("float", 0.0),
+        },
+        axes="b h t q!, b u r, b u p!?, (h! m!) r, b u? -> b t h v!",
         doc="Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). query [B, H, T, n+R], latent [B, S, r], "
-        "rotary_key [B, S, R] (rotated, shared by heads), up [H*(n+v), r]: per head n key rows then v value "
-        "rows -> [B, T, H, v]. The cache holds latent and rotary_key.",
+        "rotary_key [B, S, R] (rotated, shared by heads; R is 0 without one), up [H*(n+v), r]: per head n key rows "
+        "then v value rows -> [B, T, H, v]. window and softcap are those of `attention`. The cache holds latent and "
+        "rotary_key.",
     ),
     OpDef(
         "experts",
