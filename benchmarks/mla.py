@@ -1,0 +1,415 @@
+"""Conversions to a smaller attention cache, ours and published ones, on the same windows in one run.
+
+``python benchmarks/mla.py --cache 256 192 128 --seeds 0 1 2`` converts SmolLM2-135M by every method to as many cached
+values per token and layer, each in a process of its own, and scores all of them on texts that nothing was calibrated
+on. Calibration: windows of Brown B to F; seed 0 takes the first ones, any other seed a random choice of as many.
+
+Ours is the real thing: the command runs a recipe with `gqa-to-mla`, transformers loads what it wrote. ``--ours`` takes
+options of the pass as JSON, may be repeated, and replaces `{"cache": ...}` at each of ``--cache``; ``--only`` picks
+methods; ``--model`` any checkpoint of a decoder with grouped or multi-query attention and rotary positions.
+
+Scores: loss above the original in nats, perplexity, KL(original || converted) and agreement on the most likely token,
+each over the positions of all windows but their first. Costs: processor seconds and peak memory of a process that
+loads the model and converts it (ours: that also writes the result). What a stock cache would hold is counted for the
+published methods and measured on a live cache for ours. All of it goes to benchmarks/results/ as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.common import COMMAND, ROOT, SMOLLM2, WORK, compress, run, show
+from benchmarks.fetch import DATA
+from benchmarks.peers_mla import mha2mla, transmla, whitened
+from benchmarks.peers_mla.attention import Shape, Size, shape_of
+from compiler.evaluate import cache_size, load_model, load_tokenizer
+
+RESULTS = ROOT / "benchmarks" / "results"
+HERE = WORK / "gqa-to-mla"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to score on: the windows start at the character ``start`` of data/FILE."""
+
+    file: str
+    start: int = 0
+
+
+TEXTS = {
+    "wikipedia": Text("wikipedia.txt", 1_500_000),
+    "persuasion": Text("persuasion.txt"),
+    "brown_k": Text("brown_k.txt"),
+    "brown_a": Text("brown_a.txt"),
+    "northanger": Text("northanger.txt"),
+}
+CALIBRATION = [f"brown_{genre}.txt" for genre in "bcdef"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A published method: how it splits a number of cached values into rank and rotary width, converts, and stores."""
+
+    split: Callable[[Shape, int], tuple[int, int]]
+    convert: Callable[[Any, Tensor, int, int, int], Any]
+    size: Callable[[Shape, int, int], Size]
+
+
+def positions_only(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int) -> Any:
+    """TransMLA's first step: nothing truncated, whatever ``rank`` is."""
+    transmla.keep_positions(model, windows, rope_dim)
+    return model
+
+
+PEERS = {
+    "transmla": Peer(transmla.split, transmla.convert, transmla.size),
+    "transmla-positions-only": Peer(
+        lambda shape, cache: (2 * shape.kv - transmla.split(shape, cache)[1], transmla.split(shape, cache)[1]),
+        positions_only,
+        transmla.size,
+    ),
+    "mha2mla": Peer(mha2mla.split, mha2mla.convert, mha2mla.size),
+    "mha2mla-best": Peer(mha2mla.split_best, mha2mla.convert_best, mha2mla.size_best),
+    "whitened": Peer(whitened.split, whitened.convert, whitened.size),
+}
+DEFAULT = ["transmla", "mha2mla-best", "whitened", "ours"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on one text: ``losses`` are means per window, in nats per token; the others over all positions."""
+
+    losses: list[float]
+    kl: float
+    agreement: float
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens of one run, all int64 [count, length], and the folder where they and the original's logits are kept."""
+
+    folder: Path
+    calibration: dict[int, Tensor]
+    texts: dict[str, Tensor]
+
+
+def main() -> None:
+    options = parse()
+    if options.job:
+        do_job(json.loads(options.job))
+        return
+    model = plain_checkpoint(options.model)
+    windows = cut(model, options)
+    original = base(model, windows, options)
+    shape = Shape(**original["shape"])
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        for method, setting in jobs(shape, options):
+            started = time.strftime("%H:%M:%S")
+            print(f"{started} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
+            runner = ours if method == "ours" else peer
+            rows.append({"method": method, "seed": seed, **runner(model, windows, method, setting, seed, options)})
+    found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"mla-{options.name or time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(found, indent=1))
+    report(found)
+    print(f"\n{path.relative_to(ROOT)}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="a checkpoint directory or .gguf file")
+    parser.add_argument("--cache", type=int, nargs="+", default=[256, 192, 128], help="values per token and layer")
+    parser.add_argument("--only", nargs="+", choices=[*PEERS, "ours"], default=DEFAULT, metavar="METHOD")
+    parser.add_argument("--ours", type=json.loads, action="append", help="options of gqa-to-mla, as JSON")
+    parser.add_argument("--ours-length", type=int, default=2048, help="tokens in a calibration window of ours")
+    parser.add_argument("--texts", nargs="+", choices=[*TEXTS], default=[*TEXTS], metavar="TEXT")
+    parser.add_argument("--windows", type=int, default=16, help="windows of each text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--calibration", type=int, default=64, help="windows to calibrate on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    kept = ("cache", "ours", "ours_length", "texts", "windows", "length", "calibration", "seeds", "threads")
+    return {name: getattr(options, name) for name in kept}
+
+
+def jobs(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method with its setting: of a peer rank, rope_dim and counted size, of ours the options of the pass."""
+    for method in options.only:
+        if method == "ours":
+            yield from (("ours", setting) for setting in options.ours or our_settings(shape, options.cache))
+            continue
+        known = PEERS[method]
+        for cache in options.cache[:1] if method == "transmla-positions-only" else options.cache:
+            rank, rope_dim = known.split(shape, cache)
+            size = asdict(known.size(shape, rank, rope_dim))
+            yield method, {"rank": rank, "rope_dim": rope_dim, **size}
+
+
+def our_settings(shape: Shape, caches: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"cache": cache / (2 * shape.kv)} for cache in caches]
+
+
+def plain_checkpoint(model: Path) -> Path:
+    """``model`` as a directory; a .gguf file is written out once, so that no method pays for unpacking it."""
+    if model.suffix != ".gguf":
+        return model
+    name = f"{model.parent.name}-plain"
+    return WORK / name if (WORK / name / "config.json").exists() else compress(name, model, [])[0]
+
+
+def cut(model: Path, options: argparse.Namespace) -> Windows:
+    """The windows of this run. The same ones, with the original's logits, are kept from run to run."""
+    tokenizer = load_tokenizer(model)
+    texts = {name: (DATA / TEXTS[name].file).read_text(encoding="utf-8")[TEXTS[name].start :] for name in options.texts}
+    scored = {name: first(tokens(tokenizer, text), options) for name, text in texts.items()}
+    everything = "\n\n".join((DATA / file).read_text(encoding="utf-8") for file in CALIBRATION)
+    available = tokens(tokenizer, everything, options.length)
+    calibration = {seed: chosen(available, options.calibration, seed) for seed in options.seeds}
+    digest = hashlib.sha256(json.dumps([str(model), (model / "config.json").stat().st_mtime]).encode())
+    for ids in scored.values():
+        digest.update(ids.numpy().tobytes())
+    folder = HERE / digest.hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, ids in scored.items():
+        torch.save(ids, folder / f"{name}.pt")
+    for seed, ids in calibration.items():
+        torch.save(ids, folder / f"calibration-{seed}.pt")
+        (folder / f"calibration-{seed}.txt").write_text(tokenizer.decode(ids.flatten(), skip_special_tokens=True))
+    return Windows(folder, calibration, scored)
+
+
+def tokens(tokenizer: Any, text: str, length: int = 512) -> Tensor:
+    """``text`` as windows int64 [as many as there are, length], each behind the tokens that start any text."""
+    start = list(tokenizer("")["input_ids"])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    rows = ids.unfold(0, length - len(start), length - len(start))
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
+
+
+def first(windows: Tensor, options: argparse.Namespace) -> Tensor:
+    if len(windows) < options.windows:
+        sys.exit(f"a text has {len(windows)} windows, {options.windows} are asked for")
+    return windows[: options.windows]
+
+
+def chosen(windows: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` windows, in the text's order: the first for seed 0, otherwise a random choice."""
+    if seed == 0:
+        return windows[:count]
+    return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
+
+
+def in_process(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Do ``job`` in a process of its own and return what it printed last."""
+    job = {**job, "threads": options.threads}
+    done = run([sys.executable, __file__, "--job", json.dumps(job)], OMP_NUM_THREADS=str(options.threads))
+    return json.loads(done.output.splitlines()[-1])
+
+
+def base(model: Path, windows: Windows, options: argparse.Namespace) -> dict[str, Any]:
+    """The original's shape and losses; its logits are left in the windows' folder."""
+    path = windows.folder / "original.json"
+    if not path.exists():
+        job = {"do": "base", "model": str(model), "folder": str(windows.folder), "texts": [*windows.texts]}
+        path.write_text(json.dumps(in_process(job, options)))
+    return json.loads(path.read_text())
+
+
+def peer(
+    model: Path, windows: Windows, method: str, setting: dict[str, Any], seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    job = {"do": "peer", "model": str(model), "folder": str(windows.folder), "texts": [*windows.texts]}
+    found = in_process({**job, "method": method, "seed": seed, **setting}, options)
+    return {"setting": {"rank": setting["rank"], "rope_dim": setting["rope_dim"]}, **found}
+
+
+def ours(
+    model: Path, windows: Windows, method: str, setting: dict[str, Any], seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run the command with the pass on the text of the peers' windows, cut anew as the recipe says, and score it.
+
+    Cut from equal stretches of that text, the windows of ours hold an eighth fewer tokens than those of the peers.
+    """
+    length = options.ours_length
+    samples = max(1, windows.calibration[seed].numel() * 7 // 8 // length)
+    calibration = {"data": str(windows.folder / f"calibration-{seed}.txt"), "samples": samples, "length": length}
+    recipe = {
+        "model": str(model),
+        "calibration": {**calibration, "seed": seed},
+        "passes": [{"gqa-to-mla": setting}],
+        "emit": ["safetensors"],
+    }
+    path, out = windows.folder / "ours.json", windows.folder / "ours"
+    path.write_text(json.dumps(recipe))
+    shutil.rmtree(out, ignore_errors=True)
+    done = run([*COMMAND, str(path), "-o", str(out), "--quiet"], OMP_NUM_THREADS=str(options.threads))
+    job = {"do": "score", "model": str(out), "folder": str(windows.folder), "texts": [*windows.texts]}
+    found = in_process(job, options)
+    return {"setting": setting, "cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
+
+
+def do_job(job: dict[str, Any]) -> None:
+    """What a process of its own does; prints its findings as JSON."""
+    torch.set_num_threads(job["threads"])
+    folder, actions = Path(job["folder"]), {"base": do_base, "peer": do_peer, "score": do_score}
+    texts = {name: torch.load(folder / f"{name}.pt") for name in job["texts"]}
+    print(json.dumps(actions[job["do"]](job, folder, texts)))
+
+
+def do_base(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    model = load_model(job["model"])
+    losses = {name: keep_logits(model, ids, folder / f"{name}.npy") for name, ids in texts.items()}
+    live = cache_size(model)
+    return {
+        "shape": asdict(shape_of(model)),
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "cache": live.values_per_token / model.config.get_text_config().num_hidden_layers if live else None,
+        "linear_parameters": linear_parameters(model),
+        "texts": losses,
+    }
+
+
+@torch.inference_mode()
+def keep_logits(model: Any, windows: Tensor, path: Path) -> list[float]:
+    """Mean loss per window of the original; its logits go to ``path``, float32 [windows, length - 1, vocabulary]."""
+    shape = (len(windows), windows.shape[1] - 1, model.config.get_text_config().vocab_size)
+    kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    losses: list[float] = []
+    for index, ids in enumerate(windows):
+        logits = next_logits(model, ids)
+        kept[index] = logits.numpy()
+        losses.append(functional.cross_entropy(logits, ids[1:]).item())
+    return losses
+
+
+def next_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits for the tokens of ``ids`` [length] but the first: float32 [length - 1, vocabulary]."""
+    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+
+
+def do_peer(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    model = load_model(job["model"])
+    windows = torch.load(folder / f"calibration-{job['seed']}.pt")
+    before, heads = linear_parameters(model), shape_of(model)
+    loaded = time.process_time()
+    with torch.inference_mode():
+        PEERS[job["method"]].convert(model, windows, job["rank"], job["rope_dim"], job["seed"])
+    cpu_seconds, peak_rss = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    replaced = 2 * (heads.heads + heads.groups) * heads.head_dim * heads.hidden
+    layers = model.config.get_text_config().num_hidden_layers
+    return {
+        "cpu_seconds": cpu_seconds,
+        "convert_cpu_seconds": cpu_seconds - loaded,
+        "peak_rss": peak_rss,
+        "cache": job["cache"],
+        "live": False,
+        "linear_parameters": before + layers * (job["parameters"] - replaced),
+        "texts": scores(model, folder, texts),
+    }
+
+
+def do_score(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    model = load_model(job["model"], trust_remote_code=True)
+    live = cache_size(model)
+    return {
+        "cache": live.values_per_token / model.config.get_text_config().num_hidden_layers if live else None,
+        "live": True,
+        "class": type(model).__name__,
+        "linear_parameters": linear_parameters(model),
+        "texts": scores(model, folder, texts),
+    }
+
+
+def linear_parameters(model: Any) -> int:
+    """Entries of the matrices of the decoder layers."""
+    return sum(weight.numel() for weight in model.base_model.layers.parameters() if weight.dim() == 2)
+
+
+def scores(model: Any, folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: asdict(score(model, ids, folder / f"{name}.npy")) for name, ids in texts.items()}
+
+
+@torch.inference_mode()
+def score(model: Any, windows: Tensor, original: Path) -> Score:
+    """Compare ``model`` on ``windows`` [count, length] with the logits of the original in a file."""
+    kept = np.load(original, mmap_mode="r")
+    losses: list[float] = []
+    kl = agreement = 0.0
+    for index, ids in enumerate(windows):
+        logits, theirs = next_logits(model, ids), torch.from_numpy(np.array(kept[index]))
+        losses.append(functional.cross_entropy(logits, ids[1:]).item())
+        agreement += (logits.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+        ours, theirs = logits.log_softmax(-1), theirs.log_softmax(-1)
+        kl += functional.kl_div(ours, theirs, reduction="sum", log_target=True).item() / len(ours)
+    return Score(losses, kl / len(windows), agreement / len(windows))
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print tables: loss above the original by text, the distances from it, and the costs."""
+    names = found["settings"]["texts"]
+    base = {name: mean(found["original"]["texts"][name]) for name in names}
+    head = ["method", "setting", "seed", "cache"]
+    increases, distances = [[*head, *names]], [[*head, *(f"{name}: ppl / KL / agreement" for name in names)]]
+    costs = [[*head, "CPU s", "of it converting", "peak MiB", "decoder matrices"]]
+    increases.append(["original", "", "", f"{found['original']['cache']:g}", *(f"{base[name]:.4f}" for name in names)])
+    for row in found["methods"]:
+        cells = [row["method"], setting_text(row["setting"]), str(row["seed"]), cache_text(row)]
+        increases.append([*cells, *(f"{mean(row['texts'][name]['losses']) - base[name]:+.4f}" for name in names)])
+        distances.append([*cells, *(distance_text(row["texts"][name]) for name in names)])
+        growth = row["linear_parameters"] / found["original"]["linear_parameters"] - 1
+        inner = f"{row['convert_cpu_seconds']:.0f}" if "convert_cpu_seconds" in row else "not measured"
+        costs.append([*cells, f"{row['cpu_seconds']:.0f}", inner, f"{row['peak_rss'] / 2**20:.0f}", f"{growth:+.1%}"])
+    show("Loss above the original, nats per token (first row: the original's loss)", increases)
+    show("Perplexity, KL(original || converted) in nats, agreement on the most likely token", distances)
+    show("Costs of conversion", costs)
+
+
+def mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in setting.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def cache_text(row: dict[str, Any]) -> str:
+    return "none" if row["cache"] is None else f"{row['cache']:g} {'live' if row['live'] else 'counted'}"
+
+
+def distance_text(text: dict[str, Any]) -> str:
+    return f"{np.exp(mean(text['losses'])):.2f} / {text['kl']:.3f} / {text['agreement']:.3f}"
+
+
+if __name__ == "__main__":
+    main()
