@@ -177,14 +177,16 @@ def articles(dump: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Wiki markup reduced to its words."""
+    """Wiki markup reduced to its words and the marks of headings and lists."""
+    text = html.unescape(text)  # the dump's own escapes are gone; these were typed by authors
     text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", text, flags=re.DOTALL)
     text = innermost_first(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", text)
-    text = innermost_first(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*\]\]", text)
+    caption = r"(?:[^\[\]]|\[\[[^\[\]]*\]\])*"  # may hold links
+    text = innermost_first(rf"\[\[(?:File|Image|Category|[a-z-]{{2,12}}):{caption}\]\]", text)
     text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
     text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
-    text = re.sub(r"<[^>]+>|'{2,}|^[=*#:;|!].*$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{2,}", "\n", text).strip()
+    text = re.sub(r"<[^>]+>|'{2,}", "", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def innermost_first(pattern: str, text: str) -> str:
@@ -246,10 +248,11 @@ def brown(work: Path) -> Path:
 
 
 def untagged(text: str) -> str:
-    """Words of ``word/tag`` text, with the quotes and spaces of ordinary print."""
-    words = " ".join(token.rsplit("/", 1)[0] for token in text.split())
-    words = words.replace("``", '"').replace("''", '"')
-    return re.sub(r" ([.,;:?!)])", r"\1", words)
+    """Words of ``word/tag`` text, a sentence a line, with the quotes and spaces of ordinary print."""
+    sentences = [" ".join(token.rsplit("/", 1)[0] for token in line.split()) for line in text.splitlines()]
+    words = "\n".join(sentence for sentence in sentences if sentence)
+    words = re.sub("`` ?", '"', re.sub(" ?''", '"', words))
+    return re.sub(r" ([.,;:?!)])", r"\1", words).replace("( ", "(")
 
 
 def write(path: Path, text: str) -> None:
