@@ -61,7 +61,8 @@ class Refusal:
 class Emission:
     """A checkpoint in the making. ``config`` is all of config.json; ``tensors`` are by checkpoint name.
 
-    ``notes`` say which other runtimes than transformers cannot load it, and why.
+    ``notes`` say which other runtimes than transformers cannot load it, and why. ``files`` are further text files by
+    name: the code of a class that is not a stock one, for which ``no_stock`` says why there is none.
     """
 
     target: str
@@ -69,6 +70,13 @@ class Emission:
     config: Mapping[str, Any]
     tensors: Mapping[str, Expr]
     notes: tuple[str, ...] = field(default=())
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    no_stock: str = ""
+
+    @property
+    def generated(self) -> bool:
+        """Whether the checkpoint carries the code of its class."""
+        return bool(self.files)
 
     @property
     def nbytes(self) -> int:

@@ -33,4 +33,6 @@ def emit(
         save_tokenizer(model, directory)
     text = json.dumps(emission.config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
+    for name, code in emission.files.items():
+        (directory / name).write_text(code, encoding="utf-8")
     write(emission.tensors, sources, directory, on_progress=on_progress, **options)

@@ -1,0 +1,7 @@
+"""Checkpoints that carry their own code: a readable torch module, written from the graph."""
+
+from __future__ import annotations
+
+from backends.torch_module.generate import Generated, generate
+
+__all__ = ["Generated", "generate"]

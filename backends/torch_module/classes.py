@@ -1,0 +1,141 @@
+"""Modules with the same program are one class. Sizes do not count: they become arguments from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from backends.torch_module.layout import Layout
+from backends.torch_module.program import Body, Call, Extras, Item, Loop, inputs_of, outputs_of
+from compiler.ir.graph import Node, Param, Value
+
+SIZES = frozenset({"heads", "start", "stop", "shape", "count", "scale", "window"})
+"""Attributes that hold sizes, or what follows from sizes. Any other constant is part of what a class is."""
+
+WORDS = {
+    "self_attn": "Attention",
+    "attn": "Attention",
+    "attention": "Attention",
+    "self_attention": "Attention",
+    "mlp": "MLP",
+    "feed_forward": "MLP",
+    "experts": "Experts",
+}
+ACTIVE = {"latent_attention": "Latent", "experts": "Sparse"}
+
+
+@dataclass
+class ModuleClass:
+    """A class and the modules that are instances of it, in order."""
+
+    name: str
+    bodies: list[Body] = field(default_factory=list[Body])
+
+    @property
+    def first(self) -> Body:
+        return self.bodies[0]
+
+
+def classes_of(model: Body, layout: Layout, extras: Extras) -> dict[str, ModuleClass]:
+    """The class of every module within ``model`` (by path), innermost first. Layers of a stack are modules too."""
+    by_key: dict[Any, ModuleClass] = {}
+    found: dict[str, ModuleClass] = {}
+    for body in _innermost_first(model):
+        key = _key(body, found, layout, extras)
+        module = by_key.setdefault(key, ModuleClass(""))
+        module.bodies.append(body)
+        found[body.path] = module
+    _give_names(list(by_key.values()))
+    return found
+
+
+def _innermost_first(body: Body) -> Iterator[Body]:
+    for item in body.items:
+        for inner in _bodies(item):
+            yield from _innermost_first(inner)
+            yield inner
+
+
+def _bodies(item: Item) -> list[Body]:
+    return [item.body] if isinstance(item, Call) else item.layers if isinstance(item, Loop) else []
+
+
+def _key(body: Body, classes: dict[str, ModuleClass], layout: Layout, extras: Extras) -> Any:
+    """What makes modules alike: a description with values and attributes by number."""
+    numbers: dict[Value, int] = {}
+    inputs = [(str(value.type.dtype), value.type.rank) for value in body.inputs]
+    for value in body.inputs:
+        numbers[value] = len(numbers)
+    items: list[Any] = []
+    for item in body.items:
+        read = [numbers[value] for value in inputs_of(item, extras)]
+        items.append((_what(item, body.path, classes, layout), read))
+        for value in outputs_of(item):
+            numbers[value] = len(numbers)
+    place = "layer" if body.path.rpartition(".")[2].isdigit() else body.path.rpartition(".")[2]
+    return repr((place, inputs, items, [numbers[value] for value in body.outputs]))
+
+
+def _what(item: Item, path: str, classes: dict[str, ModuleClass], layout: Layout) -> Any:
+    if isinstance(item, Call):
+        return "call", item.name, id(classes[item.body.path])
+    if isinstance(item, Loop):
+        return "loop", item.name, [id(classes[layer.path]) for layer in item.layers]
+    attributes = [(name, _shown(name, item.attr(name))) for name in item.op.attrs]
+    leaf = layout.leaves.get(item)
+    held = (leaf.path.removeprefix(path), sorted(leaf.weights)) if leaf else ()
+    operands = [_operand(value, path, layout) for value in item.inputs]
+    return item.op.name, attributes, held, operands
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "window":
+        return "size"  # the mask, which is handed in, and the cache follow it; the attention itself does not
+    if name not in SIZES:
+        return str(value) if isinstance(value, torch.dtype) else value
+    if isinstance(value, tuple):
+        return [dim if isinstance(dim, str) or dim == 1 else "size" for dim in value]
+    return value if isinstance(value, str) or value == 0 else "size"
+
+
+def _operand(value: Value | None, path: str, layout: Layout) -> str:
+    if isinstance(value, Param):
+        return layout.bare[value].removeprefix(path) if value in layout.bare else "weight"
+    return "none" if value is None else "value"
+
+
+def operations(body: Body) -> Iterator[Node]:
+    """Every operation within a body."""
+    for inner in body.walk():
+        yield from (item for item in inner.items if isinstance(item, Node))
+
+
+def _give_names(classes: list[ModuleClass]) -> None:
+    by_base: dict[str, list[ModuleClass]] = {}
+    for module in classes:
+        by_base.setdefault(_base_name(module.first.path), []).append(module)
+    for base, same in by_base.items():
+        prefixes = [_prefix(module, same) for module in same]
+        for index, module in enumerate(same):
+            number = prefixes[:index].count(prefixes[index])
+            module.name = f"{prefixes[index]}{base}{number + 1 if number else ''}"
+
+
+def _base_name(path: str) -> str:
+    last = path.rpartition(".")[2]
+    if last.isdigit():
+        return "DecoderLayer"
+    return WORDS.get(last) or "".join(part[:1].upper() + part[1:] for part in last.split("_"))
+
+
+def _prefix(module: ModuleClass, same: list[ModuleClass]) -> str:
+    """What sets a class apart from others of its kind, in a word or two."""
+    own = {node.op.name for node in operations(module.first)}
+    others = [{node.op.name for node in operations(other.first)} for other in same if other is not module]
+    words = [word for op, word in ACTIVE.items() if op in own and any(op not in other for other in others)]
+    if "rope" not in own and any("rope" in other for other in others):
+        words.append("Unrotated")
+    return "".join(words)

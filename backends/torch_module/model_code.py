@@ -1,0 +1,130 @@
+"""The classes at the top of a generated model: how its stack is run, and what is before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from backends.torch_module.classes import ModuleClass
+from backends.torch_module.code import call
+from backends.torch_module.forward import Forward
+from backends.torch_module.module import ClassWriter, Model
+from backends.torch_module.program import Body, Call, Loop
+from compiler.errors import TargetError
+from compiler.ir.graph import Node, Value
+
+
+class TopWriter(ClassWriter):
+    """``__init__`` and ``forward`` statements of a class whose frame a template has."""
+
+    def __init__(self, model: Model, body: Body, names: dict[Value, str]) -> None:
+        super().__init__(model, ModuleClass("", [body]))
+        self.names = names
+        self.tables: list[Node] = []
+
+    def statements(self) -> tuple[list[str], str]:
+        """The statements of forward, and its result as code."""
+        body = self.module.first
+        self.tables = self._varying_tables(body)
+        rest = [item for item in body.items if not isinstance(item, Node) or item not in self.tables]
+        handled = {value: "" for table in self.tables for value in table.outputs}
+        forward = Forward(replace(body, items=rest), {**handled, **self.names}, self.context())
+        lines = forward.statements()
+        return lines, forward.result(body.outputs[0])
+
+    def init_statements(self) -> list[str]:
+        """The statements of ``__init__`` after that of the base class."""
+        assigned = [f"        self.{name} = {code}" for name, code in self.attributes.items()]
+        return [*assigned, *(line for lines in [*self._children(), *self._stacks()] for line in lines)]
+
+    def _stacks(self) -> list[list[str]]:
+        return [self._stack(item) for item in self.module.first.items if isinstance(item, Loop)]
+
+    def _stack(self, loop: Loop) -> list[str]:
+        classes = _distinct(self.model, loop)
+        prefix = self.model.prefix
+        if len(classes) == 1:
+            layer = f"{prefix}{classes[0].name}(config, layer_idx) for layer_idx in range(config.num_hidden_layers)"
+            return [f"        self.{loop.name} = nn.ModuleList({layer})"]
+        entries = [f'"{module.name}": {prefix}{module.name}' for module in classes]
+        lines = call(8, "kinds = {", entries, "}")
+        layer = "kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds)"
+        for body in loop.layers:
+            self.model.sizes.note("layer_kinds", body.path, self.model.classes[body.path].name)
+        return [*lines, f"        self.{loop.name} = nn.ModuleList({layer})"]
+
+    # --- what differs between the layers of a stack ------------------------------------------------------------
+
+    def _varying_tables(self, body: Body) -> list[Node]:
+        """The rotary tables of which layers read different ones."""
+        loops = [item for item in body.items if isinstance(item, Loop)]
+        tables = [item for item in body.items if isinstance(item, Node) and item.op.name == "rope_table"]
+        read = {table for table in tables for loop in loops for layer in loop.layers if _reads(layer, table)}
+        return [table for table in tables if table in read] if len(read) > 1 else []
+
+    def loop_lines(self, loop: Loop, names: dict[Value, str]) -> list[str]:
+        """The layers one after another, each with the mask and the rotary table it attends with."""
+        before: list[str] = []
+        choices: list[tuple[str, str]] = []
+        inside: list[str] = []
+        masks = self.model.extras.masks
+        if len(masks) > 1:
+            before.append("windows = self.config.attention_windows")
+            made = "causal_mask(input_ids, attention_mask, past_key_values, windows.index(window), window)"
+            before += ["masks = {", f"    window: {made}", "    for window in set(windows)", "}"]
+            choices.append(("window", "windows"))
+        if self.tables:
+            before += self._table_lines()
+            choices.append(("kind", "self.config.rotary_kinds"))
+            self._note_tables(loop)
+            inside.append("cos, sin = tables[kind]")
+        passed = [self._passed(loop, index, names) for index in range(len(self.model.arguments(loop.layers[0])))]
+        inside += call(0, f"{names[loop.entering]} = layer(", passed)
+        head = "for layer in self.layers:".replace("layers", loop.name)
+        if choices:
+            targets = ", ".join(["layer", *(target for target, _ in choices)])
+            sources = ", ".join([f"self.{loop.name}", *(source for _, source in choices)])
+            head = f"for {targets} in zip({sources}, strict=True):"
+        return [*before, head, *(f"    {line}" for line in inside)]
+
+    def _passed(self, loop: Loop, index: int, names: dict[Value, str]) -> str:
+        """What stands for one argument of the layers."""
+        arguments = [self.model.arguments(layer)[index] for layer in loop.layers]
+        name = arguments[0][0]
+        given = {value for _, value in arguments if value is not None}
+        if name == "hidden_states":
+            return names[loop.entering]
+        if given <= set(self.model.extras.masks.values()):
+            return names[given.pop()] if len(self.model.extras.masks) == 1 else "masks[window]"
+        if given <= {value for table in self.tables for value in table.outputs}:
+            return name
+        if len(given) > 1:
+            raise TargetError(f"the layers of {loop.name} read different values as {name}")
+        return names[given.pop()]
+
+    def _table_lines(self) -> list[str]:
+        leaves = [self.model.layout.leaves[table] for table in self.tables]
+        entries = [f'"{leaf.name}": self.{leaf.name}(position_ids)' for leaf in leaves]
+        return call(0, "tables = {", entries, "}")
+
+    def _note_tables(self, loop: Loop) -> None:
+        for layer in loop.layers:
+            used = next((table for table in self.tables if _reads(layer, table)), self.tables[0])
+            self.model.sizes.note("rotary_kinds", layer.path, self.model.layout.leaves[used].name)
+
+
+def _reads(layer: Body, table: Node) -> bool:
+    return any(value in layer.inputs for value in table.outputs)
+
+
+def _distinct(model: Model, loop: Loop) -> Sequence[ModuleClass]:
+    found: list[ModuleClass] = []
+    for layer in loop.layers:
+        if model.classes[layer.path] not in found:
+            found.append(model.classes[layer.path])
+    return found
+
+
+def without_calls(body: Body) -> Body:
+    """``body`` without the submodules that it calls: what a template calls itself."""
+    return replace(body, items=[item for item in body.items if not isinstance(item, Call)])

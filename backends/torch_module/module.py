@@ -1,0 +1,357 @@
+"""The source of a modeling file: every distinct module as a class, and the classes that transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from backends.torch_module.classes import ModuleClass
+from backends.torch_module.code import call, identifier
+from backends.torch_module.forward import Context, Forward
+from backends.torch_module.layout import Layout, Leaf, below
+from backends.torch_module.names import argument_name
+from backends.torch_module.program import Body, Call, Extras, Item, Loop
+from backends.torch_module.sizes import Sizes, likely
+from compiler.errors import TargetError
+from compiler.ir.graph import Node, Param, Value
+from compiler.ir.layers import layer_of
+from compiler.weights.evaluate import evaluate
+from compiler.weights.source import Source
+
+ORDER = ("hidden_states", "cos", "sin", "position_ids", "attention_mask", "past_key_values")
+TYPES = {"past_key_values": "Cache | None", "attention_mask": "torch.Tensor | None"}
+OPERAND_SIZES = {
+    ("experts", 3): ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
+    ("experts", 4): ("num_experts", "hidden_size", "moe_intermediate_size"),
+    ("experts", 5): ("num_experts", "2 * moe_intermediate_size"),
+    ("experts", 6): ("num_experts", "hidden_size"),
+    ("attention", 5): ("num_attention_heads",),
+}
+"""What the sizes of weights are that operations take without a module around them."""
+
+Argument = tuple[str, Value | None]
+
+
+@dataclass
+class Model:
+    """Everything about one generated model that its classes share. ``helpers`` collects what they use."""
+
+    prefix: str
+    layout: Layout
+    extras: Extras
+    sizes: Sizes
+    classes: dict[str, ModuleClass]
+    stacks: dict[str, Loop]
+    sources: Mapping[str, Source]
+    helpers: set[str] = field(default_factory=set[str])
+
+    def arguments(self, body: Body) -> list[Argument]:
+        """What a module is called with, by name. Layers of one stack all take the same, used or not."""
+        stack = self.stacks.get(body.path.rpartition(".")[0])
+        own = self._named(body, stack)
+        if stack is None:
+            return own
+        names = {name for layer in stack.layers for name, _ in self._named(layer, stack)}
+        given = dict(own)
+        return [(name, given.get(name)) for name in sorted(names, key=_place)]
+
+    def _named(self, body: Body, stack: Loop | None) -> list[Argument]:
+        carried = {layer.outputs[0] for layer in stack.layers} | {stack.entering} if stack else set[Value]()
+        found: dict[str, Value] = {}
+        for value in sorted(body.inputs, key=lambda value: value not in carried):
+            kind = "hidden_states" if value in carried else argument_name(value, body, self.extras)
+            name = next(n for n in (kind, *(f"{kind}_{i}" for i in range(2, 99))) if n not in found)
+            found[name] = value
+        return sorted(found.items(), key=lambda pair: _place(pair[0]))
+
+
+def _place(name: str) -> tuple[int, str]:
+    base = name.rstrip("0123456789").rstrip("_")
+    return (ORDER.index(base) if base in ORDER else len(ORDER)), name
+
+
+class ClassWriter:
+    """Writes ``__init__`` and ``forward`` of one class."""
+
+    def __init__(self, model: Model, module: ModuleClass) -> None:
+        self.model = model
+        self.module = module
+        self.layered = any(layer_of(body.path) is not None for body in module.bodies)
+        self.attributes: dict[str, str] = {}
+        self.children: dict[str, list[str]] = {}
+        if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
+            self.attributes["layer_idx"] = "layer_idx"
+
+    def _items(self) -> list[Item]:
+        return self.module.first.items
+
+    def source(self, base: str, doc: str) -> list[str]:
+        """The whole class."""
+        forward = self.forward_lines()
+        return [
+            f"class {self.model.prefix}{self.module.name}({base}):",
+            f'    """{doc}"""',
+            "",
+            *self.init_lines(),
+            "",
+            *forward,
+        ]
+
+    # --- forward -------------------------------------------------------------------------------------------
+
+    def forward_lines(self) -> list[str]:
+        body = self.module.first
+        arguments = self.model.arguments(body)
+        names = {value: name for name, value in arguments if value is not None}
+        forward = Forward(body, names, self.context())
+        lines = forward.statements()
+        results = ", ".join(forward.result(value) for value in body.outputs)
+        shown = [f"{name}: {_annotation(name)}" for name, _ in arguments]
+        returned = "torch.Tensor" if len(body.outputs) == 1 else "tuple[torch.Tensor, ...]"
+        head = call(4, "def forward(", ["self", *shown], f") -> {returned}:")
+        return [*head, *(f"        {line}" for line in lines), f"        return {results}"]
+
+    def context(self) -> Context:
+        self.child_of: dict[str, Leaf] = {}
+        return Context(
+            parameter=self._parameter,
+            leaf=self._leaf,
+            size=self._size,
+            helper=self._helper,
+            arguments=lambda item: [value for _, value in self.model.arguments(item.body)],
+            loop=self.loop_lines,
+            extras=self.model.extras,
+        )
+
+    def loop_lines(self, loop: Loop, names: dict[Value, str]) -> list[str]:
+        """The call of a stack's layers. Overridden where layers differ in what they are given."""
+        raise TargetError(f"a stack of layers within {self.module.first.path}")
+
+    def _helper(self, name: str) -> str:
+        self.model.helpers.add(name)
+        return name
+
+    def _relative(self, path: str) -> str:
+        base = self.module.first.path
+        if not below(path, base):
+            raise TargetError(f"{path} is used in {base or 'the model'}, outside of the module that holds it")
+        return f"self.{path.removeprefix(base).lstrip('.')}"
+
+    def _parameter(self, param: Param) -> str:
+        for leaf in self.model.layout.leaves.values():
+            for name, held in leaf.weights.items():
+                if held is param and param not in self.model.layout.bare:
+                    return f"{self._relative(leaf.path)}.{name}"
+        return self._relative(self.model.layout.bare[param])
+
+    def _leaf(self, node: Node) -> str | None:
+        leaf = self.model.layout.leaves.get(node)
+        return None if leaf is None else self._relative(leaf.path)
+
+    def _size(self, index: int, name: str, place: int | None) -> str:
+        """A number at item ``index``: the same in all instances, an expression of quantities, or a quantity of its own."""
+        values = {body.path: _number_at(body.items[index], name, place) for body in self.module.bodies}
+        item = self._items()[index]
+        distinct = set(values.values())
+        if name == "scale":
+            return self._scale(values)
+        if len(distinct) == 1 and not _is_size(item, name):
+            return str(distinct.pop())
+        hints = ("num_experts_per_tok",) if name == "count" else _heads_of(item)
+        return self._attribute(values, hints, f"{_word(item)}_{name}")
+
+    def _scale(self, values: dict[str, Any]) -> str:
+        hints = ("head_dim**-0.5", "(qk_nope_head_dim + qk_rope_head_dim) ** -0.5")
+        expression = self.model.sizes.expression(values, hints)
+        if expression is None and len(set(values.values())) == 1:
+            self.attributes["scaling"] = repr(next(iter(values.values())))
+        else:
+            self.attributes["scaling"] = self.model.sizes.reference(expression or self._own(values, "attention_scale"))
+        return "self.scaling"
+
+    def _attribute(self, values: dict[str, Any], hints: tuple[str, ...], word: str) -> str:
+        expression = self.model.sizes.expression(values, hints)
+        if expression is None and len(set(values.values())) == 1:
+            return str(next(iter(values.values())))
+        expression = expression or self._own(values, word)
+        name = expression if expression.isidentifier() else word
+        self.attributes[name] = self.model.sizes.reference(expression)
+        return f"self.{name}"
+
+    def _own(self, values: dict[str, Any], word: str) -> str:
+        """A new quantity for numbers that no expression of known ones gives."""
+        sizes = self.model.sizes
+        word = identifier(word)
+        name = next(n for n in (word, *(f"{word}_{i}" for i in range(2, 99))) if not _known(sizes, n))
+        for path, value in values.items():
+            sizes.note(name, path, value)
+        return name
+
+    # --- __init__ ------------------------------------------------------------------------------------------
+
+    def init_lines(self) -> list[str]:
+        children = [line for lines in self._children() for line in lines]
+        index = ", layer_idx: int" if self.layered else ""
+        head = f"    def __init__(self, config: {self.model.prefix}Config{index}) -> None:"
+        assigned = [f"        self.{name} = {code}" for name, code in self.attributes.items()]
+        return [head, "        super().__init__()", *assigned, *children]
+
+    def _children(self) -> Iterator[list[str]]:
+        done: set[str] = set()
+        for index, item in enumerate(self._items()):
+            if isinstance(item, Call):
+                arguments = "config, layer_idx" if layer_of(item.body.path) else "config"
+                name = self.model.classes[item.body.path].name
+                yield [f"        self.{item.name} = {self.model.prefix}{name}({arguments})"]
+            elif isinstance(item, Node):
+                yield from self._held(index, item, done)
+
+    def _held(self, index: int, node: Node, done: set[str]) -> Iterator[list[str]]:
+        leaf = self.model.layout.leaves.get(node)
+        if leaf is not None and leaf.path not in done:
+            done.add(leaf.path)
+            made = self._constructed(index, leaf)
+            yield call(8, f"{self._relative(leaf.path)} = {made[0]}(", made[1])
+        for position, value in enumerate(node.inputs):
+            path = self.model.layout.bare.get(value) if isinstance(value, Param) else None
+            if path is not None and path not in done:
+                done.add(path)
+                yield [f"        {self._relative(path)} = nn.Parameter(torch.empty({self._shape(index, position)}))"]
+
+    def _shape(self, index: int, position: int) -> str:
+        rank = self._items_param(self.module.first, index, position).type.rank
+        item = self._items()[index]
+        hints = OPERAND_SIZES.get((item.op.name, position), ()) if isinstance(item, Node) else ()
+        shown = [self._dimension(index, position, axis, hints[axis : axis + 1]) for axis in range(rank)]
+        return ", ".join(shown) or "()"
+
+    def _items_param(self, body: Body, index: int, position: int) -> Param:
+        item = body.items[index]
+        value = item.inputs[position] if isinstance(item, Node) else None
+        if not isinstance(value, Param):
+            raise TargetError(f"{body.path} has no parameter where others of its class have one")
+        return value
+
+    def _dimension(self, index: int, position: int, axis: int, hints: tuple[str, ...]) -> str:
+        """One size of a parameter, as code within ``__init__``."""
+        values: dict[str, Any] = {
+            body.path: self._items_param(body, index, position).type.static_shape[axis] for body in self.module.bodies
+        }
+        expression = self.model.sizes.expression(values, hints)
+        if expression is None and len(set(values.values())) == 1:
+            return str(next(iter(values.values())))
+        param = self._items_param(self.module.first, index, position)
+        word = "_".join(param.name.split(".")[-3:-1]) + f"_size_{axis}"
+        return self.model.sizes.reference(expression or self._own(values, word))
+
+    def _constructed(self, index: int, leaf: Leaf) -> tuple[str, list[str]]:
+        """The class of a leaf and its arguments."""
+        node = self._items()[index]
+        assert isinstance(node, Node)
+        rows, columns = likely(self.model.sizes.roles.get(next(iter(leaf.weights.values())), set()))
+        match leaf.op:
+            case "linear" | "latent_attention":
+                position = 1 if leaf.op == "linear" else 3
+                width = self._dimension(index, position, 1, tuple(columns))
+                height = self._dimension(index, position, 0, tuple(rows))
+                return "nn.Linear", [width, height, f"bias={'bias' in leaf.weights}"]
+            case "embedding":
+                shape = [self._dimension(index, 0, axis, tuple((rows, columns)[axis])) for axis in (0, 1)]
+                return "nn.Embedding", shape
+            case "rms_norm":
+                self.model.helpers.add("OffsetRMSNorm" if node.attr("offset") else "RMSNorm")
+                offset = [f"offset={node.attr('offset')}"] if node.attr("offset") else []
+                name = f"{self.model.prefix}{'Offset' if offset else ''}RMSNorm"
+                return name, [self._dimension(index, 1, 0, ()), f"eps={node.attr('eps')}", *offset]
+            case "layer_norm":
+                bias = [] if "bias" in leaf.weights else ["bias=False"]
+                return "nn.LayerNorm", [self._dimension(index, 1, 0, ()), f"eps={node.attr('eps')}", *bias]
+            case "rope_table":
+                self.model.helpers.add("RotaryEmbedding")
+                return f"{self.model.prefix}RotaryEmbedding", self._rotary(index, leaf, node)
+            case _:
+                return self._convolution(leaf, node)
+
+    def _rotary(self, index: int, leaf: Leaf, node: Node) -> list[str]:
+        name = (
+            "rope_frequencies" if leaf.name == "rotary_emb" else f"{leaf.name.removesuffix('_rotary_emb')}_frequencies"
+        )
+        for body in self.module.bodies:
+            (values,) = evaluate([self._items_param(body, index, 1).expr], self.model.sources)
+            self.model.sizes.note(name, body.path, values.float().tolist())
+        scale = node.attr("scale")
+        shown = [f"scale={scale}"] if scale != 1.0 else []
+        return [self.model.sizes.reference(name), *shown]
+
+    def _convolution(self, leaf: Leaf, node: Node) -> tuple[str, list[str]]:
+        rows, inner, *kernel = leaf.weights["weight"].type.static_shape
+        groups = node.attr("groups")
+        options = [f"{name}={_plain(node.attr(name))}" for name in ("stride", "padding", "dilation")]
+        defaults = {"stride=1", "padding=0", "dilation=1"}
+        shown = [option for option in options if option not in defaults]
+        shown += [f"groups={groups}"] if groups != 1 else []
+        bias = [] if "bias" in leaf.weights else ["bias=False"]
+        size = f"kernel_size={_plain(tuple(kernel))}"
+        return f"nn.Conv{len(kernel)}d", [str(inner * groups), str(rows), size, *shown, *bias]
+
+
+def _plain(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else str(values)
+
+
+def _annotation(name: str) -> str:
+    base = name.rstrip("0123456789").rstrip("_")
+    return TYPES.get(base, "torch.Tensor")
+
+
+def _number_at(item: Item, name: str, place: int | None) -> Any:
+    assert isinstance(item, Node)
+    if name == "width":
+        return item.attr("stop") - item.attr("start")
+    value = item.attr(name)
+    return value if place is None else value[place]
+
+
+def _is_size(item: Item, name: str) -> bool:
+    if name == "count":  # of a top-k that chooses experts
+        return isinstance(item, Node) and any(user.op.name == "experts" for user in item.outputs[1].users)
+    return name in ("heads", "width", "start", "stop", "shape")
+
+
+def _heads_of(item: Item) -> tuple[str, ...]:
+    """Whose heads a ``split_heads`` makes: those of the operand of attention that it becomes."""
+    if not isinstance(item, Node) or item.op.name != "split_heads":
+        return ()
+    pending, seen = list(item.output.users), set[Node]()
+    while pending:
+        node = pending.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op.name == "attention":
+            ours = {value for value in node.inputs[:1] if value}
+            return ("num_attention_heads",) if _reaches(item, ours) else ("num_key_value_heads",)
+        if node.op.name in ("rope", "rms_norm", "layer_norm", "slice", "concat"):
+            pending += [user for output in node.outputs for user in output.users]
+    return ("num_attention_heads",)
+
+
+def _reaches(node: Node, values: set[Value]) -> bool:
+    """Whether ``node`` is among what makes ``values``, by way of operations that keep heads apart."""
+    pending = list(values)
+    while pending:
+        maker = pending.pop().node
+        if maker is node:
+            return True
+        if maker is not None and maker.op.name in ("rope", "rms_norm", "layer_norm", "slice", "concat", "mul"):
+            pending += [value for value in maker.inputs if value is not None and not isinstance(value, Param)]
+    return False
+
+
+def _word(item: Item) -> str:
+    return item.op.name if isinstance(item, Node) else "size"
+
+
+def _known(sizes: Sizes, name: str) -> bool:
+    return name in sizes.everywhere or name in sizes.by_layer

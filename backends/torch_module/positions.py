@@ -1,0 +1,58 @@
+"""Which values are token positions: found by computing them, since families count them in different ways."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph, Value
+from compiler.ir.layers import subgraph
+
+SIZES = ((2, 5), (3, 8))
+MAKERS = frozenset({"arange", "full", "reshape", "expand", "cumsum", "sub", "add", "cast", "transpose"})
+
+
+def positions(graph: Graph, tokens: str) -> set[Value]:
+    """The int64 values [B, T] or [1, T] that hold 0, 1, 2, ... in every row, whatever B and T are.
+
+    ``tokens`` names an input [B, T], whose shape the others follow.
+    """
+    batch, length = graph.inputs[tokens].shape
+    constant: set[Value] = set()
+    found: set[Value] = set()
+    for node in graph.nodes:
+        if node.op.name in MAKERS and all(value in constant for value in node.inputs):
+            constant.update(node.outputs)
+            if node.output.type.dtype == torch.int64 and node.output.shape in ((batch, length), (1, length)):
+                found |= {node.output} if _counts(graph, node.output, tokens) else set()
+    return found
+
+
+def _counts(graph: Graph, value: Value, tokens: str) -> bool:
+    """Whether ``value`` counts the tokens, at two sizes of the input."""
+    part = _made_of(graph, value)
+    part.add_input(tokens, graph.inputs[tokens].type)
+    for batch, length in SIZES:
+        given = {tokens: torch.zeros(batch, length, dtype=graph.inputs[tokens].type.dtype)}
+        made: Tensor = run(part, given)["y"]
+        if not torch.equal(made, torch.arange(length).expand_as(made)):
+            return False
+    return True
+
+
+def _made_of(graph: Graph, value: Value) -> Graph:
+    """What makes ``value``, as a graph of its own with the output ``y``."""
+    needed = {value}
+    nodes = [
+        node for node in reversed(list(graph.nodes)) if needed & set(node.outputs) and not needed.update(_of(node))
+    ]
+    nodes.reverse()
+    part = subgraph(graph, nodes, "positions")
+    last = list(part.nodes)[-1]
+    part.outputs = {"y": last.output}
+    return part
+
+
+def _of(node: object) -> list[Value]:
+    return [value for value in getattr(node, "inputs", ()) if value is not None]

@@ -1,0 +1,191 @@
+"""Numbers of a graph under the names that configs use: hidden_size, num_attention_heads, kv_lora_rank, ...
+
+A quantity that is the same in all layers is one number in the config; one that differs is a list with an entry for each
+layer. A number in the code is written as an expression of quantities when that is right for every place it stands for.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backends.torch_module.layout import Layout
+from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import layer_of
+from compiler.ir.roles import roles
+from compiler.ir.sites import attention_sites, expert_sites, latent_sites, mlp_sites
+
+Number = int | float
+
+COMMON = (
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "num_attention_heads * head_dim",
+    "num_key_value_heads * head_dim",
+    "num_key_value_heads * v_head_dim",
+    "num_attention_heads * v_head_dim",
+    "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
+    "num_attention_heads * (qk_nope_head_dim + v_head_dim)",
+    "kv_lora_rank + qk_rope_head_dim",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim + qk_rope_head_dim",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "head_dim",
+    "moe_intermediate_size",
+    "2 * moe_intermediate_size",
+    "num_experts",
+    "max_position_embeddings",
+)
+BY_ROLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention.query": (
+        ("num_attention_heads * head_dim", "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)"),
+        (),
+    ),
+    "attention.key": (("num_key_value_heads * head_dim",), ()),
+    "attention.value": (("num_key_value_heads * head_dim", "num_key_value_heads * v_head_dim"), ()),
+    "attention.output": (
+        ("hidden_size",),
+        ("num_attention_heads * head_dim", "num_attention_heads * v_head_dim"),
+    ),
+    "attention.query_down": (("q_lora_rank",), ()),
+    "attention.query_up": (("num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",), ("q_lora_rank",)),
+    "attention.kv_down": (("kv_lora_rank + qk_rope_head_dim", "kv_lora_rank", "qk_rope_head_dim"), ()),
+    "attention.kv_up": (("num_attention_heads * (qk_nope_head_dim + v_head_dim)",), ("kv_lora_rank",)),
+    "mlp.gate": (("intermediate_size",), ()),
+    "mlp.up": (("intermediate_size",), ()),
+    "mlp.down": (("hidden_size",), ("intermediate_size",)),
+    "router": (("num_experts",), ()),
+    "embedding": (("vocab_size", "max_position_embeddings"), ("hidden_size",)),
+    "head": (("vocab_size",), ("hidden_size",)),
+}
+"""For matrices of a role, what rows and columns are likely to be."""
+
+
+@dataclass
+class Sizes:
+    """``everywhere`` are quantities of the whole model, ``by_layer`` those of one layer, by name and layer number."""
+
+    layout: Layout
+    roles: dict[Param, set[str]]
+    layers: int
+    everywhere: dict[str, Any] = field(default_factory=dict[str, Any])
+    by_layer: dict[str, dict[int, Any]] = field(default_factory=dict[str, dict[int, Any]])
+
+    def note(self, name: str, path: str, value: Any) -> None:
+        """Record a quantity of the layer that ``path`` lies in, or of the model. The first of a name stays."""
+        layer = layer_of(path)
+        if layer is None:
+            self.everywhere.setdefault(name, value)
+        else:
+            self.by_layer.setdefault(name, {}).setdefault(layer.index, value)
+
+    def at(self, path: str) -> dict[str, Any]:
+        """The quantities that hold at ``path``."""
+        layer = layer_of(path)
+        local = {name: found[layer.index] for name, found in self.by_layer.items() if layer and layer.index in found}
+        return {**self.everywhere, **local}
+
+    def varies(self, name: str) -> bool:
+        """Whether the config has a list of ``name``, an entry for each layer."""
+        found = self.by_layer.get(name, {})
+        return name not in self.everywhere and len({repr(value) for value in found.values()}) > 1
+
+    def reference(self, expression: str) -> str:
+        """An expression of quantities as code within ``__init__(self, config, layer_idx)``."""
+        return re.sub(r"[a-z_]\w*", lambda found: self._name(found[0]), expression)
+
+    def _name(self, name: str) -> str:
+        return f"config.{name}[layer_idx]" if self.varies(name) else f"config.{name}"
+
+    def expression(self, places: Mapping[str, Number], candidates: Iterable[str] = ()) -> str | None:
+        """An expression that has the given value at every path of ``places``, the likeliest first."""
+        known = {path: self.at(path) for path in places}
+        for candidate in (*candidates, *COMMON):
+            if all(evaluated(candidate, known[path]) == value for path, value in places.items()):
+                return candidate
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """What the config holds of all this."""
+        found = dict(self.everywhere)
+        for name, values in self.by_layer.items():
+            if self.varies(name):
+                found[name] = [values.get(index) for index in range(self.layers)]
+            else:
+                found.setdefault(name, next(iter(values.values())))
+        return found
+
+
+def likely(role_names: set[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What rows and columns of a matrix of these roles may be called."""
+    pairs = [BY_ROLE[name] for name in sorted(role_names) if name in BY_ROLE]
+    rows = [candidate for pair in pairs for candidate in pair[0]]
+    return rows, [candidate for pair in pairs for candidate in pair[1]]
+
+
+def evaluated(expression: str, names: Mapping[str, Any]) -> Number | None:
+    """The value of an expression of sums, products and powers; None when a name is unknown."""
+    return _value(ast.parse(expression, mode="eval").body, names)
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Number | None:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name(id=name):
+            found = names.get(name)
+            return found if isinstance(found, int | float) else None
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = _value(operand, names)
+            return None if value is None else -value
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _value(left, names), _value(right, names)
+            return None if a is None or b is None else _combined(op, a, b)
+        case _:
+            return None
+
+
+def _combined(op: ast.operator, a: Number, b: Number) -> Number:
+    if isinstance(op, ast.Add):
+        return a + b
+    return a * b if isinstance(op, ast.Mult) else a**b
+
+
+def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
+    """The quantities that attention, MLPs, experts and tables of the graph show."""
+    sizes = Sizes(layout, roles(graph), layers)
+    where = layout.container
+    for node in graph.nodes_named("embedding")[:1]:
+        rows, width = node.input(0).type.static_shape
+        sizes.everywhere |= {"vocab_size": rows, "hidden_size": width}
+    sizes.everywhere["num_hidden_layers"] = layers
+    for site in attention_sites(graph):
+        _note(sizes, where.get(site.node), num_attention_heads=site.heads, num_key_value_heads=site.groups)
+        _note(sizes, where.get(site.node), head_dim=site.head_dim)
+        if site.value_dim != site.head_dim:
+            _note(sizes, where.get(site.node), v_head_dim=site.value_dim)
+    for latent in latent_sites(graph):
+        _note(sizes, where.get(latent.node), num_attention_heads=latent.heads, kv_lora_rank=latent.rank)
+        _note(sizes, where.get(latent.node), qk_rope_head_dim=latent.rotary_dim, qk_nope_head_dim=latent.unrotated_dim)
+        _note(sizes, where.get(latent.node), v_head_dim=latent.value_dim)
+        if latent.query_down is not None:
+            _note(sizes, where.get(latent.node), q_lora_rank=latent.query_down.output.shape[-1])
+    for experts in expert_sites(graph):
+        width = experts.down.shape[-1]
+        _note(sizes, where.get(experts.node), num_experts=experts.count, moe_intermediate_size=width)
+        _note(sizes, where.get(experts.node), num_experts_per_tok=experts.active)
+    for mlp in mlp_sites(graph):
+        _note(sizes, where.get(mlp.down), intermediate_size=mlp.down.input(0).shape[-1])
+    return sizes
+
+
+def _note(sizes: Sizes, path: str | None, **quantities: Any) -> None:
+    for name, value in quantities.items():
+        if path is not None:
+            sizes.note(name, path, value)
