@@ -17,9 +17,7 @@ published methods and measured on a live cache for ours. All of it goes to bench
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
 import resource
 import shutil
 import sys
@@ -36,32 +34,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import COMMAND, ROOT, SMOLLM2, WORK, compress, run, show
-from benchmarks.fetch import DATA
+from benchmarks.common import COMMAND, ROOT, SMOLLM2, WORK, compress, run
+from benchmarks.mla_report import report
+from benchmarks.mla_windows import TEXTS, Windows, cut
 from benchmarks.peers_mla import mha2mla, transmla, whitened
 from benchmarks.peers_mla.attention import Shape, Size, shape_of
-from compiler.evaluate import cache_size, load_model, load_tokenizer
+from compiler.evaluate import cache_size, load_model
 
 RESULTS = ROOT / "benchmarks" / "results"
-HERE = WORK / "gqa-to-mla"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to score on: the windows start at the character ``start`` of data/FILE."""
-
-    file: str
-    start: int = 0
-
-
-TEXTS = {
-    "wikipedia": Text("wikipedia.txt", 1_500_000),
-    "persuasion": Text("persuasion.txt"),
-    "brown_k": Text("brown_k.txt"),
-    "brown_a": Text("brown_a.txt"),
-    "northanger": Text("northanger.txt"),
-}
-CALIBRATION = [f"brown_{genre}.txt" for genre in "bcdef"]
 
 
 @dataclass(frozen=True)
@@ -101,19 +81,6 @@ class Score:
     kl: float
     agreement: float
 
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Tokens of one run, all int64 [count, length], and the folder where they and the original's logits are kept."""
-
-    folder: Path
-    calibration: dict[int, Tensor]
-    texts: dict[str, Tensor]
-
 
 def main() -> None:
     options = parse()
@@ -124,17 +91,20 @@ def main() -> None:
     windows = cut(model, options)
     original = base(model, windows, options)
     shape = Shape(**original["shape"])
-    rows: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        for method, setting in jobs(shape, options):
-            started = time.strftime("%H:%M:%S")
-            print(f"{started} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
-            runner = ours if method == "ours" else peer
-            rows.append({"method": method, "seed": seed, **runner(model, windows, method, setting, seed, options)})
-    found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
+    found: dict[str, Any] = {
+        "model": str(options.model),
+        "settings": settings(options),
+        "original": original,
+        "methods": [],
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"mla-{options.name or time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps(found, indent=1))
+    for seed in options.seeds:
+        for method, setting in jobs(shape, options):
+            print(f"{time.strftime('%H:%M:%S')} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
+            runner = ours if method == "ours" else peer
+            rows.append({"method": method, "seed": seed, **runner(model, windows, method, setting, seed, options)})
+            path.write_text(json.dumps(found, indent=1))  # after each, so that a broken run loses nothing
     report(found)
     print(f"\n{path.relative_to(ROOT)}")
 
@@ -187,48 +157,6 @@ def plain_checkpoint(model: Path) -> Path:
     return WORK / name if (WORK / name / "config.json").exists() else compress(name, model, [])[0]
 
 
-def cut(model: Path, options: argparse.Namespace) -> Windows:
-    """The windows of this run. The same ones, with the original's logits, are kept from run to run."""
-    tokenizer = load_tokenizer(model)
-    texts = {name: (DATA / TEXTS[name].file).read_text(encoding="utf-8")[TEXTS[name].start :] for name in options.texts}
-    scored = {name: first(tokens(tokenizer, text), options) for name, text in texts.items()}
-    everything = "\n\n".join((DATA / file).read_text(encoding="utf-8") for file in CALIBRATION)
-    available = tokens(tokenizer, everything, options.length)
-    calibration = {seed: chosen(available, options.calibration, seed) for seed in options.seeds}
-    digest = hashlib.sha256(json.dumps([str(model), (model / "config.json").stat().st_mtime]).encode())
-    for ids in scored.values():
-        digest.update(ids.numpy().tobytes())
-    folder = HERE / digest.hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, ids in scored.items():
-        torch.save(ids, folder / f"{name}.pt")
-    for seed, ids in calibration.items():
-        torch.save(ids, folder / f"calibration-{seed}.pt")
-        (folder / f"calibration-{seed}.txt").write_text(tokenizer.decode(ids.flatten(), skip_special_tokens=True))
-    return Windows(folder, calibration, scored)
-
-
-def tokens(tokenizer: Any, text: str, length: int = 512) -> Tensor:
-    """``text`` as windows int64 [as many as there are, length], each behind the tokens that start any text."""
-    start = list(tokenizer("")["input_ids"])
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    rows = ids.unfold(0, length - len(start), length - len(start))
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
-
-
-def first(windows: Tensor, options: argparse.Namespace) -> Tensor:
-    if len(windows) < options.windows:
-        sys.exit(f"a text has {len(windows)} windows, {options.windows} are asked for")
-    return windows[: options.windows]
-
-
-def chosen(windows: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` windows, in the text's order: the first for seed 0, otherwise a random choice."""
-    if seed == 0:
-        return windows[:count]
-    return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
-
-
 def in_process(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Do ``job`` in a process of its own and return what it printed last."""
     job = {**job, "threads": options.threads}
@@ -237,19 +165,28 @@ def in_process(job: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 
 def base(model: Path, windows: Windows, options: argparse.Namespace) -> dict[str, Any]:
-    """The original's shape and losses; its logits are left in the windows' folder."""
+    """The original's shape and losses; its logits are left in the windows' folder, and not computed twice."""
     path = windows.folder / "original.json"
-    if not path.exists():
-        job = {"do": "base", "model": str(model), "folder": str(windows.folder), "texts": [*windows.texts]}
-        path.write_text(json.dumps(in_process(job, options)))
-    return json.loads(path.read_text())
+    known = json.loads(path.read_text()) if path.exists() else {"texts": {}}
+    missing = {name: file for name, file in windows.texts.items() if file not in known["texts"]}
+    if missing:
+        found = in_process({"do": "base", **where(model, windows), "texts": missing}, options)
+        losses = {missing[name]: losses for name, losses in found["texts"].items()}
+        known = {**found, "texts": {**known["texts"], **losses}}
+        path.write_text(json.dumps(known))
+    return {**known, "texts": {name: known["texts"][file] for name, file in windows.texts.items()}}
+
+
+def where(model: Path, windows: Windows) -> dict[str, Any]:
+    return {"model": str(model), "folder": str(windows.folder), "texts": windows.texts}
 
 
 def peer(
     model: Path, windows: Windows, method: str, setting: dict[str, Any], seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    job = {"do": "peer", "model": str(model), "folder": str(windows.folder), "texts": [*windows.texts]}
-    found = in_process({**job, "method": method, "seed": seed, **setting}, options)
+    job = {"do": "peer", **where(model, windows), "method": method, **setting}
+    job |= {"seed": seed, "calibration": windows.calibration[seed]}
+    found = in_process(job, options)
     return {"setting": {"rank": setting["rank"], "rope_dim": setting["rope_dim"]}, **found}
 
 
@@ -261,34 +198,34 @@ def ours(
     Cut from equal stretches of that text, the windows of ours hold an eighth fewer tokens than those of the peers.
     """
     length = options.ours_length
-    samples = max(1, windows.calibration[seed].numel() * 7 // 8 // length)
-    calibration = {"data": str(windows.folder / f"calibration-{seed}.txt"), "samples": samples, "length": length}
+    samples = max(1, options.calibration * options.length * 7 // 8 // length)
+    text = windows.folder / f"{windows.calibration[seed]}.txt"
     recipe = {
         "model": str(model),
-        "calibration": {**calibration, "seed": seed},
+        "calibration": {"data": str(text), "samples": samples, "length": length, "seed": seed},
         "passes": [{"gqa-to-mla": setting}],
         "emit": ["safetensors"],
     }
-    path, out = windows.folder / "ours.json", windows.folder / "ours"
+    out = windows.folder / f"ours-{options.name or 'latest'}"
+    path = out.with_suffix(".json")
     path.write_text(json.dumps(recipe))
     shutil.rmtree(out, ignore_errors=True)
     done = run([*COMMAND, str(path), "-o", str(out), "--quiet"], OMP_NUM_THREADS=str(options.threads))
-    job = {"do": "score", "model": str(out), "folder": str(windows.folder), "texts": [*windows.texts]}
-    found = in_process(job, options)
+    found = in_process({"do": "score", **where(out, windows)}, options)
     return {"setting": setting, "cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
 
 
 def do_job(job: dict[str, Any]) -> None:
     """What a process of its own does; prints its findings as JSON."""
     torch.set_num_threads(job["threads"])
-    folder, actions = Path(job["folder"]), {"base": do_base, "peer": do_peer, "score": do_score}
-    texts = {name: torch.load(folder / f"{name}.pt") for name in job["texts"]}
-    print(json.dumps(actions[job["do"]](job, folder, texts)))
+    actions = {"base": do_base, "peer": do_peer, "score": do_score}
+    texts = {name: Path(job["folder"]) / file for name, file in job["texts"].items()}
+    print(json.dumps(actions[job["do"]](job, texts)))
 
 
-def do_base(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def do_base(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
     model = load_model(job["model"])
-    losses = {name: keep_logits(model, ids, folder / f"{name}.npy") for name, ids in texts.items()}
+    losses = {name: keep_logits(model, file) for name, file in texts.items()}
     live = cache_size(model)
     return {
         "shape": asdict(shape_of(model)),
@@ -300,10 +237,11 @@ def do_base(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict
 
 
 @torch.inference_mode()
-def keep_logits(model: Any, windows: Tensor, path: Path) -> list[float]:
-    """Mean loss per window of the original; its logits go to ``path``, float32 [windows, length - 1, vocabulary]."""
+def keep_logits(model: Any, text: Path) -> list[float]:
+    """Mean loss per window of the original; its logits go beside, float32 [windows, length - 1, vocabulary]."""
+    windows = torch.load(text.with_suffix(".pt"))
     shape = (len(windows), windows.shape[1] - 1, model.config.get_text_config().vocab_size)
-    kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    kept = np.lib.format.open_memmap(text.with_suffix(".npy"), mode="w+", dtype=np.float32, shape=shape)
     losses: list[float] = []
     for index, ids in enumerate(windows):
         logits = next_logits(model, ids)
@@ -317,9 +255,9 @@ def next_logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
 
 
-def do_peer(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def do_peer(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
     model = load_model(job["model"])
-    windows = torch.load(folder / f"calibration-{job['seed']}.pt")
+    windows = torch.load(Path(job["folder"]) / f"{job['calibration']}.pt")
     before, heads = linear_parameters(model), shape_of(model)
     loaded = time.process_time()
     with torch.inference_mode():
@@ -334,11 +272,11 @@ def do_peer(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict
         "cache": job["cache"],
         "live": False,
         "linear_parameters": before + layers * (job["parameters"] - replaced),
-        "texts": scores(model, folder, texts),
+        "texts": scores(model, texts),
     }
 
 
-def do_score(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def do_score(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
     model = load_model(job["model"], trust_remote_code=True)
     live = cache_size(model)
     return {
@@ -346,7 +284,7 @@ def do_score(job: dict[str, Any], folder: Path, texts: dict[str, Tensor]) -> dic
         "live": True,
         "class": type(model).__name__,
         "linear_parameters": linear_parameters(model),
-        "texts": scores(model, folder, texts),
+        "texts": scores(model, texts),
     }
 
 
@@ -355,14 +293,15 @@ def linear_parameters(model: Any) -> int:
     return sum(weight.numel() for weight in model.base_model.layers.parameters() if weight.dim() == 2)
 
 
-def scores(model: Any, folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: asdict(score(model, ids, folder / f"{name}.npy")) for name, ids in texts.items()}
+def scores(model: Any, texts: dict[str, Path]) -> dict[str, Any]:
+    return {name: asdict(score(model, file)) for name, file in texts.items()}
 
 
 @torch.inference_mode()
-def score(model: Any, windows: Tensor, original: Path) -> Score:
-    """Compare ``model`` on ``windows`` [count, length] with the logits of the original in a file."""
-    kept = np.load(original, mmap_mode="r")
+def score(model: Any, text: Path) -> Score:
+    """Compare ``model`` with the logits of the original on the windows in the files of ``text``."""
+    windows = torch.load(text.with_suffix(".pt"))
+    kept = np.load(text.with_suffix(".npy"), mmap_mode="r")
     losses: list[float] = []
     kl = agreement = 0.0
     for index, ids in enumerate(windows):
@@ -372,43 +311,6 @@ def score(model: Any, windows: Tensor, original: Path) -> Score:
         ours, theirs = logits.log_softmax(-1), theirs.log_softmax(-1)
         kl += functional.kl_div(ours, theirs, reduction="sum", log_target=True).item() / len(ours)
     return Score(losses, kl / len(windows), agreement / len(windows))
-
-
-def report(found: dict[str, Any]) -> None:
-    """Print tables: loss above the original by text, the distances from it, and the costs."""
-    names = found["settings"]["texts"]
-    base = {name: mean(found["original"]["texts"][name]) for name in names}
-    head = ["method", "setting", "seed", "cache"]
-    increases, distances = [[*head, *names]], [[*head, *(f"{name}: ppl / KL / agreement" for name in names)]]
-    costs = [[*head, "CPU s", "of it converting", "peak MiB", "decoder matrices"]]
-    increases.append(["original", "", "", f"{found['original']['cache']:g}", *(f"{base[name]:.4f}" for name in names)])
-    for row in found["methods"]:
-        cells = [row["method"], setting_text(row["setting"]), str(row["seed"]), cache_text(row)]
-        increases.append([*cells, *(f"{mean(row['texts'][name]['losses']) - base[name]:+.4f}" for name in names)])
-        distances.append([*cells, *(distance_text(row["texts"][name]) for name in names)])
-        growth = row["linear_parameters"] / found["original"]["linear_parameters"] - 1
-        inner = f"{row['convert_cpu_seconds']:.0f}" if "convert_cpu_seconds" in row else "not measured"
-        costs.append([*cells, f"{row['cpu_seconds']:.0f}", inner, f"{row['peak_rss'] / 2**20:.0f}", f"{growth:+.1%}"])
-    show("Loss above the original, nats per token (first row: the original's loss)", increases)
-    show("Perplexity, KL(original || converted) in nats, agreement on the most likely token", distances)
-    show("Costs of conversion", costs)
-
-
-def mean(losses: Sequence[float]) -> float:
-    return sum(losses) / len(losses)
-
-
-def setting_text(setting: dict[str, Any]) -> str:
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in setting.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def cache_text(row: dict[str, Any]) -> str:
-    return "none" if row["cache"] is None else f"{row['cache']:g} {'live' if row['live'] else 'counted'}"
-
-
-def distance_text(text: dict[str, Any]) -> str:
-    return f"{np.exp(mean(text['losses'])):.2f} / {text['kl']:.3f} / {text['agreement']:.3f}"
 
 
 if __name__ == "__main__":

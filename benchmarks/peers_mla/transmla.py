@@ -2,7 +2,8 @@
 
 ``rope_dim`` of the rotated components keep positions; head_dim / rope_dim = c frequencies stand behind each. Frequency
 folding f merges f neighbouring frequencies into one rotation; f = c, 2c, 4c, … are tried for as long as the loss on a
-part of the calibration windows falls (the published tool tries them on the test set).
+part of the calibration windows falls (the published tool tries them on the test set). The published tool holds the
+queries, keys and values of all layers in memory; sums of their products are enough, so this one needs far less.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from benchmarks.peers_mla.attention import (
     Shape,
     Size,
     States,
-    attentions,
     half,
     layers_of,
     leading,
@@ -163,7 +163,8 @@ def project(model: Any, windows: Tensor, rank: int) -> None:
         moments[index] += moment(torch.cat([_flat(states.normed), states.values], dim=-1))
 
     observe(model, windows, see)
-    for attention, joint in zip(attentions(model), moments, strict=True):
+    for layer, joint in zip(layers_of(model), moments, strict=True):
+        attention: LatentAttention = layer.self_attn
         attention.back.copy_(projector(joint, attention.basis.double(), attention.rope_dim, rank))
 
 
