@@ -91,12 +91,8 @@ def main() -> None:
     windows = cut(model, options)
     original = base(model, windows, options)
     shape = Shape(**original["shape"])
-    found: dict[str, Any] = {
-        "model": str(options.model),
-        "settings": settings(options),
-        "original": original,
-        "methods": [],
-    }
+    rows: list[dict[str, Any]] = []
+    found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"mla-{options.name or time.strftime('%Y%m%d-%H%M%S')}.json"
     for seed in options.seeds:
