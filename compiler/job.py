@@ -15,19 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends.safetensors import Emission, emit, require
+from torch import Tensor
+
+from backends.safetensors import Emission, emit
+from compiler.calibrate import token_batches
 from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, OutputError, RecipeError
 from compiler.evaluate.parity import verify_by_reload
+from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
 from compiler.output import OutputDirectory
-from compiler.pipeline import Observer, Pipeline, Report
+from compiler.pipeline import Observer, Pipeline, Report, no_calibration
 from compiler.plan import bytes_in_file, open_recipe_model
 from compiler.recipe import Recipe
 from compiler.report.lock import job_key, make_lock
 from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
+from compiler.target import emission_of
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.writer import BUDGET, explained
 
@@ -56,6 +61,16 @@ class _Run:
     trust_remote_code: bool
     dump_graphs: Path | None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def calibration(self, graph: Graph) -> list[dict[str, Tensor]]:
+        """The windows of the recipe's calibration text, as batches of ``graph``'s inputs."""
+        from compiler.evaluate import load_tokenizer
+
+        text = self.recipe.calibration
+        if text is None:
+            return list(no_calibration(graph))
+        tokenizer = load_tokenizer(self.recipe.model, trust_remote_code=self.trust_remote_code)
+        return token_batches(graph, TextData(text.data, text.samples, text.length, text.seed).windows(tokenizer))
 
     @contextmanager
     def step(self, name: str) -> Generator[None]:
@@ -152,9 +167,14 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
         observers.append(DumpGraphs(run.dump_graphs))
     pipeline = Pipeline(run.recipe.passes)
     report = pipeline.run(
-        graph, observers=observers, planned=workdir is None, workdir=workdir, bytes_of=bytes_in_file()
+        graph,
+        observers=observers,
+        planned=workdir is None,
+        workdir=workdir,
+        bytes_of=bytes_in_file(),
+        calibration=run.calibration,
     )
-    return _Passed(graph, report, require(graph))
+    return _Passed(graph, report, emission_of(graph, run.recipe.emit[0].class_))
 
 
 def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:
@@ -175,15 +195,16 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     with run.step("verify"):
-        verification = verify_by_reload(graph, output.files, memory=memory_to_use(run.recipe))
-    evaluation = _evaluate(run, output)
+        own_code = bool(passed.emission.files)
+        verification = verify_by_reload(graph, output.files, memory=memory_to_use(run.recipe), own_code=own_code)
+    evaluation = _evaluate(run, output, own_code)
     findings = Findings(passed.report, passed.emission, verification, evaluation, lock, run.seconds)
     document = write_reports(findings, output.files)
     output.commit()
     return Result(output.path, document, passed.report)
 
 
-def _evaluate(run: _Run, output: OutputDirectory) -> Any:
+def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:
     """The comparison with the original that the recipe asks for; None when it asks for none."""
     from compiler.evaluate import evaluate_model
 
@@ -200,6 +221,7 @@ def _evaluate(run: _Run, output: OutputDirectory) -> Any:
             length=wanted.length,
             seed=wanted.seed,
             trust_remote_code=run.trust_remote_code,
+            own_code=own_code,
             on_progress=advance,
         )
 

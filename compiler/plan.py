@@ -203,10 +203,10 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
-    from backends.safetensors import require
+    from compiler.target import emission_of
     from compiler.weights.layout import layout
 
-    emission = require(graph)
+    emission = emission_of(graph, recipe.emit[0].class_)
     shards = layout(emission.tensors, recipe.emit[0].shard)
     files = {shard.name: shard.tensor_bytes for shard in shards}
     output = Output(emission.architecture, files, loads_in(emission))
@@ -216,8 +216,10 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
 def loads_in(emission: Emission) -> tuple[str, ...]:
     """Where it loads, and where it does not."""
     needs = f" with compressed-tensors {version('compressed-tensors')}" if emission.quantization_config else ""
-    ours = f"transformers {version('transformers')}{needs}, without remote code"
-    return (ours, *(f"but: {note}" for note in emission.notes))
+    code = "with its own code (trust_remote_code=True)" if emission.files else "without remote code"
+    ours = f"transformers {version('transformers')}{needs}, {code}"
+    why = (f"no stock class: {emission.no_stock}",) if emission.no_stock else ()
+    return (ours, *why, *(f"but: {note}" for note in emission.notes))
 
 
 def _largest_step(tensors: Mapping[str, Expr]) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from backends.safetensors import Emission, Refusal, propose
+from backends.safetensors import Emission, Refusal, dtype_name, propose
 from compiler.errors import TargetError
-from compiler.ir.graph import Graph, Param
-from compiler.weights.expr import Expr
+from compiler.ir.graph import Graph
 from compiler.weights.ops.basic import cast
 
 ModelClass = Literal["auto", "stock", "generated"]
@@ -23,20 +22,26 @@ def emission_of(graph: Graph, model_class: ModelClass = "auto") -> Emission:
         return found
     if model_class == "stock":
         raise TargetError(
-            f"no stock model class computes this: {found.reason}",
-            remedy="leave out the pass that made it so, or let the checkpoint carry its own code: `class: auto`",
+            _none(found.reason),
+            remedy="leave out the pass that made it so, or let the checkpoint carry its own code (`class: auto`)",
         )
-    return _generated(graph, found)
+    return _generated(graph, found.reason)
 
 
-def _generated(graph: Graph, refusal: Refusal) -> Emission:
+def _generated(graph: Graph, no_stock: str) -> Emission:
     from backends.torch_module import generate
 
-    made = generate(graph)
-    tensors = {name: stored(param) for name, param in made.tensors.items()}
-    return Emission("generated", made.architecture, made.config, tensors, (), made.files, refusal.reason)
+    quantised = next((param.name for param in graph.params.values() if param.expr.op == "dequantize"), "")
+    if quantised:
+        raise TargetError(f"{quantised} is quantised, which generated code cannot load; and {_none(no_stock)}")
+    try:
+        made = generate(graph)
+    except TargetError as error:
+        raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
+    config = {**made.config, "dtype": dtype_name(made.tensors.values())}
+    tensors = {name: cast(param.expr, param.storage) for name, param in made.tensors.items()}
+    return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
 
 
-def stored(param: Param) -> Expr:
-    """A parameter as it is written."""
-    return cast(param.expr, param.storage)
+def _none(no_stock: str) -> str:
+    return f"no stock model class computes this: {no_stock}"

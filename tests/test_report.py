@@ -79,6 +79,7 @@ def test_keys_are_stable(document):
         "architecture",
         "model_type",
         "target",
+        "auto_class",
         "quantization",
         "loads_in",
         "tensor_bytes",

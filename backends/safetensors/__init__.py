@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from backends.safetensors.emission import Emission, Proposal, Refusal, propose, require
+from backends.safetensors.emission import Emission, Proposal, Refusal, dtype_name, propose, require
 from backends.safetensors.emit import emit
 from backends.safetensors.parts import stored_tensors
 
-__all__ = ["Emission", "Proposal", "Refusal", "emit", "propose", "require", "stored_tensors"]
+__all__ = ["Emission", "Proposal", "Refusal", "dtype_name", "emit", "propose", "require", "stored_tensors"]

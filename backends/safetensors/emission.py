@@ -6,7 +6,7 @@ has to be the same program; the comparison yields which of our parameters goes u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,9 +74,9 @@ class Emission:
     no_stock: str = ""
 
     @property
-    def generated(self) -> bool:
-        """Whether the checkpoint carries the code of its class."""
-        return bool(self.files)
+    def auto_class(self) -> str:
+        """The class of transformers that loads a checkpoint with its own code; "" for a stock class."""
+        return next((name for name in reversed(self.config.get("auto_map", {})) if self.files), "")
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +150,7 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     quantised = quantization_config(named, stored, module)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
-    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": _dtype_name(found)}
+    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype_name(found.values())}
     if quantised:
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
@@ -177,10 +177,10 @@ def _dense(param: Param) -> Expr:
     return param.expr if param.expr.op == "dequantize" else cast(param.expr, param.storage)
 
 
-def _dtype_name(params: Mapping[str, Param]) -> str:
+def dtype_name(params: Iterable[Param]) -> str:
     """The dtype that most of the weights are stored in, as config.json spells it."""
     sizes: dict[torch.dtype, int] = {}
-    for param in params.values():
+    for param in params:
         if param.storage.is_floating_point:
             sizes[param.storage] = sizes.get(param.storage, 0) + param.type.numel
     dtype = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

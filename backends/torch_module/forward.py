@@ -1,4 +1,4 @@
-"""The statements of a module's ``forward``: what is used once is written where it is used, as long as lines stay short."""
+"""The statements of a module's ``forward``: what is used once is written where it is used while lines stay short."""
 
 from __future__ import annotations
 

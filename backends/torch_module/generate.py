@@ -195,14 +195,9 @@ class _Assembly:
     def _configuration(self, config: dict[str, Any]) -> str:
         fields = [(name, *_field(value)) for name, value in config.items()]
         lists = any("field(" in default for _, _, default in fields)
-        return _render(
-            "configuration.py.jinja",
-            prefix=self.model.prefix,
-            model_type=self.name,
-            fields=fields,
-            lists=lists,
-            doc="sizes and constants that the modeling file reads",
-        )
+        source = self.graph.origin.architecture or self.graph.name
+        context = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields, "lists": lists}
+        return _render("configuration.py.jinja", source=source, **context) + "\n"
 
     # --- modeling --------------------------------------------------------------------------------------------
 
@@ -230,7 +225,7 @@ class _Assembly:
         extras, prefix = self.model.extras, self.model.prefix
         tokens = self.graph.inputs["input_ids"]
         names = {tokens: "input_ids", extras.positions: "position_ids", extras.cache: "past_key_values"}
-        names |= {mask: "mask" for mask in extras.masks.values()}
+        names |= dict.fromkeys(extras.masks.values(), "mask")
         body = TopWriter(self.model, self.inner, names)
         lines, result = body.statements()
         self.model.helpers |= {"Cache", "causal_mask"}
@@ -371,9 +366,8 @@ def _mapping(values: Mapping[str, str]) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(TEMPLATES)
     return jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -382,6 +376,4 @@ def _environment() -> jinja2.Environment:
 
 
 def _render(template: str, **context: Any) -> str:
-    return _environment().get_template(template).render(**context).rstrip("\n") + (
-        "\n" if "configuration" in template else ""
-    )
+    return _environment().get_template(template).render(**context).rstrip("\n")

@@ -150,7 +150,7 @@ class ClassWriter:
         return None if leaf is None else self._relative(leaf.path)
 
     def _size(self, index: int, name: str, place: int | None) -> str:
-        """A number at item ``index``: the same in all instances, an expression of quantities, or a quantity of its own."""
+        """A number at item ``index``: the same everywhere, an expression of quantities, or a quantity of its own."""
         values = {body.path: _number_at(body.items[index], name, place) for body in self.module.bodies}
         item = self._items()[index]
         distinct = set(values.values())
@@ -274,9 +274,7 @@ class ClassWriter:
                 return self._convolution(leaf, node)
 
     def _rotary(self, index: int, leaf: Leaf, node: Node) -> list[str]:
-        name = (
-            "rope_frequencies" if leaf.name == "rotary_emb" else f"{leaf.name.removesuffix('_rotary_emb')}_frequencies"
-        )
+        name = f"{leaf.name.removesuffix('rotary_emb')}rope_frequencies"
         for body in self.module.bodies:
             (values,) = evaluate([self._items_param(body, index, 1).expr], self.model.sources)
             self.model.sizes.note(name, body.path, values.float().tolist())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compiler.ir.execute import run
-from compiler.ir.graph import Graph, Value
+from compiler.ir.graph import Graph, Value, ancestors
 from compiler.ir.layers import subgraph
 
 SIZES = ((2, 5), (3, 8))
@@ -43,16 +43,8 @@ def _counts(graph: Graph, value: Value, tokens: str) -> bool:
 
 def _made_of(graph: Graph, value: Value) -> Graph:
     """What makes ``value``, as a graph of its own with the output ``y``."""
-    needed = {value}
-    nodes = [
-        node for node in reversed(list(graph.nodes)) if needed & set(node.outputs) and not needed.update(_of(node))
-    ]
-    nodes.reverse()
+    needed = set(ancestors([value]))
+    nodes = [node for node in graph.nodes if node in needed]
     part = subgraph(graph, nodes, "positions")
-    last = list(part.nodes)[-1]
-    part.outputs = {"y": last.output}
+    part.outputs = {"y": list(part.nodes)[-1].output}  # the last of its ancestors is what makes it
     return part
-
-
-def _of(node: object) -> list[Value]:
-    return [value for value in getattr(node, "inputs", ()) if value is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -147,7 +148,7 @@ class _Builder:
         if any(len(values) != 1 for values in made) or sorted(members) != list(range(len(members))):
             raise TargetError(f"the layers of {path} hand on more than one value, which a generated module cannot hold")
         entering = [value for value in layers[0].inputs if _alike(value, made[0][0]) and value.node is not None]
-        for before, layer in zip(layers, layers[1:], strict=False):
+        for before, layer in pairwise(layers):
             if before.outputs[0] not in layer.inputs:
                 raise TargetError(f"{layer.path} does not read what {before.path} makes")
         if len(entering) != 1:

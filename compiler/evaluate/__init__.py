@@ -132,6 +132,7 @@ def evaluate_model(
     seed: int = 0,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    own_code: bool = False,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the model in ``path``, a checkpoint directory or a ``.gguf`` file, and its distance from ``against``.
@@ -139,14 +140,15 @@ def evaluate_model(
     A text file ``data`` is cut into ``samples`` windows of ``length`` tokens by the tokenizer of ``against`` (or of
     the model). Without ``data`` inputs are random with ``seed``. ``metrics`` are names in ``metrics.METRICS``; by
     default those that fit: perplexity of causal language models on texts, kl and agreement of models that generate,
-    cosine and relative-error of all others. ``on_progress(done, all)`` counts windows.
+    cosine and relative-error of all others. ``own_code`` says that the code beside the model in ``path`` was written by
+    this program. ``on_progress(done, all)`` counts windows.
 
     Raises DataError when a metric does not apply or the data is unfit, CheckpointError when a model does not load.
     """
     started = time.perf_counter()
     check_names(metrics or ())
     base = path if against is None else against
-    model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
     names = choose(
         metrics,
         type(model).__name__,
@@ -170,7 +172,7 @@ def evaluate_model(
             del model
             gc.collect()
             file.seek(0)
-            model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code or own_code)
         ours = _measure(model, windows, names, seed, tick, reference=kept if theirs else None)
     return Evaluation(
         model=str(path),
@@ -314,11 +316,10 @@ def _model_class(transformers: Any, config: Any) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    auto_map = getattr(config, "auto_map", {})
-    return next(
-        (getattr(transformers, name) for name in auto_map if name.startswith("AutoModel")),
-        transformers.AutoModelForCausalLM,
-    )
+    auto_map: dict[str, str] = getattr(config, "auto_map", {})
+    names = [name for name in auto_map if name.startswith("AutoModel")]
+    named = [name for name in names if auto_map[name].rpartition(".")[2] in (config.architectures or ())]
+    return next((getattr(transformers, name) for name in (*named, *names)), transformers.AutoModelForCausalLM)
 
 
 def _measure(

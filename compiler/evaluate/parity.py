@@ -29,9 +29,10 @@ class Verification:
     skipped: str = ""
 
 
-def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verification:
+def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bool = False) -> Verification:
     """Load ``directory`` with plain transformers and compare its outputs with the graph's, on random inputs.
 
+    ``own_code`` says that the code in ``directory`` was written by this program, and may be run.
     Skipped when the model in float32 does not fit ``memory`` bytes. Raises ParityError when the outputs differ.
     """
     from compiler.evaluate import load_model
@@ -41,7 +42,7 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int) -> Verificat
     needed = FLOAT32_BYTES * sum(param.type.numel for param in graph.params.values())
     if needed > memory:
         return Verification(False, skipped=f"the model needs {needed} bytes in float32, more than there is to use")
-    model = load_model(directory)
+    model = load_model(directory, trust_remote_code=own_code)
     (window,) = random_windows(model, 1, min(LENGTH, position_limit(model) or LENGTH), seed=0)
     with torch.no_grad():
         theirs = model(**window.arguments)

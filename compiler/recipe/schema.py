@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import keyword
 import re
 import types
 import typing
@@ -83,9 +84,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Safetensors:
-    """A checkpoint directory in sharded safetensors; no file is larger than ``shard`` unless one tensor is."""
+    """A checkpoint directory in sharded safetensors; no file is larger than ``shard`` unless one tensor is.
+
+    ``class`` is the model class: a ``stock`` one of transformers, one ``generated`` from the graph, whose code comes
+    with the checkpoint, or ``auto``, which generates one where there is no stock class.
+    """
 
     shard: Memory = 5 * 10**9
+    class_: Literal["auto", "stock", "generated"] = "auto"
 
     def __post_init__(self) -> None:
         if self.shard < SMALLEST_SHARD:
@@ -99,7 +105,17 @@ KEYS = ("model", "calibration", "passes", "emit", "evaluate", "run", "include")
 
 def option_names(cls: type) -> list[str]:
     """The options of a section or pass, as recipes spell them."""
-    return [field.name.replace("_", "-") for field in dataclasses.fields(cls)]
+    return [_option(field.name) for field in dataclasses.fields(cls)]
+
+
+def _option(field: str) -> str:
+    """A field as recipes spell it; one that ends in an underscore would be a keyword of Python without it."""
+    return field.rstrip("_").replace("_", "-")
+
+
+def _field(option: str) -> str:
+    name = option.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def spell(section: Any) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def spell(section: Any) -> dict[str, Any]:
     for field in dataclasses.fields(section):
         value, hint = getattr(section, field.name), hints[field.name]
         sized = isinstance(value, int) and Memory in (hint, *get_args(hint))
-        spelt[field.name.replace("_", "-")] = format_memory(value) if sized else value
+        spelt[_option(field.name)] = format_memory(value) if sized else value
     return spelt
 
 
@@ -125,7 +141,7 @@ def build(cls: type[T], tree: Tree, name: str) -> T:
         if option not in option_names(cls):
             remedy = nearest(option.replace("_", "-"), option_names(cls)) or "it has no options"
             raise RecipeError(f"`{name}` has no option `{option}`", span=value.key, remedy=remedy)
-    given = {option.replace("-", "_"): value for option, value in _fractions(cls, tree).items()}
+    given = {_field(option): value for option, value in _fractions(cls, tree).items()}
     try:
         return TypeAdapter(cls).validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
@@ -141,7 +157,7 @@ def _fractions(cls: type, tree: Tree) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     given = tree.plain() or {}
     for option, value in given.items():
-        numeric = float in _alternatives(hints[option.replace("-", "_")])
+        numeric = float in _alternatives(hints[_field(option)])
         if numeric and isinstance(value, str) and re.fullmatch(PERCENT, value):
             given[option] = float(value[:-1]) / 100
     return given
@@ -149,13 +165,13 @@ def _fractions(cls: type, tree: Tree) -> dict[str, Any]:
 
 def _explain(cls: type, tree: Tree, name: str, failure: ValidationError) -> RecipeError:
     error = failure.errors()[0]
-    option = str(error["loc"][0]).replace("_", "-") if error["loc"] else name
+    option = _option(str(error["loc"][0])) if error["loc"] else name
     path = (option, *error["loc"][1:])
     if error["type"] == "missing":
         remedy = f"add `{option}: …`"
         return RecipeError(f"`{name}` needs the option `{option}`", span=tree.place, remedy=remedy)
     wrong = tree.at(path)
-    hint = typing.get_type_hints(cls, include_extras=True)[option.replace("-", "_")]
+    hint = typing.get_type_hints(cls, include_extras=True)[_field(option)]
     item = _item(hint) if wrong is not tree.at((option,)) else None
     subject = f"an entry of `{option}`" if item else f"`{option}`"
     cause = f"{subject} must be {_expected(item or hint, dict(error))}, not {wrong.kind}"
@@ -169,7 +185,7 @@ def _remedy(cls: type, option: str, hint: Any, value: Any) -> str:
         return nearest(value, choices)
     if isinstance(value, str) and not isinstance(plain_scalar(value), str):
         return "remove the quotes"
-    (field,) = (field for field in dataclasses.fields(cls) if field.name == option.replace("-", "_"))
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == _field(option))
     if field.default not in (dataclasses.MISSING, None, ()):
         return f"the default is `{option}: {spell_value(field.default)}`"
     return f"write it like `{option}: {_example(hint)}`"
@@ -308,8 +324,8 @@ def _entry_schema(classes: Mapping[str, type], bare: tuple[str, ...] = ()) -> di
 
 def _options_schema(cls: type) -> dict[str, Any]:
     schema = _inline(TypeAdapter(cls).json_schema())
-    properties = {name.replace("_", "-"): _percent(value) for name, value in schema.get("properties", {}).items()}
-    required = [name.replace("_", "-") for name in schema.get("required", [])]
+    properties = {_option(name): _percent(value) for name, value in schema.get("properties", {}).items()}
+    required = [_option(name) for name in schema.get("required", [])]
     return {
         "type": "object",
         "description": (cls.__doc__ or "").strip(),

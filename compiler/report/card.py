@@ -60,12 +60,13 @@ def _done(document: Document) -> Iterator[str]:
 def _load(document: Document) -> Iterator[str]:
     yield "## Loading it"
     yield ""
-    architecture = document["output"]["architecture"]
+    architecture = document["output"]["auto_class"] or document["output"]["architecture"]
+    trust = ", trust_remote_code=True" if document["output"]["auto_class"] else ""
     tokenizer = any(name.startswith("tokenizer") for name in document["output"]["other_files"])
     yield "```python"
     yield f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{architecture}"
     yield ""
-    yield f'model = {architecture}.from_pretrained("path/to/this/directory")'
+    yield f'model = {architecture}.from_pretrained("path/to/this/directory"{trust})'
     if tokenizer:
         yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
     yield "```"

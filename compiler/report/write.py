@@ -65,6 +65,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
             "architecture": findings.emission.architecture,
             "model_type": findings.emission.config.get("model_type"),
             "target": findings.emission.target,
+            "auto_class": findings.emission.auto_class,
             "quantization": findings.emission.quantization_config,
             "loads_in": list(loads_in(findings.emission)),
             "tensor_bytes": findings.emission.nbytes,
