@@ -11,7 +11,8 @@ methods; ``--model`` any checkpoint of a decoder with grouped or multi-query att
 Scores: loss above the original in nats, perplexity, KL(original || converted) and agreement on the most likely token,
 each over the positions of all windows but their first. Costs: processor seconds and peak memory of a process that
 loads the model and converts it (ours: that also writes the result). What a stock cache would hold is counted for the
-published methods and measured on a live cache for ours. All of it goes to benchmarks/results/ as JSON.
+published methods and measured on a live cache for ours. All of it goes to benchmarks/results/ as JSON, row by row;
+a run with the --name of an earlier one keeps what that measured of the published methods, and measures ours anew.
 """
 
 from __future__ import annotations
@@ -91,23 +92,39 @@ def main() -> None:
     windows = cut(model, options)
     original = base(model, windows, options)
     shape = Shape(**original["shape"])
-    rows: list[dict[str, Any]] = []
-    found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"mla-{options.name or time.strftime('%Y%m%d-%H%M%S')}.json"
+    rows = peers_measured(path, options)
+    found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
+    known = [(row["method"], row["setting"], row["seed"]) for row in rows]
+    RESULTS.mkdir(exist_ok=True)
     for seed in options.seeds:
         for method, setting in jobs(shape, options):
+            if (method, setting, seed) in known:
+                continue
             print(f"{time.strftime('%H:%M:%S')} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
             runner = ours if method == "ours" else peer
-            rows.append({"method": method, "seed": seed, **runner(model, windows, method, setting, seed, options)})
+            found_here = runner(model, windows, method, setting, seed, options)
+            rows.append({"method": method, "setting": setting, "seed": seed, **found_here})
             path.write_text(json.dumps(found, indent=1))  # after each, so that a broken run loses nothing
     report(found)
     print(f"\n{path.relative_to(ROOT)}")
 
 
+def peers_measured(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The published methods' rows of an earlier run called the same, if it measured on the same windows."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if (earlier["model"], earlier["settings"]) != (str(options.model), settings(options)):
+        sys.exit(f"{path} holds a run with other settings: choose another --name")
+    return [row for row in earlier["methods"] if row["method"] != "ours"]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=SMOLLM2, help="a checkpoint directory or .gguf file")
+    parser.add_argument(
+        "--model", type=lambda text: Path(text).absolute(), default=SMOLLM2, help="a checkpoint directory or .gguf file"
+    )
     parser.add_argument("--cache", type=int, nargs="+", default=[256, 192, 128], help="values per token and layer")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, "ours"], default=DEFAULT, metavar="METHOD")
     parser.add_argument("--ours", type=json.loads, action="append", help="options of gqa-to-mla, as JSON")
@@ -118,18 +135,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--name", help="of the file in benchmarks/results; published methods in it are kept")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    kept = ("cache", "ours", "ours_length", "texts", "windows", "length", "calibration", "seeds", "threads")
+    """What must be the same for rows to be comparable."""
+    kept = ("texts", "windows", "length", "calibration", "threads")
     return {name: getattr(options, name) for name in kept}
 
 
 def jobs(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method with its setting: of a peer rank, rope_dim and counted size, of ours the options of the pass."""
+    """Every method with its setting: of a peer rank and rope_dim, of ours the options of the pass."""
     for method in options.only:
         if method == "ours":
             yield from (("ours", setting) for setting in options.ours or our_settings(shape, options.cache))
@@ -137,8 +155,7 @@ def jobs(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[str, dict[
         known = PEERS[method]
         for cache in options.cache[:1] if method == "transmla-positions-only" else options.cache:
             rank, rope_dim = known.split(shape, cache)
-            size = asdict(known.size(shape, rank, rope_dim))
-            yield method, {"rank": rank, "rope_dim": rope_dim, **size}
+            yield method, {"rank": rank, "rope_dim": rope_dim}
 
 
 def our_settings(shape: Shape, caches: Sequence[int]) -> list[dict[str, Any]]:
@@ -182,8 +199,7 @@ def peer(
 ) -> dict[str, Any]:
     job = {"do": "peer", **where(model, windows), "method": method, **setting}
     job |= {"seed": seed, "calibration": windows.calibration[seed]}
-    found = in_process(job, options)
-    return {"setting": {"rank": setting["rank"], "rope_dim": setting["rope_dim"]}, **found}
+    return in_process(job, options)
 
 
 def ours(
@@ -208,7 +224,7 @@ def ours(
     shutil.rmtree(out, ignore_errors=True)
     done = run([*COMMAND, str(path), "-o", str(out), "--quiet"], OMP_NUM_THREADS=str(options.threads))
     found = in_process({"do": "score", **where(out, windows)}, options)
-    return {"setting": setting, "cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
+    return {"cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
 
 
 def do_job(job: dict[str, Any]) -> None:
@@ -256,8 +272,10 @@ def do_peer(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
     windows = torch.load(Path(job["folder"]) / f"{job['calibration']}.pt")
     before, heads = linear_parameters(model), shape_of(model)
     loaded = time.process_time()
+    method = PEERS[job["method"]]
+    size = method.size(heads, job["rank"], job["rope_dim"])
     with torch.inference_mode():
-        PEERS[job["method"]].convert(model, windows, job["rank"], job["rope_dim"], job["seed"])
+        method.convert(model, windows, job["rank"], job["rope_dim"], job["seed"])
     cpu_seconds, peak_rss = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     replaced = 2 * (heads.heads + heads.groups) * heads.head_dim * heads.hidden
     layers = model.config.get_text_config().num_hidden_layers
@@ -265,9 +283,9 @@ def do_peer(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
         "cpu_seconds": cpu_seconds,
         "convert_cpu_seconds": cpu_seconds - loaded,
         "peak_rss": peak_rss,
-        "cache": job["cache"],
+        "cache": size.cache,
         "live": False,
-        "linear_parameters": before + layers * (job["parameters"] - replaced),
+        "linear_parameters": before + layers * (size.parameters - replaced),
         "texts": scores(model, texts),
     }
 

@@ -53,7 +53,7 @@ class Windows:
 def cut(model: Path, options: argparse.Namespace) -> Windows:
     """The windows of this run, in files named after what is in them, so that runs share and never confuse them."""
     tokenizer = load_tokenizer(model)
-    stamp = [str(model.resolve()), (model / "config.json").stat().st_mtime]
+    stamp = [str(model), (model / "config.json").stat().st_mtime]
     folder = WORK / "gqa-to-mla" / f"{model.name}-{digest(json.dumps(stamp).encode())}"
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
