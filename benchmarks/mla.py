@@ -1,8 +1,8 @@
 """Conversions to a smaller attention cache, ours and published ones, on the same windows in one run.
 
 ``python benchmarks/mla.py --cache 256 192 128 --seeds 0 1 2`` converts SmolLM2-135M by every method to as many cached
-values per token and layer, each in a process of its own, and scores all of them on texts that nothing was calibrated
-on. Calibration: windows of Brown B to F; seed 0 takes the first ones, any other seed a random choice of as many.
+values per token and layer, each method in a process of its own, and scores all of them on texts that nothing was
+calibrated on. Calibration: windows of Brown B to F; seed 0 takes the first ones, any other seed a random choice.
 
 Ours is the real thing: the command runs a recipe with `gqa-to-mla`, transformers loads what it wrote. ``--ours`` takes
 options of the pass as JSON, may be repeated, and replaces `{"cache": ...}` at each of ``--cache``; ``--only`` picks
@@ -50,26 +50,26 @@ class Peer:
     """A published method: how it splits a number of cached values into rank and rotary width, converts, and stores."""
 
     split: Callable[[Shape, int], tuple[int, int]]
-    convert: Callable[[Any, Tensor, int, int, int], Any]
+    calibrate: Callable[[Any, Tensor, int], Any]
+    apply: Callable[[Any, Any, int, int], None]
     size: Callable[[Shape, int, int], Size]
 
 
-def positions_only(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int) -> Any:
-    """TransMLA's first step: nothing truncated, whatever ``rank`` is."""
-    transmla.keep_positions(model, windows, rope_dim)
-    return model
+def all_kept(shape: Shape, cache: int) -> tuple[int, int]:
+    rope_dim = transmla.split(shape, cache)[1]
+    return 2 * shape.kv - rope_dim, rope_dim
+
+
+def as_calibrated(model: Any, calibrated: Any, rank: int, rope_dim: int) -> None:
+    """Nothing is truncated."""
 
 
 PEERS = {
-    "transmla": Peer(transmla.split, transmla.convert, transmla.size),
-    "transmla-positions-only": Peer(
-        lambda shape, cache: (2 * shape.kv - transmla.split(shape, cache)[1], transmla.split(shape, cache)[1]),
-        positions_only,
-        transmla.size,
-    ),
-    "mha2mla": Peer(mha2mla.split, mha2mla.convert, mha2mla.size),
-    "mha2mla-best": Peer(mha2mla.split_best, mha2mla.convert_best, mha2mla.size_best),
-    "whitened": Peer(whitened.split, whitened.convert, whitened.size),
+    "transmla": Peer(transmla.split, transmla.calibrate, transmla.apply, transmla.size),
+    "transmla-positions-only": Peer(all_kept, transmla.keep_positions, as_calibrated, transmla.size),
+    "mha2mla": Peer(mha2mla.split, mha2mla.calibrate, mha2mla.apply, mha2mla.size),
+    "mha2mla-best": Peer(mha2mla.split_best, mha2mla.calibrate, mha2mla.apply_best, mha2mla.size_best),
+    "whitened": Peer(whitened.split, whitened.calibrate, whitened.apply, whitened.size),
 }
 DEFAULT = ["transmla", "mha2mla-best", "whitened", "ours"]
 
@@ -95,17 +95,16 @@ def main() -> None:
     path = RESULTS / f"mla-{options.name or time.strftime('%Y%m%d-%H%M%S')}.json"
     rows = peers_measured(path, options)
     found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
-    known = [(row["method"], row["setting"], row["seed"]) for row in rows]
     RESULTS.mkdir(exist_ok=True)
     for seed in options.seeds:
-        for method, setting in jobs(shape, options):
-            if (method, setting, seed) in known:
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
+        for method, wanted in jobs(shape, options).items():
+            known = [row["setting"] for row in rows if (row["method"], row["seed"]) == (method, seed)]
+            missing = [setting for setting in wanted if setting not in known]
             runner = ours if method == "ours" else peer
-            found_here = runner(model, windows, method, setting, seed, options)
-            rows.append({"method": method, "setting": setting, "seed": seed, **found_here})
-            path.write_text(json.dumps(found, indent=1))  # after each, so that a broken run loses nothing
+            for setting, measured in runner(model, windows, method, missing, seed, options):
+                print(f"{time.strftime('%H:%M:%S')} {method} {setting} seed {seed}", file=sys.stderr, flush=True)
+                rows.append({"method": method, "setting": setting, "seed": seed, **measured})
+                path.write_text(json.dumps(found, indent=1))  # after each, so that a broken run loses nothing
     report(found)
     print(f"\n{path.relative_to(ROOT)}")
 
@@ -146,16 +145,16 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in kept}
 
 
-def jobs(shape: Shape, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method with its setting: of a peer rank and rope_dim, of ours the options of the pass."""
+def jobs(shape: Shape, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The settings of every method: of a peer rank and rope_dim, of ours the options of the pass."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for method in options.only:
         if method == "ours":
-            yield from (("ours", setting) for setting in options.ours or our_settings(shape, options.cache))
-            continue
-        known = PEERS[method]
-        for cache in options.cache[:1] if method == "transmla-positions-only" else options.cache:
-            rank, rope_dim = known.split(shape, cache)
-            yield method, {"rank": rank, "rope_dim": rope_dim}
+            found[method] = options.ours or our_settings(shape, options.cache)
+        else:
+            pairs = dict.fromkeys(PEERS[method].split(shape, cache) for cache in options.cache)
+            found[method] = [{"rank": rank, "rope_dim": rope_dim} for rank, rope_dim in pairs]
+    return found
 
 
 def our_settings(shape: Shape, caches: Sequence[int]) -> list[dict[str, Any]]:
@@ -170,8 +169,8 @@ def plain_checkpoint(model: Path) -> Path:
     return WORK / name if (WORK / name / "config.json").exists() else compress(name, model, [])[0]
 
 
-def in_process(job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Do ``job`` in a process of its own and return what it printed last."""
+def in_process(job: dict[str, Any], options: argparse.Namespace) -> Any:
+    """Do ``job`` in a process of its own and return what it printed last (of peers a row for each rank)."""
     job = {**job, "threads": options.threads}
     done = run([sys.executable, __file__, "--job", json.dumps(job)], OMP_NUM_THREADS=str(options.threads))
     return json.loads(done.output.splitlines()[-1])
@@ -194,16 +193,30 @@ def where(model: Path, windows: Windows) -> dict[str, Any]:
     return {"model": str(model), "folder": str(windows.folder), "texts": windows.texts}
 
 
+Measured = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+
+
 def peer(
-    model: Path, windows: Windows, method: str, setting: dict[str, Any], seed: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    job = {"do": "peer", **where(model, windows), "method": method, **setting}
-    job |= {"seed": seed, "calibration": windows.calibration[seed]}
-    return in_process(job, options)
+    model: Path, windows: Windows, method: str, wanted: list[dict[str, Any]], seed: int, options: argparse.Namespace
+) -> Measured:
+    """All settings of a published method in one process, which calibrates once for those of one rotary width."""
+    for rope_dim in dict.fromkeys(setting["rope_dim"] for setting in wanted):
+        ranks = [setting["rank"] for setting in wanted if setting["rope_dim"] == rope_dim]
+        job = {"do": "peer", **where(model, windows), "method": method, "calibration": windows.calibration[seed]}
+        rows = in_process({**job, "ranks": ranks, "rope_dim": rope_dim}, options)
+        yield from (({"rank": rank, "rope_dim": rope_dim}, row) for rank, row in zip(ranks, rows, strict=True))
 
 
 def ours(
-    model: Path, windows: Windows, method: str, setting: dict[str, Any], seed: int, options: argparse.Namespace
+    model: Path, windows: Windows, method: str, wanted: list[dict[str, Any]], seed: int, options: argparse.Namespace
+) -> Measured:
+    """The pass with each of the options ``wanted``."""
+    for setting in wanted:
+        yield setting, our_row(model, windows, setting, seed, options)
+
+
+def our_row(
+    model: Path, windows: Windows, setting: dict[str, Any], seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run the command with the pass on the text of the peers' windows, cut anew as the recipe says, and score it.
 
@@ -267,27 +280,36 @@ def next_logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
 
 
-def do_peer(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:
+@torch.inference_mode()
+def do_peer(job: dict[str, Any], texts: dict[str, Path]) -> list[dict[str, Any]]:
+    """A row per rank. Each counts the time to load and calibrate, once spent, and that to apply the rank."""
     model = load_model(job["model"])
+    before, shape, method = linear_parameters(model), shape_of(model), PEERS[job["method"]]
     windows = torch.load(Path(job["folder"]) / f"{job['calibration']}.pt")
-    before, heads = linear_parameters(model), shape_of(model)
     loaded = time.process_time()
-    method = PEERS[job["method"]]
-    size = method.size(heads, job["rank"], job["rope_dim"])
-    with torch.inference_mode():
-        method.convert(model, windows, job["rank"], job["rope_dim"], job["seed"])
-    cpu_seconds, peak_rss = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    replaced = 2 * (heads.heads + heads.groups) * heads.head_dim * heads.hidden
-    layers = model.config.get_text_config().num_hidden_layers
-    return {
-        "cpu_seconds": cpu_seconds,
-        "convert_cpu_seconds": cpu_seconds - loaded,
-        "peak_rss": peak_rss,
-        "cache": size.cache,
-        "live": False,
-        "linear_parameters": before + layers * (size.parameters - replaced),
-        "texts": scores(model, texts),
-    }
+    calibrated = method.calibrate(model, windows, job["rope_dim"])
+    spent = time.process_time()
+    rows: list[dict[str, Any]] = []
+    for rank in job["ranks"]:
+        started = time.process_time()
+        method.apply(model, calibrated, rank, job["rope_dim"])
+        seconds = spent + time.process_time() - started
+        peak_rss = rows[0]["peak_rss"] if rows else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        size = method.size(shape, rank, job["rope_dim"])
+        replaced = 2 * (shape.heads + shape.groups) * shape.head_dim * shape.hidden
+        growth = model.config.get_text_config().num_hidden_layers * (size.parameters - replaced)
+        rows.append(
+            {
+                "cpu_seconds": seconds,
+                "convert_cpu_seconds": seconds - loaded,
+                "peak_rss": peak_rss,
+                "cache": size.cache,
+                "live": False,
+                "linear_parameters": before + growth,
+                "texts": scores(model, texts),
+            }
+        )
+    return rows
 
 
 def do_score(job: dict[str, Any], texts: dict[str, Path]) -> dict[str, Any]:

@@ -79,8 +79,19 @@ def test_one_head_of_positions_without_folding_is_exact_for_one_head_alone(model
     converted = copy.deepcopy(model)
     shape = open_up(converted)
     transmla.set_bases(converted, transmla.key_moments(converted, windows), fold=1, rope_dim=16)
-    transmla.project(converted, windows, rank=2 * shape.kv - 16)
+    transmla.apply(converted, transmla.joint_moments(converted, windows), rank=2 * shape.kv - 16, rope_dim=16)
     assert (distance(model, converted, windows) < 1e-5) == (shape.groups == 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("peer", [transmla, mha2mla, whitened])
+def test_ranks_in_turn_are_as_from_the_original(peer, model, windows):
+    kv = open_up(copy.deepcopy(model)).kv
+    turns, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    calibrated = peer.calibrate(turns, windows, 8)
+    for rank in (kv // 4, kv // 2):
+        peer.apply(turns, calibrated, rank, 8)
+    assert distance(peer.convert(fresh, windows, kv // 2, 8), turns, windows) == 0
 
 
 @pytest.mark.parametrize(("fold", "rope_dim"), [(1, 16), (2, 16), (4, 16), (8, 16), (2, 8), (4, 8), (8, 8), (8, 2)])
@@ -97,7 +108,8 @@ def test_best_split_is_no_worse_on_its_trial_than_the_published_one(windows):
     model = FAMILIES["grouped"]().eval()
     shape = open_up(copy.deepcopy(model))
     published = mha2mla.convert(copy.deepcopy(model), windows, *mha2mla.split(shape, 24))
-    best = mha2mla.convert_best(copy.deepcopy(model), windows, *mha2mla.split_best(shape, 24))
+    best = copy.deepcopy(model)
+    mha2mla.apply_best(best, mha2mla.calibrate(best, windows, 0), *mha2mla.split_best(shape, 24))
     assert mean_loss(best, windows) <= mean_loss(published, windows)
 
 

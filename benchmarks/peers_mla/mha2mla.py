@@ -7,6 +7,7 @@ truncated SVD, for which no data is used.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from benchmarks.peers_mla.attention import (
     mean_loss,
     observe,
     open_up,
+    shape_of,
     turned,
 )
 
@@ -78,7 +80,7 @@ def split(shape: Shape, cache: int) -> tuple[int, int]:
 
 
 def split_best(shape: Shape, cache: int) -> tuple[int, int]:
-    """All of ``cache`` as the rank: ``convert_best`` splits it."""
+    """All of ``cache`` as the rank: ``apply_best`` splits it."""
     return cache, 0
 
 
@@ -89,27 +91,44 @@ def size_best(shape: Shape, rank: int, rope_dim: int) -> Size:
 
 def convert(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int = 0) -> Any:
     """Convert ``model`` in place, calibrated on ``windows`` [count, tokens]. Nothing in it is random."""
-    shape = open_up(model)
-    keep_pairs(model, shape, pair_scores(model, shape, windows), rank, rope_dim)
+    apply(model, calibrate(model, windows, rope_dim), rank, rope_dim)
     return model
 
 
-def convert_best(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int = 0) -> Any:
-    """``convert`` for ``rank`` cached values with the rope_dim of least loss on a few of the windows.
+@dataclass(frozen=True)
+class Calibrated:
+    """Scores of the pairs per layer, [groups, head_dim / 2], and the windows to try splits on."""
+
+    scores: list[Tensor]
+    trial: Tensor
+
+
+def calibrate(model: Any, windows: Tensor, rope_dim: int) -> Calibrated:
+    return Calibrated(pair_scores(model, open_up(model), windows), windows[:TRIAL_WINDOWS])
+
+
+def apply(model: Any, calibrated: Calibrated, rank: int, rope_dim: int) -> None:
+    """Positions on ``rope_dim`` components of each key/value head, all else through ``rank``."""
+    shape = shape_of(model)
+    for layer, score in zip(layers_of(model), calibrated.scores, strict=True):
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(rope_dim // 2).indices, True)
+        layer.self_attn = PartialAttention(layer.self_attn.source, shape, kept, rank)
+
+
+def apply_best(model: Any, calibrated: Calibrated, rank: int, rope_dim: int) -> None:
+    """``apply`` for ``rank`` cached values in all, with the rope_dim of least loss on a few of the windows.
 
     ``rope_dim`` is ignored: 2, 4, 8, … up to half the head width are tried.
     """
-    shape = open_up(model)
-    scores = pair_scores(model, shape, windows)
+    shape = shape_of(model)
     losses: dict[int, float] = {}
     tried = 2
     while tried <= shape.head_dim // 2 and shape.groups * tried < rank:
-        keep_pairs(model, shape, scores, rank - shape.groups * tried, tried)
-        losses[tried] = mean_loss(model, windows[:TRIAL_WINDOWS])
+        apply(model, calibrated, rank - shape.groups * tried, tried)
+        losses[tried] = mean_loss(model, calibrated.trial)
         tried *= 2
     best = min(losses, key=losses.__getitem__)
-    keep_pairs(model, shape, scores, rank - shape.groups * best, best)
-    return model
+    apply(model, calibrated, rank - shape.groups * best, best)
 
 
 def pair_scores(model: Any, shape: Shape, windows: Tensor) -> list[Tensor]:
@@ -128,9 +147,3 @@ def pair_scores(model: Any, shape: Shape, windows: Tensor) -> list[Tensor]:
 def _pair_norms(heads: Tensor) -> Tensor:
     """Norms of the pairs of [batch, heads, tokens, head_dim], summed over tokens: [heads, head_dim / 2]."""
     return torch.stack(heads.chunk(2, dim=-1)).norm(dim=0).sum(dim=(0, 2))
-
-
-def keep_pairs(model: Any, shape: Shape, scores: list[Tensor], rank: int, rope_dim: int) -> None:
-    for layer, score in zip(layers_of(model), scores, strict=True):
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(rope_dim // 2).indices, True)
-        layer.self_attn = PartialAttention(layer.self_attn.source, shape, kept, rank)

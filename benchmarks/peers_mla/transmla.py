@@ -84,9 +84,14 @@ def split(shape: Shape, cache: int) -> tuple[int, int]:
 
 def convert(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int = 0) -> Any:
     """Convert ``model`` in place, calibrated on ``windows`` [count, tokens]. Nothing in it is random."""
-    keep_positions(model, windows, rope_dim)
-    project(model, windows, rank)
+    apply(model, calibrate(model, windows, rope_dim), rank, rope_dim)
     return model
+
+
+def calibrate(model: Any, windows: Tensor, rope_dim: int) -> list[Tensor]:
+    """Take the first step, and then what the second needs: moments of keys and values in the model so changed."""
+    keep_positions(model, windows, rope_dim)
+    return joint_moments(model, windows)
 
 
 def keep_positions(model: Any, windows: Tensor, rope_dim: int) -> int:
@@ -154,8 +159,8 @@ def _placed(vectors: Tensor, rows: Tensor, height: int) -> Tensor:
     return placed
 
 
-def project(model: Any, windows: Tensor, rank: int) -> None:
-    """The second step: keys without positions, scaled to the values' size, and values through ``rank`` components."""
+def joint_moments(model: Any, windows: Tensor) -> list[Tensor]:
+    """E[x xᵀ] of keys beside values in every layer, not divided by the count: [2 kv, 2 kv]."""
     shape = shape_of(model)
     moments = [torch.zeros((2 * shape.kv,) * 2, dtype=torch.float64) for _ in layers_of(model)]
 
@@ -163,9 +168,14 @@ def project(model: Any, windows: Tensor, rank: int) -> None:
         moments[index] += moment(torch.cat([_flat(states.normed), states.values], dim=-1))
 
     observe(model, windows, see)
+    return moments
+
+
+def apply(model: Any, moments: list[Tensor], rank: int, rope_dim: int) -> None:
+    """The second step: keys without positions, scaled to the values' size, and values through ``rank`` components."""
     for layer, joint in zip(layers_of(model), moments, strict=True):
         attention: LatentAttention = layer.self_attn
-        attention.back.copy_(projector(joint, attention.basis.double(), attention.rope_dim, rank))
+        attention.back.copy_(projector(joint, attention.basis.double(), rope_dim, rank))
 
 
 def projector(joint: Tensor, basis: Tensor, rope_dim: int, rank: int) -> Tensor:

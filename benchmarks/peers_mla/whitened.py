@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers_mla.attention import Attention, Shape, Size, States, layers_of, leading, moment, observe, open_up
+from benchmarks.peers_mla.attention import (
+    Attention,
+    Shape,
+    Size,
+    States,
+    layers_of,
+    leading,
+    moment,
+    observe,
+    open_up,
+    shape_of,
+)
 
 
 class LowRankAttention(Attention):
@@ -44,6 +55,12 @@ def split(shape: Shape, cache: int) -> tuple[int, int]:
 
 def convert(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int = 0) -> Any:
     """Convert ``model`` in place, calibrated on ``windows`` [count, tokens]. Nothing in it is random."""
+    apply(model, calibrate(model, windows, rope_dim), rank, rope_dim)
+    return model
+
+
+def calibrate(model: Any, windows: Tensor, rope_dim: int) -> Tensor:
+    """Second moments of keys and of values as projected, of every layer: [2, layers, kv, kv]."""
     shape = open_up(model)
     moments = torch.zeros(2, len(layers_of(model)), shape.kv, shape.kv, dtype=torch.float64)
 
@@ -52,7 +69,12 @@ def convert(model: Any, windows: Tensor, rank: int, rope_dim: int, seed: int = 0
         moments[1, index] += moment(states.values)
 
     observe(model, windows, see)
+    return moments
+
+
+def apply(model: Any, moments: Tensor, rank: int, rope_dim: int) -> None:
+    """Keys and values through ``rank`` components each."""
+    shape = shape_of(model)
     for layer, keys, values in zip(layers_of(model), *moments, strict=True):
         source = layer.self_attn.source
         layer.self_attn = LowRankAttention(source, shape, leading(keys, rank), leading(values, rank))
-    return model
