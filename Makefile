@@ -13,7 +13,7 @@ GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-mla clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -50,6 +50,10 @@ bench: $(VENV)/.user $(GGUF) ## measure what README's tables say
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/quality.py
+
+bench-mla: $(VENV)/.user $(GGUF) ## compare latent attention with published conversions: hours
+	$(BIN)/python benchmarks/fetch.py wikipedia austen brown
+	$(BIN)/python benchmarks/mla.py --seeds 0 1 2
 
 clean: ## remove the environment, fetched models and outputs
 	rm -rf $(VENV) models data out
