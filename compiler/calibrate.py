@@ -6,7 +6,8 @@ the sweep runs the rewritten layer to feed the next one, so later layers are mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -54,6 +55,13 @@ class Stage:
     nodes: list[Node]
     _graph: Graph = field(repr=False)
     _batches: list[_Batch] = field(repr=False)
+    _end: Node | None = field(repr=False)
+    _done: set[Node] = field(repr=False)
+
+    def refresh(self) -> None:
+        """Take note of nodes that were put into the stage or taken out of it."""
+        before = takewhile(lambda node: node is not self._end, self._graph.nodes)
+        self.nodes = [node for node in before if node not in self._done]
 
     def observe(self, see: Callable[[Value, Tensor], None]) -> None:
         """Run the stage on every batch; ``see`` gets every value that enters it or is computed in it."""
@@ -74,30 +82,55 @@ class Stage:
         self.observe(see)
         return moments
 
+    def values(self, wanted: Sequence[Value]) -> Iterator[dict[Value, Tensor]]:
+        """Per batch, the values in ``wanted``, which enter the stage or are computed in it; no further node is run."""
+        makers = {value.node for value in wanted}
+        last = max((index for index, node in enumerate(self.nodes) if node in makers), default=-1)
+        for values in self._run(keep=wanted, nodes=self.nodes[: last + 1]):
+            yield {value: values[value] for value in wanted}
+
     def _run(
-        self, *, keep: Sequence[Value] = (), see: Callable[[Value, Tensor], None] | None = None
+        self,
+        *,
+        keep: Sequence[Value] = (),
+        nodes: Sequence[Node] | None = None,
+        see: Callable[[Value, Tensor], None] | None = None,
     ) -> Iterator[dict[Value, Tensor]]:
-        """Per batch, the live values after the stage."""
-        read = dict.fromkeys(value for node in self.nodes for value in node.inputs if value is not None)
+        """Per batch, the live values after ``nodes``, which are the stage's unless others are given."""
+        nodes = self.nodes if nodes is None else nodes
+        read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
         weights = {value: read_param(self._graph, value) for value in read if isinstance(value, Param)}
         for batch in self._batches:
             for value in read:
                 if see is not None and value in batch.values:
                     see(value, batch.values[value])
             values = {**batch.values, **weights}
-            with torch.no_grad():
-                run_nodes(self._graph, self.nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
+            with torch.no_grad(), quick_products():
+                run_nodes(self._graph, nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
             yield {value: tensor for value, tensor in values.items() if value not in weights}
 
-    def advance(self, done: set[Node]) -> None:
-        """Replace the live values of every batch by those after the stage; ``done`` are the nodes run before it."""
-        run = done | set(self.nodes)
+    def advance(self) -> None:
+        """Replace the live values of every batch by those after the stage."""
+        self.refresh()
+        run = self._done | set(self.nodes)
         outputs = set(self._graph.outputs.values())
         known = {value for batch in self._batches for value in batch.values}
         known.update(value for node in self.nodes for value in node.outputs)
         keep = [value for value in known if value in outputs or not value.users.keys() <= run]
         for batch, values in zip(self._batches, self._run(keep=keep), strict=True):
             batch.values = values
+        self._done.update(self.nodes)
+
+
+@contextmanager
+def quick_products() -> Generator[None]:
+    """Let float32 matrix products take the quickest kernels: activations that are only measured need no last bit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Stage]:
@@ -114,15 +147,9 @@ def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Sta
     ends = [nodes[0] for _, nodes in parts[1:]] + [None]
     done: set[Node] = set()
     for (layer, nodes), end in zip(parts, ends, strict=True):
-        stage = Stage(layer.scope if layer else "", nodes, graph, state)
+        stage = Stage(layer.scope if layer else "", nodes, graph, state, end, done)
         yield stage
-        stage.nodes = [node for node in _until(graph, end) if node not in done]
-        stage.advance(done)
-        done.update(stage.nodes)
-
-
-def _until(graph: Graph, end: Node | None) -> Iterator[Node]:
-    return takewhile(lambda node: node is not end, graph.nodes)
+        stage.advance()
 
 
 def token_batches(graph: Graph, windows: Tensor, size: int = 1) -> list[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +62,13 @@ class _Run:
     dump_graphs: Path | None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    def calibration(self, graph: Graph) -> list[dict[str, Tensor]]:
+    def calibration(self, graph: Graph) -> Sequence[Mapping[str, Tensor]]:
         """The windows of the recipe's calibration text, as batches of ``graph``'s inputs."""
         from compiler.evaluate import load_tokenizer
 
         text = self.recipe.calibration
         if text is None:
-            return list(no_calibration(graph))
+            return no_calibration(graph)
         tokenizer = load_tokenizer(self.recipe.model, trust_remote_code=self.trust_remote_code)
         return token_batches(graph, TextData(text.data, text.samples, text.length, text.seed).windows(tokenizer))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from compiler.errors import CompressError, OrderError, SelectorError
+from compiler.errors import CompressError, OrderError, PassError, SelectorError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.verify import Signature, signature, verify
 from compiler.ledger import Bytes, Ledger, bytes_by_layer, measure
@@ -35,13 +35,17 @@ class Pass(ABC):
 
     ``exact_when``: the options at which the pass changes nothing that the model computes; {} when it never does,
     None when no options make it exact. ``edits_weights``: it needs dense weights, so it may not follow a pass that
-    quantises. ``needs``: the calibration statistics it reads, by name.
+    quantises.
     """
 
     exact_when: ClassVar[Mapping[str, Any] | None] = {}
     edits_weights: ClassVar[bool] = True
     quantises: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether these options ask for calibration data."""
+        return False
 
     @classmethod
     def key(cls) -> str:
@@ -89,6 +93,15 @@ class Selection:
     count: int
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A choice that a pass weighed by its distance from the original on calibration data, smaller being better."""
+
+    what: str
+    distance: float
+    chosen: bool
+
+
 @dataclass
 class PassReport:
     """What one pass did. ``seconds`` and ``peak_rss`` (bytes) are filled in by an observer that measures them."""
@@ -101,6 +114,7 @@ class PassReport:
     selected: list[Selection] = field(default_factory=list[Selection])
     rewritten: list[Rewrite] = field(default_factory=list[Rewrite])
     skipped: list[Skip] = field(default_factory=list[Skip])
+    trials: list[Trial] = field(default_factory=list[Trial])
     seconds: float | None = None
     peak_rss: int | None = None
 
@@ -123,6 +137,14 @@ class Report:
         return self.passes[-1].after if self.passes else self.before
 
 
+Calibration = Callable[[Graph], Sequence[Mapping[str, Tensor]]]
+
+
+def no_calibration(graph: Graph) -> Sequence[Mapping[str, Tensor]]:
+    """Raises PassError: the run was given no calibration data."""
+    raise PassError("this needs calibration data", remedy="add `calibration: {data: text.txt}`")
+
+
 class Observer:
     """Hooks around each pass. ``index`` counts passes from 0."""
 
@@ -142,8 +164,11 @@ class Context:
     In a planned run no weight is read: ``read`` yields meta tensors, which have a type but no values.
     """
 
-    def __init__(self, graph: Graph, step: Pass, report: PassReport, spill: SpillSource, planned: bool) -> None:
+    def __init__(
+        self, graph: Graph, step: Pass, report: PassReport, spill: SpillSource, planned: bool, calibration: Calibration
+    ) -> None:
         self.planned = planned
+        self._calibration = calibration
         self.read_weights = False
         self._graph = graph
         self._step = step
@@ -173,14 +198,30 @@ class Context:
         """Report that ``scope`` was left alone."""
         self._report.skipped.append(Skip(scope, reason))
 
+    def tried(self, what: str, distance: float, chosen: bool) -> None:
+        """Report a choice that was weighed."""
+        self._report.trials.append(Trial(what, distance, chosen))
+
     def read(self, param: Param) -> Tensor:
         """The value of a parameter, in its expression's dtype; a meta tensor in a planned run."""
+        return self.value(param.expr)
+
+    def value(self, expr: Expr) -> Tensor:
+        """The value of an expression; a meta tensor in a planned run."""
         self.read_weights = True
         if self.planned:
-            return torch.empty(param.expr.shape, dtype=param.expr.dtype, device="meta")
+            return torch.empty(expr.shape, dtype=expr.dtype, device="meta")
         from compiler.weights.evaluate import evaluate
 
-        return evaluate([param.expr], self._graph.sources)[0]
+        return evaluate([expr], self._graph.sources)[0]
+
+    def calibration(self) -> Sequence[Mapping[str, Tensor]]:
+        """Batches of the model's inputs by name; none in a planned run.
+
+        Raises PassError when the run has no calibration data, DataError when the data does not fit the model.
+        """
+        self.read_weights = True
+        return [] if self.planned else self._calibration(self._graph)
 
     def spill(self, name: str, tensor: Tensor) -> Expr:
         """Keep a computed tensor in the work directory and return the expression that reads it back."""
@@ -216,8 +257,10 @@ class Pipeline:
         workdir: Path | None = None,
         planned: bool = False,
         bytes_of: Bytes | None = None,
+        calibration: Calibration = no_calibration,
     ) -> Report:
         """Run every pass on ``graph``, in place. Spilled tensors go to ``workdir`` (to memory without one).
+        ``calibration`` makes batches of a graph's inputs, by name; it is asked when a pass wants them.
 
         A planned run reads no weight. ``bytes_of`` says how many bytes a parameter takes in the format to be written.
         Raises what passes raise, and VerifyError when one breaks the graph.
@@ -229,7 +272,7 @@ class Pipeline:
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
-            ctx = Context(graph, step, entry, spill, planned)
+            ctx = Context(graph, step, entry, spill, planned, calibration)
             self._run_one(index, graph, ctx, expected, observers)
             entry.after = measure(graph, bytes_of)
             report.passes.append(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -45,16 +45,30 @@ def subgraph(graph: Graph, nodes: Sequence[Node], name: str) -> Graph:
     part = Graph(name, graph.origin)
     part.sources = graph.sources
     copies: dict[Value, Value] = {}
-    for node in nodes:
-        inputs = [None if value is None else copies.get(value) or _outer(part, copies, value) for value in node.inputs]
-        copied = part.append(node.op.name, inputs, node.attrs, scope=node.scope)
-        copies.update(zip(node.outputs, copied.outputs, strict=True))
+    _copy(nodes, part, copies)
     results = set(graph.outputs.values())
     for node in nodes:
         for value in node.outputs:
             if value in results or not value.users.keys() <= inside:
                 part.outputs[f"y{len(part.outputs)}"] = copies[value]
     return part
+
+
+def copy_of(graph: Graph) -> Graph:
+    """A copy of ``graph`` that can be rewritten on its own. Weights and their sources are shared."""
+    copied = Graph(graph.name, graph.origin)
+    copied.sources = graph.sources
+    copies: dict[Value, Value] = {value: copied.add_input(name, value.type) for name, value in graph.inputs.items()}
+    _copy(graph.nodes, copied, copies)
+    copied.outputs = {name: copies[value] for name, value in graph.outputs.items()}
+    return copied
+
+
+def _copy(nodes: Iterable[Node], into: Graph, copies: dict[Value, Value]) -> None:
+    for node in nodes:
+        inputs = [None if value is None else copies.get(value) or _outer(into, copies, value) for value in node.inputs]
+        copied = into.append(node.op.name, inputs, node.attrs, scope=node.scope)
+        copies.update(zip(node.outputs, copied.outputs, strict=True))
 
 
 def _outer(part: Graph, copies: dict[Value, Value], value: Value) -> Value:

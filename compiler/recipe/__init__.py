@@ -300,7 +300,7 @@ class _Checker:
 
     def _check_needs(self, passes: Sequence[Pass], places: Sequence[Tree], calibration: Calibration | None) -> None:
         for step, place in zip(passes, places, strict=True):
-            if step.needs and calibration is None:
+            if step.calibrated and calibration is None:
                 raise RecipeError(
                     f"`{step.key()}` needs calibration data",
                     span=place.place,

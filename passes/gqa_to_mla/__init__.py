@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from compiler.errors import PassError
 from compiler.ir.facts import attention_sites
@@ -11,83 +13,105 @@ from compiler.ir.graph import Graph
 from compiler.pipeline import Context, Pass
 from passes.gqa_to_mla.build import Tables, convert, has_bias, rotary_table
 from passes.gqa_to_mla.sites import Convertible, convertible
+from passes.gqa_to_mla.source import Source, compressible
 
 FULL = "full"
+Width = Annotated[int, Field(ge=0)] | Literal["full"]
 
 
 @dataclass(frozen=True)
 class GqaToMla(Pass):
-    """Rewrite causal grouped-query (or multi-head) attention as multi-head latent attention, exactly.
+    """Rewrite causal grouped-query (or multi-head) attention as multi-head latent attention, with a smaller cache.
 
-    A token's cache becomes one latent of its g values and one rotary key that holds its g rotated keys side by side:
-    as many numbers as before. A head's query is its old one in its group's place and zeros elsewhere, so its product
-    with the shared rotary key is the old score; the up-projection picks its group's value out of the latent. The
-    query projection grows g-fold, the rotary table repeats its frequencies g times.
+    A token's cache becomes one latent of ``rank`` numbers and one rotary key of ``rope-dim`` numbers, both shared by
+    all heads; or give ``cache``, the part of the source's cached numbers that may remain, and calibration decides how
+    to split it. Without either, nothing is cut and the result computes what the source did.
 
-    The latent's norm is made harmless: its input is shrunk by 2^-30, where 1 / sqrt(mean square + 1e-6) is a
-    constant, and what follows undoes both. The scale of the scores goes into the rotary table, so that no weight is
-    multiplied by anything but powers of two. With biases the query takes a latent of full width likewise.
+    What is cut: of the rotary components of the keys, ``rope-dim`` / 2 stay, with their frequencies as they were; for
+    the others the rotation between query and key becomes its mean under the attention. They and the values share the
+    latent, a low-rank map chosen by what its errors would change behind the output projection. ``refit`` then fits
+    that projection to what the original attention yields from the same inputs. All of it follows from calibration
+    data; nothing is trained.
 
-    ``rank`` and ``rope-dim`` are ``full`` or those widths; ``layers: possible`` leaves layers that have no exact form
-    as they are, which no stock class can hold.
+    ``layers: possible`` leaves layers that have no latent form as they are, which no stock class can hold.
 
-    Always exact. Multi-head latent attention: DeepSeek-V2, arXiv 2405.04434; conversion: TransMLA, arXiv 2502.07864.
+    Exact with ``rank: full`` and ``rope-dim: full``. Multi-head latent attention: DeepSeek-V2, arXiv 2405.04434;
+    conversion: TransMLA, arXiv 2502.07864; the rest is on the pass's page of the documentation.
     """
 
-    rank: int | Literal["full"] = FULL
-    rope_dim: int | Literal["full"] = FULL
+    rank: Width = FULL
+    rope_dim: Width = FULL
+    cache: Annotated[float, Field(gt=0, lt=1)] | None = None
+    refit: bool = True
     layers: Literal["all", "possible"] = "all"
 
-    exact_when: ClassVar = {}
+    exact_when: ClassVar = {"rank": FULL, "rope_dim": FULL, "cache": None}
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and (self.rank, self.rope_dim) != (FULL, FULL):
+            raise PassError(
+                "`cache` chooses rank and rope-dim itself",
+                option="cache",
+                remedy="give either `cache`, or `rank` and `rope-dim`",
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        return not self.exact
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        """Raises PassError when a layer has no exact latent form, or a rank other than the full one is asked."""
+        """Raises PassError when a layer has no latent form, or when the widths asked for do not fit it."""
+        if self.exact or not self._truncates(graph):
+            self._convert_exactly(graph, ctx)
+        else:
+            from passes.gqa_to_mla.reduce import reduce_cache
+
+            reduce_cache(graph, ctx, self, self._compressible(graph, ctx))
+        graph.prune()
+
+    def _truncates(self, graph: Graph) -> bool:
+        """Whether the widths are less than the full ones anywhere (a number that is the full width is exact)."""
+        found = [convertible(site) for site in attention_sites(graph)]
+        shapes = [item.shape for item in found if isinstance(item, Convertible)]
+        full = [self.rank in (FULL, shape.rank) and self.rope_dim in (FULL, shape.rotary_dim) for shape in shapes]
+        return self.cache is not None or not full or not all(full)
+
+    def _convert_exactly(self, graph: Graph, ctx: Context) -> None:
         sites = self._convertible(graph, ctx)
-        for found in sites:
-            self._check_full("rank", self.rank, found.shape.rank)
-            self._check_full("rope_dim", self.rope_dim, found.shape.rotary_dim)
         biased_query = any(found.query.bias() is not None for found in sites)
         biased = biased_query or any(has_bias(found) for found in sites)
         tables: Tables = {}
         for found in sites:
             convert(graph, found, rotary_table(graph, found, tables), biased, biased_query)
             _report(ctx, found)
-        graph.prune()
 
     def _convertible(self, graph: Graph, ctx: Context) -> list[Convertible]:
-        found: list[Convertible] = []
-        reasons: dict[str, str] = {}
-        for site in attention_sites(graph):
-            result = convertible(site)
-            if isinstance(result, str):
-                reasons[site.scope] = result
-            else:
-                found.append(result)
-        if not found or (reasons and self.layers == "all"):
+        results = {site.scope: convertible(site) for site in attention_sites(graph)}
+        self._check(graph, ctx, {scope: item for scope, item in results.items() if isinstance(item, str)}, len(results))
+        return [item for item in results.values() if isinstance(item, Convertible)]
+
+    def _compressible(self, graph: Graph, ctx: Context) -> list[Source]:
+        results = {site.scope: compressible(site) for site in attention_sites(graph)}
+        self._check(graph, ctx, {scope: item for scope, item in results.items() if isinstance(item, str)}, len(results))
+        return [item for item in results.values() if isinstance(item, Source)]
+
+    def _check(self, graph: Graph, ctx: Context, reasons: dict[str, str], count: int) -> None:
+        """Refuse what cannot be converted, or report it as skipped."""
+        if len(reasons) == count or (reasons and self.layers == "all"):
             latent = bool(graph.nodes_named("latent_attention"))
-            raise _refused(reasons, len(found), latent)
+            raise _refused(reasons, count - len(reasons), latent, "exact latent" if self.exact else "latent")
         for scope, reason in reasons.items():
             ctx.skipped(scope, reason)
-        return found
-
-    def _check_full(self, name: str, asked: int | str, width: int) -> None:
-        if asked not in (FULL, width):
-            option = name.replace("_", "-")
-            raise PassError(
-                f"{option} {asked} is not exact: the full one is {width} here",
-                option=name,
-                remedy=f"write `{option}: full`, or leave it out",
-            )
 
 
-def _refused(reasons: dict[str, str], converted: int, latent: bool) -> PassError:
+def _refused(reasons: dict[str, str], converted: int, latent: bool, form: str) -> PassError:
     if not reasons:
         return PassError("the model's attention is latent already" if latent else "the model has no attention")
     scope, reason = next(iter(reasons.items()))
     count = len(reasons) - 1
     more = f" ({count} more {'layer has' if count == 1 else 'layers have'} none either)" if count else ""
     remedy = f"`layers: possible` converts the other {converted}, for which no stock class exists" if converted else ""
-    return PassError(f"the attention in {scope} has no exact latent form: {reason}{more}", remedy=remedy)
+    return PassError(f"the attention in {scope} has no {form} form: {reason}{more}", remedy=remedy)
 
 
 def _report(ctx: Context, found: Convertible) -> None:

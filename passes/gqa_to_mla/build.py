@@ -28,7 +28,7 @@ def rotary_table(graph: Graph, found: Convertible, tables: Tables) -> Node:
         source = old.input(1)
         assert isinstance(source, Param)  # `convertible` accepts nothing else
         frequencies = graph.add_param(
-            _free_name(graph, f"{source.name}_grouped"), tile(source.expr, 0, shape.groups), persistent=False
+            free_name(graph, f"{source.name}_grouped"), tile(source.expr, 0, shape.groups), persistent=False
         )
         inputs = [old.input(0), frequencies]
         tables[key] = graph.append("rope_table", inputs, {"scale": scale}, scope=old.scope, before=old)
@@ -40,12 +40,12 @@ def _gain(found: Convertible) -> float:
     return found.site.scale * found.shape.latent_head_dim**0.5
 
 
-def _free_name(graph: Graph, name: str) -> str:
+def free_name(graph: Graph, name: str) -> str:
     return next(c for c in (name, *(f"{name}_{i}" for i in range(len(graph.params)))) if c not in graph.params)
 
 
 @dataclass
-class _Builder:
+class Builder:
     """Adds operations of one site in front of its attention, in its scope."""
 
     graph: Graph
@@ -68,7 +68,7 @@ class _Builder:
 def convert(graph: Graph, found: Convertible, table: Node, biased: bool, biased_query: bool) -> None:
     """Replace one attention. ``biased`` asks for biases on the way down and out, zero where there was none."""
     shape = found.shape
-    build = _Builder(graph, found.site.node, found.query.storage)
+    build = Builder(graph, found.site.node, found.query.storage)
     latent, rotary = _keys_and_values(build, found, table, biased)
     query = _query(build, found, table, biased_query)
     values, keys = _constants(found)
@@ -77,7 +77,7 @@ def convert(graph: Graph, found: Convertible, table: Node, biased: bool, biased_
     result = build.op("latent_attention", inputs, scale=shape.latent_head_dim**-0.5, causal=True)
     graph.replace(found.site.node.output, result)
     if biased and len(found.output.inputs) == 2:
-        _add_zero_bias(graph, found.output)
+        add_zero_bias(graph, found.output)
 
 
 def _constants(found: Convertible) -> tuple[w.NormConstants, w.NormConstants]:
@@ -85,7 +85,7 @@ def _constants(found: Convertible) -> tuple[w.NormConstants, w.NormConstants]:
     return w.norm_constants(found.query.storage), w.norm_constants(found.query.storage, _gain(found))
 
 
-def _keys_and_values(build: _Builder, found: Convertible, table: Node, biased: bool) -> tuple[Value, Value]:
+def _keys_and_values(build: Builder, found: Convertible, table: Node, biased: bool) -> tuple[Value, Value]:
     """The normed latent [B, T, r] and the rotated key [B, T, R]."""
     shape, x = found.shape, found.query.linear.input(0)
     weight = build.param("kv_down.weight", w.kv_down(shape, found.key.weight(), found.value.weight()))
@@ -105,7 +105,7 @@ def _down_bias(found: Convertible, storage: torch.dtype) -> w.Expr:
     return w.as_vector(w.kv_down(found.shape, column(found.key), column(found.value)))
 
 
-def _query(build: _Builder, found: Convertible, table: Node, through_latent: bool) -> Value:
+def _query(build: Builder, found: Convertible, table: Node, through_latent: bool) -> Value:
     """The queries [B, H, T, n + R]."""
     shape, x = found.shape, found.query.linear.input(0)
     if through_latent:
@@ -120,7 +120,7 @@ def _query(build: _Builder, found: Convertible, table: Node, through_latent: boo
     return build.op("concat", [passed, rotated], axis=3)
 
 
-def _latent_query(build: _Builder, found: Convertible, x: Value) -> Value:
+def _latent_query(build: Builder, found: Convertible, x: Value) -> Value:
     """The queries before their heads are split, by way of a latent: the only place where the class has a bias."""
     part, constants = found.query, w.norm_constants(build.storage)
     rows = part.stop - part.start
@@ -132,10 +132,10 @@ def _latent_query(build: _Builder, found: Convertible, x: Value) -> Value:
     return build.op("linear", [latent, up])
 
 
-def _add_zero_bias(graph: Graph, linear: Node) -> None:
+def add_zero_bias(graph: Graph, linear: Node) -> None:
     weight = linear.input(1)
     assert isinstance(weight, Param)  # `attention_sites` finds linear maps with weights of their own
-    name = _free_name(graph, f"{weight.name.removesuffix('.weight')}.bias")
+    name = free_name(graph, f"{weight.name.removesuffix('.weight')}.bias")
     zeros = graph.add_param(name, w.full((int(weight.shape[0]),), 0.0, weight.storage), weight.storage)
     biased = graph.append("linear", [linear.input(0), weight, zeros], scope=linear.scope, before=linear)
     graph.replace(linear.output, biased.output)

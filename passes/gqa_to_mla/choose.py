@@ -1,0 +1,134 @@
+"""Which widths: as asked, or the split of the cache between rotary key and latent that calibration likes best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from compiler.errors import PassError
+from compiler.fidelity import Fidelity, spread
+from compiler.ir.facts import attention_sites
+from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
+from compiler.pipeline import Context
+from passes.gqa_to_mla.latent import Layout, largest_rank, latent_maps
+from passes.gqa_to_mla.rotary import keep_best
+from passes.gqa_to_mla.source import Source, compressible
+from passes.gqa_to_mla.truncate import Truncation, form_of, take_over
+
+if TYPE_CHECKING:
+    from passes.gqa_to_mla import GqaToMla
+    from passes.gqa_to_mla.reduce import Measured
+
+CHOICE_TOKENS = 2048
+SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # the part of the cache that rotary keys may get
+PROBED = 6  # attentions, evenly spaced, whose predicted errors rank the splits
+MEASURED = 2  # splits that are then measured
+
+
+def choose(
+    graph: Graph,
+    ctx: Context,
+    options: GqaToMla,
+    sources: Sequence[Source],
+    measured: Mapping[Node, Measured],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> list[Layout]:
+    """A layout for every source. Raises PassError when the widths asked for do not fit."""
+    if options.cache is None:
+        return _asked(options, sources, measured)
+    splits = [_split(options.cache, part, sources, measured) for part in SPLITS]
+    splits = list(dict.fromkeys(map(tuple, splits)))
+    if ctx.planned:
+        return list(splits[len(splits) // 2])
+    splits.sort(key=lambda layouts: _predicted(layouts, sources, measured))
+    fidelity = Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
+    found = {layouts: _distance(graph, ctx, layouts, measured, fidelity) for layouts in splits[:MEASURED]}
+    best = min(found, key=lambda layouts: found[layouts])
+    for layouts, distance in found.items():
+        ctx.tried(f"rotary key of {layouts[0].rotary_dim}, latent of {layouts[0].rank}", distance, layouts == best)
+    return list(best)
+
+
+def _asked(options: GqaToMla, sources: Sequence[Source], measured: Mapping[Node, Measured]) -> list[Layout]:
+    most = max(2 * source.pairs * source.groups for source in sources)
+    width = most if options.rope_dim == "full" else int(options.rope_dim)
+    if width % 2 or width > most:
+        raise PassError(
+            f"rope-dim {width} is no even number up to {most}, the rotary numbers of a token's keys",
+            option="rope_dim",
+            remedy="write `rope-dim: full`, or half of that",
+        )
+    return [
+        _layout(source, kept, options.rank)
+        for source, kept in zip(sources, _kept(width, sources, measured), strict=True)
+    ]
+
+
+def _layout(source: Source, kept: tuple[int, ...], rank: int | str) -> Layout:
+    largest = largest_rank(source, kept)
+    if rank == "full":
+        return Layout(largest, kept)
+    if not 1 <= int(rank) <= largest:
+        raise PassError(
+            f"rank {rank} is not from 1 to {largest}, which loses nothing beside a rotary key of {2 * sum(kept)}",
+            option="rank",
+            remedy="write `rank: full`, or less",
+        )
+    return Layout(int(rank), kept)
+
+
+def _split(cache: float, part: float, sources: Sequence[Source], measured: Mapping[Node, Measured]) -> list[Layout]:
+    """The layouts in which rotary keys get ``part`` of what remains of the cache."""
+    widths = [int(cache * source.cached) for source in sources]
+    rotary = min(2 * round(width * part / 2) for width in widths)
+    kept = _kept(rotary, sources, measured)
+    pairs = zip(sources, widths, kept, strict=True)
+    return [_layout(source, own, min(width - 2 * sum(own), largest_rank(source, own))) for source, width, own in pairs]
+
+
+def _kept(width: int, sources: Sequence[Source], measured: Mapping[Node, Measured]) -> list[tuple[int, ...]]:
+    """How many components of each pair stay; the same for all attentions that share a rotary table."""
+    tables: dict[Node | None, list[Source]] = {}
+    for source in sources:
+        tables.setdefault(source.table, []).append(source)
+    counts: dict[Node | None, tuple[int, ...]] = {}
+    for table, sharing in tables.items():
+        pairs, groups = sharing[0].pairs, sharing[0].groups
+        count = min(width // 2, pairs * groups)
+        losses = [measured[source.site.node].loss for source in sharing] if measured else None
+        counts[table] = tuple(keep_best(losses, count)) if losses else _evenly(count, pairs)
+    return [counts[source.table] for source in sources]
+
+
+def _evenly(count: int, pairs: int) -> tuple[int, ...]:
+    """Without measurements: the fastest pairs first, each as often as it takes."""
+    return tuple(count // pairs + (pair < count % pairs) for pair in range(pairs)) if pairs else ()
+
+
+def _predicted(layouts: Sequence[Layout], sources: Sequence[Source], measured: Mapping[Node, Measured]) -> float:
+    step = max(1, len(sources) // PROBED)
+    probed = list(zip(sources, layouts, strict=True))[step // 2 :: step]
+    return sum(latent_maps(measured[source.site.node].analysis(), layout, 0).error for source, layout in probed)
+
+
+def _distance(
+    graph: Graph,
+    ctx: Context,
+    layouts: Sequence[Layout],
+    measured: Mapping[Node, Measured],
+    fidelity: Fidelity,
+) -> float:
+    """The distance from the original when every attention is converted so, without refitting."""
+    trial = copy_of(graph)
+    found = [compressible(site) for site in attention_sites(trial)]
+    sources = [source for source in found if isinstance(source, Source)]
+    conversion = Truncation(trial, form_of(trial, sources, layouts), ctx.spill, ctx.value, {})
+    for source, own, layout in zip(sources, measured.values(), layouts, strict=True):
+        made = conversion.convert(source, layout, latent_maps(replace(own.analysis(), source=source), layout))
+        take_over(trial, source, made)
+    trial.prune()
+    return fidelity.distance(trial)
