@@ -135,14 +135,14 @@ class Forward:
     def _operand(self, value: Value | None, given: dict[Value, Code]) -> Code | None:
         if isinstance(value, Param):
             return Code(self.context.parameter(value))
-        return None if value is None else given[self.context.extras.seen(value)]
+        return None if value is None else given[value]
 
     def _attention(self, index: int, node: Node) -> None:
         """The cache takes what is new and gives back all that there is."""
         latent = node.op.name == "latent_attention"
         first, second = (1, 2)
         key, value = node.input(first), node.optional_input(second)
-        self._name(self.context.extras.seen(node.input(0)), index)
+        self._name(node.input(0), index)
         names = self._name(key, index), self._name(value, index) if value else "_"
         stored = names[1] if value else f"{names[0]}[..., :0]"
         if latent or value is not None:
@@ -224,7 +224,7 @@ class Forward:
 
     def _split(self, index: int, places: list[int]) -> None:
         nodes = [item for place in places if isinstance(item := self.body.items[place], Node)]
-        source = self.context.extras.seen(nodes[0].input(0))
+        source = nodes[0].input(0)
         code = self._code(source)
         if len(code.text) > LONGEST - 20:
             self._assign(index, source)

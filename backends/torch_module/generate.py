@@ -15,7 +15,7 @@ from backends.torch_module.code import camel, identifier, names_in, wrapped
 from backends.torch_module.layout import layout_of
 from backends.torch_module.model_code import TopWriter, without_calls
 from backends.torch_module.module import ClassWriter, Model
-from backends.torch_module.positions import positions
+from backends.torch_module.prepare import POSITIONS, prepared
 from backends.torch_module.program import ATTENTION, Body, Call, Extras, Loop, program_of
 from backends.torch_module.sizes import sizes_of
 from compiler.errors import TargetError
@@ -67,9 +67,8 @@ def generate(graph: Graph) -> Generated:
 
     Reads no weight but rotary frequencies.
     """
-    tokens = _tokens(graph)
-    extras = Extras(counted=positions(graph, tokens))
-    nodes = _computed(graph, extras)
+    graph = prepared(graph, _tokens(graph))
+    nodes, extras = list(graph.nodes), Extras()
     _add_extras(nodes, extras)
     body_path = _body_path(graph)
     layout = layout_of(graph, body_path, nodes)
@@ -99,17 +98,6 @@ def _tokens(graph: Graph) -> str:
     if any(not node.attr("causal") for node in graph.nodes_named(*ATTENTION)):
         raise TargetError("a generated module continues text; this model has attention that looks ahead")
     return "input_ids"
-
-
-def _computed(graph: Graph, extras: Extras) -> list[Node]:
-    """The nodes that are written: not those that only count positions."""
-    needed: set[Value] = set(graph.outputs.values())
-    kept: list[Node] = []
-    for node in reversed(list(graph.nodes)):
-        if needed & set(node.outputs):
-            needed.update(value for value in node.inputs if value is not None and value not in extras.counted)
-            kept.append(node)
-    return kept[::-1]
 
 
 def _add_extras(nodes: list[Node], extras: Extras) -> None:
@@ -224,7 +212,7 @@ class _Assembly:
     def _top(self) -> str:
         extras, prefix = self.model.extras, self.model.prefix
         tokens = self.graph.inputs["input_ids"]
-        names = {tokens: "input_ids", extras.positions: "position_ids", extras.cache: "past_key_values"}
+        names = {tokens: "input_ids", self.graph.inputs[POSITIONS]: POSITIONS, extras.cache: "past_key_values"}
         names |= dict.fromkeys(extras.masks.values(), "mask")
         body = TopWriter(self.model, self.inner, names)
         lines, result = body.statements()
@@ -308,7 +296,7 @@ class _Assembly:
         latent = bool(self.graph.nodes_named("latent_attention"))
         plain = bool(self.graph.nodes_named("attention"))
         held = " or ".join([*(["keys and values"] if plain else []), *(["latents and rotary keys"] if latent else [])])
-        return f"What each layer keeps of past tokens: {held}; where it has a window, only of those within it."
+        return f"Past tokens' {held}; of layers with a window only those within it."
 
     def _header(self, text: str) -> str:
         return _render(

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
@@ -90,7 +89,6 @@ def layout_of(graph: Graph, body: str, nodes: list[Node]) -> Layout:
             first = next(iter(weights.values()))
             path = _free(_renamed(_leaf_path(node, first, parts), body), first, taken)
             layout.leaves[node] = Leaf(path, node.op.name, weights)
-    _sink_tables(layout)
     paths = {leaf.path for leaf in layout.leaves.values()}
     for node in nodes:
         for param in _bare_params(node, layout):
@@ -114,7 +112,8 @@ def _leaf_path(node: Node, weight: Param, parts: dict[Param, set[str]]) -> str:
     """The module that ``weight`` belongs to; of a fused weight's part, one beside it, named after what it does."""
     name = _name_in(node.scope, weight)
     if node.op.name == "rope_table":
-        return _rotary_path(name)
+        own = layer_of(node.scope) is not None and layer_of(name) is None
+        return join(node.scope, "rotary_emb") if own else _rotary_path(name)
     whole = re.fullmatch(r"(.+)\.weight", name)
     if whole:
         return whole[1]
@@ -149,29 +148,6 @@ def _free(path: str, weight: Param, taken: dict[str, Param]) -> str:
     free = next(choice for choice in choices if taken.get(choice, weight) is weight)
     taken[free] = weight
     return free
-
-
-def _sink_tables(layout: Layout) -> None:
-    """Rotary tables that one layer alone uses belong to its attention, where there are several such."""
-    alone = [(node, leaf) for node, leaf in layout.leaves.items() if leaf.op == "rope_table" and _one_layer(node)]
-    for node, leaf in alone if len(alone) > 1 else []:
-        user = next(iter(node.outputs[0].users))
-        layout.leaves[node] = Leaf(join(_renamed_like(layout, user), "rotary_emb"), leaf.op, leaf.weights)
-
-
-def _one_layer(node: Node) -> bool:
-    layers = {layer_of(user.scope) for value in node.outputs for user in value.users}
-    return len(layers) == 1 and None not in layers
-
-
-def _renamed_like(layout: Layout, node: Node) -> str:
-    """Where ``node`` is after renaming: its scope with the layer that leaves of the same scope have."""
-    layer = layer_of(node.scope)
-    for other, leaf in layout.leaves.items():
-        found = layer_of(leaf.path)
-        if layer and found and layer_of(other.scope) == layer:
-            return join(found.scope, node.scope.removeprefix(layer.scope).lstrip("."))
-    raise TargetError(f"the rotary table of {node.scope} lies in a layer without weights")
 
 
 def _bare_params(node: Node, layout: Layout) -> Iterator[Param]:

@@ -274,7 +274,7 @@ class ClassWriter:
                 return self._convolution(leaf, node)
 
     def _rotary(self, index: int, leaf: Leaf, node: Node) -> list[str]:
-        name = f"{leaf.name.removesuffix('rotary_emb')}rope_frequencies"
+        name = leaf.name.replace("rotary_emb", "rope_frequencies")
         for body in self.module.bodies:
             (values,) = evaluate([self._items_param(body, index, 1).expr], self.model.sources)
             self.model.sizes.note(name, body.path, values.float().tolist())
@@ -321,6 +321,7 @@ def _heads_of(item: Item) -> tuple[str, ...]:
     """Whose heads a ``split_heads`` makes: those of the operand of attention that it becomes."""
     if not isinstance(item, Node) or item.op.name != "split_heads":
         return ()
+    either = ("num_attention_heads", "num_key_value_heads")
     pending, seen = list(item.output.users), set[Node]()
     while pending:
         node = pending.pop(0)
@@ -329,10 +330,10 @@ def _heads_of(item: Item) -> tuple[str, ...]:
         seen.add(node)
         if node.op.name == "attention":
             ours = {value for value in node.inputs[:1] if value}
-            return ("num_attention_heads",) if _reaches(item, ours) else ("num_key_value_heads",)
+            return either if _reaches(item, ours) else either[::-1]
         if node.op.name in ("rope", "rms_norm", "layer_norm", "slice", "concat"):
             pending += [user for output in node.outputs for user in output.users]
-    return ("num_attention_heads",)
+    return either
 
 
 def _reaches(node: Node, values: set[Value]) -> bool:

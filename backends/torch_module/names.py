@@ -35,8 +35,6 @@ def argument_name(value: Value, body: Body, extras: Extras) -> str:
 def _known(value: Value, extras: Extras) -> str:
     if value is extras.cache:
         return "past_key_values"
-    if value is extras.positions:
-        return "position_ids"
     if value in extras.masks.values():
         return "attention_mask"
     if value.node is not None and value.node.op.name == "rope_table":
@@ -103,4 +101,6 @@ def _by_operation(node: Node | None, value: Value) -> list[str]:
     if node.op.name == "linear":
         last = node.scope.rpartition(".")[2]
         return [last.removesuffix("_proj") or "projected"]
+    if node.op.name in HANDED_ON and node.op.name != "concat" and isinstance(node.input(0).node, Node):
+        return _by_operation(node.input(0).node, node.input(0))
     return [MADE_BY.get(node.op.name, "x")]

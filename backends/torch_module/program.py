@@ -23,21 +23,15 @@ NOTHING = TensorType(torch.bool, ())
 
 @dataclass
 class Extras:
-    """Values that only the generated module has: positions, the cache, and a mask for each window (0: none)."""
+    """Values that only the generated module has: the cache, and a mask for each window (0: none)."""
 
     cache: Value = field(default_factory=lambda: Value("past_key_values", NOTHING))
     masks: dict[int, Value] = field(default_factory=dict[int, Value])
-    positions: Value = field(default_factory=lambda: Value("position_ids", NOTHING))
-    counted: set[Value] = field(default_factory=set[Value])
     of_node: dict[Node, list[Value]] = field(default_factory=dict[Node, list[Value]])
-
-    def seen(self, value: Value) -> Value:
-        """``value``, or the positions that the generated module is given when it counts tokens."""
-        return self.positions if value in self.counted else value
 
     def read_by(self, node: Node) -> list[Value]:
         """Everything that ``node`` reads besides parameters."""
-        return [*map(self.seen, values_of(node)), *self.of_node.get(node, ())]
+        return [*values_of(node), *self.of_node.get(node, ())]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.torch_module.layout import Layout
-from compiler.ir.graph import Graph, Param
+from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
 from compiler.ir.sites import attention_sites, expert_sites, latent_sites, mlp_sites
@@ -116,7 +116,8 @@ class Sizes:
         found = dict(self.everywhere)
         for name, values in self.by_layer.items():
             if self.varies(name):
-                found[name] = [values.get(index) for index in range(self.layers)]
+                none = type(next(iter(values.values())))()  # 0 or [] for a layer that has no such thing
+                found[name] = [values.get(index, none) for index in range(self.layers)]
             else:
                 found.setdefault(name, next(iter(values.values())))
         return found
@@ -176,6 +177,8 @@ def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
         _note(sizes, where.get(latent.node), v_head_dim=latent.value_dim)
         if latent.query_down is not None:
             _note(sizes, where.get(latent.node), q_lora_rank=latent.query_down.output.shape[-1])
+    for node in graph.nodes_named("split_heads"):
+        _note_heads(sizes, node)
     for experts in expert_sites(graph):
         width = experts.down.shape[-1]
         _note(sizes, where.get(experts.node), num_experts=experts.count, moe_intermediate_size=width)
@@ -183,6 +186,14 @@ def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
     for mlp in mlp_sites(graph):
         _note(sizes, where.get(mlp.down), intermediate_size=mlp.down.input(0).shape[-1])
     return sizes
+
+
+def _note_heads(sizes: Sizes, node: Node) -> None:
+    """Heads of keys and values that are made without an attention over them: a latent is made from them."""
+    path = sizes.layout.container[node]
+    known = sizes.at(path)
+    if 1 < node.attr("heads") < known.get("num_attention_heads", 0):
+        _note(sizes, path, num_key_value_heads=node.attr("heads"), head_dim=node.output.shape[-1])
 
 
 def _note(sizes: Sizes, path: str | None, **quantities: Any) -> None:

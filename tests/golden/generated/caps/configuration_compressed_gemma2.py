@@ -1,0 +1,34 @@
+"""Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM."""
+
+from dataclasses import field
+
+from transformers import PreTrainedConfig
+
+
+class CompressedGemma2Config(PreTrainedConfig):
+    """Sizes of the model. A list has an entry for each layer."""
+
+    model_type = "compressed_gemma2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    use_cache: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    max_position_embeddings: int = 64
+    vocab_size: int = 96
+    hidden_size: int = 48
+    num_hidden_layers: int = 30
+    rope_frequencies: list[float] = field(default_factory=list)
+    num_attention_heads: int = 4
+    kv_lora_rank: int = 20
+    qk_rope_head_dim: int = 8
+    qk_nope_head_dim: int = 8
+    v_head_dim: int = 16
+    intermediate_size: int = 80
+    attention_windows: list[int | None] = field(default_factory=list)
+    tie_word_embeddings: bool = True
+
+
+__all__ = ["CompressedGemma2Config"]
