@@ -44,18 +44,33 @@ class LatentPair:
 
 def solve(keys: Side, values: Side, rank: int, rounds: int = ROUNDS) -> LatentPair:
     """The latent of ``rank`` numbers for both sides; exact when the rank reaches the number of rows."""
+    if rank >= len(keys.rows) + len(values.rows):
+        return _whole(keys, values)
     key_root, key_inverse = _root(keys.metric)
     value_root, value_inverse = _root(values.metric)
     wanted = (key_root @ keys.rows, value_root @ values.rows)
     moments = (keys.moment, values.moment)
     down = _start(wanted, moments, rank)
     ups = _ups(down, wanted, moments)
-    for _ in range(rounds if rank < sum(len(rows) for rows in wanted) else 0):
+    for _ in range(rounds):
         down = _down(down, ups, wanted, moments)
         ups = _ups(down, wanted, moments)
-    size = (down @ values.moment * down).sum().div(rank).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    size = _size(down, values.moment)
     errors = [_error(up @ down - rows, moment) for up, rows, moment in zip(ups, wanted, moments, strict=True)]
     return LatentPair(down / size, key_inverse @ ups[0] * size, value_inverse @ ups[1] * size, *errors)
+
+
+def _whole(keys: Side, values: Side) -> LatentPair:
+    """The rows themselves: nothing is lost, not even what the moments know nothing of."""
+    down = torch.cat((keys.rows, values.rows))
+    size = _size(down, values.moment)
+    up = size * torch.eye(len(down), dtype=down.dtype)
+    return LatentPair(down / size, up[: len(keys.rows)], up[len(keys.rows) :], 0.0, 0.0)
+
+
+def _size(down: Tensor, moment: Tensor) -> float:
+    """The root mean square of the latent; 1 where it is always zero."""
+    return max(_error(down, moment) / len(down), 0.0) ** 0.5 or 1.0
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from compiler.calibrate import Stage, quick_products
 from compiler.ir.ops.nn import attention_mask
 from passes.gqa_to_mla.source import Source
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclass
 class Moments:
@@ -50,12 +52,12 @@ class Moments:
 
 
 def output_energy(moments: Moments, groups: int) -> float:
-    """E|output|^2 of the attention's output projection, heads taken as independent of each other."""
+    """E|output|^2 of the attention's output projection, heads taken as independent of each other; positive."""
     heads, width = moments.outputs.shape[:2]
     start = moments.values.shape[0] - groups * width
     blocks = moments.values[start:, start:].reshape(groups, width, groups, width)
     own = [blocks[head * groups // heads, :, head * groups // heads] for head in range(heads)]
-    return float((moments.outputs * torch.stack(own)).sum())
+    return max(float((moments.outputs * torch.stack(own)).sum()), TINY)
 
 
 def measure(stage: Stage, source: Source, weight: Tensor) -> Moments:
@@ -127,13 +129,15 @@ class _Sums:
         self._tokens += tokens
 
     def finish(self) -> Moments:
-        total, norms = self._weight.sum(), self._outputs.diagonal(dim1=1, dim2=2).sum().double()
+        # a head that the output projection drops has no weight
+        weight, norms = self._weight.clamp_min(TINY), self._outputs.diagonal(dim1=1, dim2=2).sum().double()
+        total = weight.sum()
         return Moments(
-            phasor=self._phasor / self._weight[:, None, None],
+            phasor=self._phasor / weight[:, None, None],
             queries=self._queries / self._tokens,
             keys=self._keys / total,
             key_mean=self._key_mean / total,
-            values=self._values / (norms * self._tokens),
+            values=self._values / (norms * self._tokens).clamp_min(TINY),
             outputs=self._outputs.double(),
             collision=self._collision / self._tokens,
         )

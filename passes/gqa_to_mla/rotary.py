@@ -46,7 +46,7 @@ def components(source: Source, moments: Moments, energy: float) -> Components:
     scale = source.site.scale * _gain(source)
     weight = (diagonal[:, real] + diagonal[:, imaginary]) * frozen.clamp_min(0) * scale**2
     shared = weight.reshape(source.groups, source.heads // source.groups, source.pairs).sum(1).T
-    per_group = shared.clamp_min(TINY * float(shared.sum()) + torch.finfo(shared.dtype).tiny)
+    per_group = shared.clamp_min(TINY * float(shared.sum()) or 1.0)
     root = per_group.sqrt().to(keys.dtype)
     values, vectors = torch.linalg.eigh(root[:, :, None] * keys * root[:, None, :])
     vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
