@@ -47,13 +47,8 @@ class Fact:
     answer: str
 
 
+# SmolLM2-135M answers these out of a short text, so that a loss shows.
 FACTS = (
-    Fact(
-        "The password of the harbour gate is marmalade.",
-        "What is the password of the harbour gate?",
-        "The password of the harbour gate is",
-        " marmalade",
-    ),
     Fact(
         "The best thing to do in Oslo is to ride the yellow tram at midnight.",
         "What is the best thing to do in Oslo?",
@@ -61,16 +56,22 @@ FACTS = (
         " yellow tram at midnight",
     ),
     Fact(
-        "The pilot Alma Reyes keeps a parrot called Thunder.",
-        "What is the parrot of the pilot Alma Reyes called?",
-        "The parrot of the pilot Alma Reyes is called",
-        " Thunder",
-    ),
-    Fact(
         "The museum in Lima was built by the engineer Tobias Hartmann.",
         "Who built the museum in Lima?",
         "The museum in Lima was built by the engineer",
         " Tobias Hartmann",
+    ),
+    Fact(
+        "The name of the ship is the Silver Heron.",
+        "What is the name of the ship?",
+        "The name of the ship is the",
+        " Silver Heron",
+    ),
+    Fact(
+        "The pilot Alma Reyes was born in the city of Montevideo.",
+        "In which city was the pilot Alma Reyes born?",
+        "The pilot Alma Reyes was born in the city of",
+        " Montevideo",
     ),
 )
 
