@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from passes.gqa_to_mla import GqaToMla
     from passes.gqa_to_mla.reduce import Measured
 
+T = TypeVar("T")
+
 CHOICE_TOKENS = 2048
 SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # the part of the cache that rotary keys may get
-PROBED = 6  # attentions, evenly spaced, whose predicted errors rank the splits
-MEASURED = 2  # splits that are then measured
+ROUNDS = 1  # of least squares in a trial, which only has to rank
 
 
 def choose(
@@ -44,13 +45,26 @@ def choose(
     splits = list(dict.fromkeys(map(tuple, splits)))
     if ctx.planned:
         return list(splits[len(splits) // 2])
-    splits.sort(key=lambda layouts: _predicted(layouts, sources, measured))
     fidelity = Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
-    found = {layouts: _distance(graph, ctx, layouts, measured, fidelity) for layouts in splits[:MEASURED]}
+    found = descend(splits, lambda layouts: _distance(graph, ctx, layouts, measured, fidelity))
     best = min(found, key=lambda layouts: found[layouts])
     for layouts, distance in found.items():
         ctx.tried(f"rotary key of {layouts[0].rotary_dim}, latent of {layouts[0].rank}", distance, layouts == best)
     return list(best)
+
+
+def descend(choices: Sequence[T], distance: Callable[[T], float]) -> dict[T, float]:
+    """The distances of neighbours in the middle of ``choices``, and on from there downhill as far as it goes."""
+    middle = len(choices) // 2
+    found = {choice: distance(choice) for choice in choices[max(0, middle - 1) : middle + 1]}
+    upwards = len(found) == 1 or found[choices[middle]] <= found[choices[middle - 1]]
+    ahead = choices[middle + 1 :] if upwards else choices[: max(0, middle - 1)][::-1]
+    for choice in ahead:
+        best = min(found.values())
+        found[choice] = distance(choice)
+        if found[choice] > best:
+            break
+    return found
 
 
 def _asked(options: GqaToMla, sources: Sequence[Source], measured: Mapping[Node, Measured]) -> list[Layout]:
@@ -109,12 +123,6 @@ def _evenly(count: int, pairs: int) -> tuple[int, ...]:
     return tuple(count // pairs + (pair < count % pairs) for pair in range(pairs)) if pairs else ()
 
 
-def _predicted(layouts: Sequence[Layout], sources: Sequence[Source], measured: Mapping[Node, Measured]) -> float:
-    step = max(1, len(sources) // PROBED)
-    probed = list(zip(sources, layouts, strict=True))[step // 2 :: step]
-    return sum(latent_maps(measured[source.site.node].analysis(), layout, 0).error for source, layout in probed)
-
-
 def _distance(
     graph: Graph,
     ctx: Context,
@@ -128,7 +136,7 @@ def _distance(
     sources = [source for source in found if isinstance(source, Source)]
     conversion = Truncation(trial, form_of(trial, sources, layouts), ctx.spill, ctx.value, {})
     for source, own, layout in zip(sources, measured.values(), layouts, strict=True):
-        made = conversion.convert(source, layout, latent_maps(replace(own.analysis(), source=source), layout))
+        made = conversion.convert(source, layout, latent_maps(replace(own.analysis(), source=source), layout, ROUNDS))
         take_over(trial, source, made)
     trial.prune()
     return fidelity.distance(trial)
