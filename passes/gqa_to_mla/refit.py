@@ -23,5 +23,5 @@ def refitted(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         rows = entering.reshape(-1, width)
         gram += (rows.T @ rows).double()
         cross += (wanted.reshape(-1, len(weight)).T @ rows).double()
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    ridge = (RIDGE * float(gram.diagonal().mean()) or 1.0) * torch.eye(width, dtype=torch.float64)
     return torch.linalg.solve(gram + ridge, (cross + weight.double() @ ridge).T).T

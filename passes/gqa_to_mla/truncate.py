@@ -117,8 +117,8 @@ class Truncation:
         return build.op("linear", [x, self._param(build, "kv_down.weight", weight), bias])
 
     def _bias(self, part: Projection) -> Tensor:
-        bias = part.bias()
-        return torch.zeros(part.stop - part.start, dtype=torch.float64) if bias is None else self.read(bias).double()
+        none = w.full((part.stop - part.start,), 0.0, torch.float64)
+        return self.read(part.bias() or none).double()
 
     def _query(self, build: Builder, source: Source, layout: Layout, maps: LatentMaps) -> Value:
         """The queries [B, H, T, n + R], the rotary part rotated."""
