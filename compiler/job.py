@@ -174,7 +174,8 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
         bytes_of=bytes_in_file(),
         calibration=run.calibration,
     )
-    return _Passed(graph, report, emission_of(graph, run.recipe.emit[0].class_))
+    wanted = run.recipe.emit[0]
+    return _Passed(graph, report, emission_of(graph, wanted.class_, wanted.cache_bits))
 
 
 def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:

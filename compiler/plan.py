@@ -206,8 +206,9 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
     from compiler.target import emission_of
     from compiler.weights.layout import layout
 
-    emission = emission_of(graph, recipe.emit[0].class_)
-    shards = layout(emission.tensors, recipe.emit[0].shard)
+    emit = recipe.emit[0]
+    emission = emission_of(graph, emit.class_, emit.cache_bits)
+    shards = layout(emission.tensors, emit.shard)
     files = {shard.name: shard.tensor_bytes for shard in shards}
     output = Output(emission.architecture, files, loads_in(emission))
     return output, peak_rss() + THREADS * _largest_step(emission.tensors)

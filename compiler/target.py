@@ -12,12 +12,13 @@ from compiler.weights.ops.basic import cast
 ModelClass = Literal["auto", "stock", "generated"]
 
 
-def emission_of(graph: Graph, model_class: ModelClass = "auto") -> Emission:
+def emission_of(graph: Graph, model_class: ModelClass = "auto", cache_bits: int | None = None) -> Emission:
     """The checkpoint for ``graph``, of a stock class or with its own code as ``model_class`` says. Reads no weight.
 
-    Raises TargetError when there is none.
+    ``cache_bits`` 8 or 4 rounds what latent attention caches, which stock classes cannot. Raises TargetError when there
+    is no such checkpoint.
     """
-    found = Refusal("", "the recipe asks for generated code") if model_class == "generated" else propose(graph)
+    found = _stock(graph, model_class, cache_bits)
     if isinstance(found, Emission):
         return found
     if model_class == "stock":
@@ -25,17 +26,23 @@ def emission_of(graph: Graph, model_class: ModelClass = "auto") -> Emission:
             _none(found.reason),
             remedy="leave out the pass that made it so, or let the checkpoint carry its own code (`class: auto`)",
         )
-    return _generated(graph, found.reason)
+    return _generated(graph, found.reason, cache_bits or 0)
 
 
-def _generated(graph: Graph, no_stock: str) -> Emission:
+def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None) -> Emission | Refusal:
+    if cache_bits is not None:
+        return Refusal("", f"none caches latents in {cache_bits} bits")
+    return Refusal("", "the recipe asks for generated code") if model_class == "generated" else propose(graph)
+
+
+def _generated(graph: Graph, no_stock: str, cache_bits: int) -> Emission:
     from backends.torch_module import generate
 
     quantised = next((param.name for param in graph.params.values() if param.expr.op == "dequantize"), "")
     if quantised:
         raise TargetError(f"{quantised} is quantised, which generated code cannot load; and {_none(no_stock)}")
     try:
-        made = generate(graph)
+        made = generate(graph, cache_bits=cache_bits)
     except TargetError as error:
         raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
     config = {**made.config, "dtype": dtype_name(made.tensors.values())}

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from backends.safetensors import emit
 from backends.torch_module.emitters import EMITTERS
+from compiler.errors import TargetError
 from compiler.evaluate import load_model
 from compiler.frontend.capture import capture
 from compiler.ir.execute import run
@@ -265,15 +266,79 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["sizes by layer", "windows", "some layers", "no rotation"])
+def test_latents_are_cached_in_few_bits(kind, bits, tmp_path):
+    """Without the cache nothing changes; with it the error is that of rounding, and a token takes so many bytes."""
+    name, ranks, pairs, normed = LATENT[kind]
+    graph = latent_graph(capture(FAMILIES[name].build(3, layers=3)), ranks, pairs, normed=normed)
+    directory = tmp_path / f"{kind.replace(' ', '_')}_{bits}"
+    directory.mkdir()
+    emit(emission_of(graph, cache_bits=bits), graph.sources, directory)
+    model = load_model(directory, trust_remote_code=True)
+    given = FAMILIES[name].inputs(batch=2, tokens=12)
+    logits = run(graph, given)["logits"]
+    with torch.no_grad():
+        assert error(model(**given, use_cache=False).logits, logits) <= tolerance(graph)
+        output = model(**given)
+        assert tolerance(graph) < error(output.logits, logits) < {8: 0.05, 4: 0.6}[bits]  # the weights are random
+        ids = given["input_ids"]
+        cache = model(input_ids=ids[:, :7]).past_key_values
+        continued = model(input_ids=ids[:, 7:], past_key_values=cache).logits
+        assert error(continued, output.logits[:, 7:]) <= tolerance(graph)
+        model.config.cache_bits = 0
+        assert error(model(**given).logits, logits) <= tolerance(graph)
+    for layer, rank, count in zip(output.past_key_values.layers, ranks, pairs, strict=True):
+        if rank >= 0:
+            assert layer.keys.dtype == torch.uint8
+            assert layer.keys.shape[-1] == packed_bytes(rank, bits)
+            assert layer.values.shape[-1] == packed_bytes(2 * count, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1, 7, 16, 64, 65, 130, 192])
+def test_what_is_packed_comes_back_rounded(bits, size, tmp_path):
+    """Within half a step of the group that an element is in; a bfloat16 scale makes a step up to 2^-8 off."""
+    graph = latent_graph(capture(FAMILIES["llama"].build(3, layers=2)), (8, 8), (2, 2))
+    directory = tmp_path / "packed"
+    directory.mkdir()
+    emit(emission_of(graph, cache_bits=bits), graph.sources, directory)
+    module = sys.modules[type(load_model(directory, trust_remote_code=True)).__module__]
+    magnitudes = torch.tensor([1e-6, 1, 40, 1e4, 3])[:, None]
+    x = torch.randn(2, 5, size, generator=torch.Generator().manual_seed(size)) * magnitudes
+    x[0, 0] = 0
+    found = module.unpack(module.pack(x, bits), size, bits, torch.float32)
+    width = -(-size // -(-size // 64))
+    width += width % 2
+    for start in range(0, size, width):
+        part = slice(start, start + width)
+        largest = x[..., part].abs().amax(-1, keepdim=True)
+        step = largest / (2 ** (bits - 1) - 1)
+        assert ((found - x)[..., part].abs() <= 0.5 * step + largest * 2.0**-8 + 1e-30).all()
+    basis = module.CompressedLlamaLatentRotation.basis(size)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(size), rtol=0, atol=4 * size * torch.finfo(torch.float32).eps)
+
+
+def packed_bytes(size: int, bits: int) -> int:
+    """One group: codes of an even number of elements, and a scale of two bytes."""
+    return (size + size % 2) * bits // 8 + 2 if size else 0
+
+
+def test_few_bits_need_latents(tmp_path):
+    with pytest.raises(TargetError, match="of which the model has none"):
+        emission_of(capture(FAMILIES["llama"].config(), architecture="LlamaForCausalLM"), cache_bits=8)
+
+
 GOLDEN = ROOT / "tests" / "golden" / "generated"
-SHOWN = ("sizes by layer", "windows", "caps", "some layers")
+SHOWN = {"sizes by layer": None, "windows": None, "caps": 4, "some layers": None, "norms of heads": 8}
+"""What golden files show, and the bits of its cache."""
 
 
 @pytest.mark.parametrize("kind", SHOWN)
 def test_the_code_of_thirty_layers_is_short(kind, golden):
     name, ranks, pairs, normed = LATENT[kind]
     graph = capture(FAMILIES[name].config(30), architecture=FAMILIES[name].architecture)
-    emission = emission_of(latent_graph(graph, ranks * 10, pairs * 10, normed=normed), "generated")
+    emission = emission_of(latent_graph(graph, ranks * 10, pairs * 10, normed=normed), "auto", SHOWN[kind])
     for file, text in emission.files.items():
         golden(GOLDEN / kind.replace(" ", "_") / file, text)
     assert max(len(text.splitlines()) for text in emission.files.values()) < 600

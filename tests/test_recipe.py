@@ -233,7 +233,7 @@ emit: [safetensors: {shard: 300MB}]
 
 
 def test_spelling_of_sections():
-    assert spell(Safetensors(5 * 10**9)) == {"shard": "5GB", "class": "auto"}
+    assert spell(Safetensors(5 * 10**9)) == {"shard": "5GB", "class": "auto", "cache-bits": None}
 
 
 @pytest.mark.parametrize(

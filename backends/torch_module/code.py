@@ -48,7 +48,7 @@ def call(indent: int, head: str, parts: list[str], tail: str = ")") -> list[str]
 
 def wrapped(line: str) -> list[str]:
     """A statement in lines of at most 120 characters, as ruff lays it out: its last brackets are opened up."""
-    if len(line) <= LIMIT:
+    if len(line) <= LIMIT or line.lstrip().startswith('"""'):
         return [line]
     space = line[: len(line) - len(line.lstrip())]
     opening = _last_bracket(line)

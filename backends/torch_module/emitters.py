@@ -39,6 +39,11 @@ class Site(Protocol):
         """An argument that is a tensor, for its device."""
         ...
 
+    @property
+    def rotation(self) -> str:
+        """The basis that latents are cached in, as code; "" for their own."""
+        ...
+
     def helper(self, name: str) -> str:
         """The name of a function of the module, which is added to it."""
         ...
@@ -365,7 +370,8 @@ def _latent_attention(site: Site) -> Code:
     up = f"{leaf}.weight" if (leaf := site.leaf()) else arg(site, 3).text
     shown = [arg(site, 0).text, arg(site, 1).text, optional(site, 2) or "None", up, optional(site, 5) or "None"]
     softcap = site.node.attr("softcap")
-    options = [f"softcap={number(softcap)}"] if softcap else []
+    options = [site.rotation] if site.rotation else []
+    options += [f"softcap={number(softcap)}"] if softcap else []
     return Code(f"{function}({', '.join([*shown, site.size('scale'), *options])})")
 
 

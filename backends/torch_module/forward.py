@@ -34,6 +34,7 @@ class Context:
     helper: Callable[[str], str]
     arguments: Callable[[Call], list[Value | None]]
     loop: Callable[[Loop, dict[Value, str]], list[str]]
+    rotation: str
     extras: Extras
 
 
@@ -57,6 +58,12 @@ class _Site:
 
     def like(self, dtype: torch.dtype | None = None) -> str:
         return self.forward.like(dtype)
+
+    @property
+    def rotation(self) -> str:
+        return (
+            f"{self.forward.context.rotation}.matrix.to(hidden_states.dtype)" if self.forward.context.rotation else ""
+        )
 
     def helper(self, name: str) -> str:
         return self.forward.context.helper(name)
@@ -144,6 +151,8 @@ class Forward:
         key, value = node.input(first), node.optional_input(second)
         self._name(node.input(0), index)
         names = self._name(key, index), self._name(value, index) if value else "_"
+        if latent and self.context.rotation:
+            self.lines.append(f"{names[0]} = {self.context.rotation}({names[0]})")
         stored = names[1] if value else f"{names[0]}[..., :0]"
         if latent or value is not None:
             update = f"past_key_values.update({names[0]}, {stored}, self.layer_idx)"

@@ -39,7 +39,13 @@ HELPERS = (
     "gelu_tanh",
     "run_experts",
     "run_clamped_experts",
+    "LatentRotation",
+    "pack",
+    "unpack",
+    "RoundedLatentLayer",
+    "SlidingLayer",
     "SlidingLatentLayer",
+    "SlidingRoundedLatentLayer",
     "Cache",
 )
 """Functions and classes that a module gets when it uses them, in the order of the file."""
@@ -48,6 +54,12 @@ NEEDS = {
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
     "gelu_tanh": (),
+}
+CACHE_LAYERS = {
+    "window": "SlidingLayer",
+    "latent window": "SlidingLatentLayer",
+    "rounded": "RoundedLatentLayer",
+    "rounded window": "SlidingRoundedLatentLayer",
 }
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
 
@@ -62,11 +74,13 @@ class Generated:
     tensors: Mapping[str, Param]
 
 
-def generate(graph: Graph) -> Generated:
+def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
     """The files for ``graph``, a causal language model. Raises TargetError when something in it has no code.
 
-    Reads no weight but rotary frequencies.
+    ``cache_bits`` 8 or 4 rounds what latent attention caches. Reads no weight but rotary frequencies.
     """
+    if cache_bits and not graph.nodes_named("latent_attention"):
+        raise TargetError("a cache of fewer bits is for latent attention, of which the model has none")
     graph = prepared(graph, _tokens(graph))
     nodes, extras = list(graph.nodes), Extras()
     _add_extras(nodes, extras)
@@ -85,7 +99,7 @@ def generate(graph: Graph) -> Generated:
     prefix, name = _names(graph)
     sizes = sizes_of(graph, layout, len(loops[0].layers))
     stacks = {f"{inner.path}.{loop.name}": loop for loop in loops}
-    model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources)
+    model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits)
     return _Assembly(graph, model, name, program, inner, loops[0]).generated()
 
 
@@ -169,7 +183,9 @@ class _Assembly:
         windows = [self._window(layer) for layer in self.loop.layers]
         shown = {"attention_windows": windows} if any(windows) else {}
         tie = {"tie_word_embeddings": bool(self.tied)}
-        return {"use_cache": True, "initializer_range": 0.02, **kept, **self.model.sizes.config(), **shown, **tie}
+        bits = {"cache_bits": self.model.cache_bits} if self.model.cache_bits else {}
+        sizes = self.model.sizes.config()
+        return {"use_cache": True, "initializer_range": 0.02, **kept, **sizes, **shown, **bits, **tie}
 
     def _window(self, layer: Body) -> int | None:
         found = [item for body in layer.walk() for item in body.items if isinstance(item, Node)]
@@ -226,6 +242,7 @@ class _Assembly:
             prefix=prefix,
             no_split=_strings(sorted({f"{prefix}{self.model.classes[x.path].name}" for x in self.loop.layers})),
             rotary="RotaryEmbedding" in self.model.helpers,
+            rotation="LatentRotation" in self.model.helpers,
             bare=self._bare_classes(),
             body_init=body_init,
             body_forward=[*before, *lines],
@@ -278,19 +295,35 @@ class _Assembly:
         softcap = any(node.attr("softcap") for node in self.graph.nodes_named("latent_attention"))
         if softcap and "latent_attention" in used:
             used.add("eager_attention")
-        latent = [node for node in self.graph.nodes_named("latent_attention") if node.attr("window")]
-        plain = [node for node in self.graph.nodes_named("attention") if node.attr("window")]
-        if latent:
-            used.add("SlidingLatentLayer")
+        kinds = self._cache_kinds()
+        used |= {name for kind, name in CACHE_LAYERS.items() if kind in kinds}
         template = _environment().get_template("helpers.py.jinja")
         context = {
             "prefix": self.model.prefix,
             "latent_softcap": softcap,
             "cache_doc": self._cache_doc(),
-            "cache_layers": _cache_layers(bool(latent), bool(plain)),
+            "cache_kinds": kinds,
+            "cache_bits": self.model.cache_bits,
+            "rank": self._rank_of_layer(),
         }
         module: Any = template.make_module(context)
         return [str(getattr(module, name)()).strip("\n") for name in HELPERS if name in used]
+
+    def _cache_kinds(self) -> list[str]:
+        """What layers of the cache there may be."""
+        latent = {bool(node.attr("window")) for node in self.graph.nodes_named("latent_attention")}
+        plain = {bool(node.attr("window")) for node in self.graph.nodes_named("attention")}
+        kinds = ["window"] if True in latent | plain else []
+        kinds += ["rounded"] if self.model.cache_bits and False in latent else []
+        kinds += ["rounded window"] if self.model.cache_bits and True in latent else []
+        kinds += ["latent window"] if True in latent else []
+        kinds += ["plain window"] if True in plain else []
+        return kinds or ["full"]
+
+    def _rank_of_layer(self) -> str:
+        """What is true of layers with a latent, as code; "" where all layers have one."""
+        mixed = self.graph.nodes_named("attention") and self.graph.nodes_named("latent_attention")
+        return "config.kv_lora_rank[index]" if mixed else ""
 
     def _cache_doc(self) -> str:
         latent = bool(self.graph.nodes_named("latent_attention"))
@@ -306,16 +339,6 @@ class _Assembly:
             used=names_in(text),
             source=self.graph.origin.architecture or self.graph.name,
         )
-
-
-def _cache_layers(latent: bool, plain: bool) -> str:
-    if not latent and not plain:
-        return "[DynamicLayer() for _ in range(config.num_hidden_layers)]"
-    if latent and plain:
-        choice = "(SlidingLatentLayer if rank else DynamicSlidingWindowLayer)(window) if window else DynamicLayer()"
-        return f"[{choice} for window, rank in zip(config.attention_windows, config.kv_lora_rank, strict=True)]"
-    sliding = "SlidingLatentLayer" if latent else "DynamicSlidingWindowLayer"
-    return f"[{sliding}(window) if window else DynamicLayer() for window in config.attention_windows]"
 
 
 def _doc(module: ModuleClass, layer: bool) -> str:

@@ -44,6 +44,7 @@ class Model:
     classes: dict[str, ModuleClass]
     stacks: dict[str, Loop]
     sources: Mapping[str, Source]
+    cache_bits: int = 0
     helpers: set[str] = field(default_factory=set[str])
 
     def arguments(self, body: Body) -> list[Argument]:
@@ -82,6 +83,8 @@ class ClassWriter:
         self.children: dict[str, list[str]] = {}
         if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
             self.attributes["layer_idx"] = "layer_idx"
+        latent = any(isinstance(item, Node) and item.op.name == "latent_attention" for item in self._items())
+        self.rotation = "self.latent_rotation" if latent and model.cache_bits else ""
 
     def _items(self) -> list[Item]:
         return self.module.first.items
@@ -121,6 +124,7 @@ class ClassWriter:
             helper=self._helper,
             arguments=lambda item: [value for _, value in self.model.arguments(item.body)],
             loop=self.loop_lines,
+            rotation=self.rotation,
             extras=self.model.extras,
         )
 
@@ -198,6 +202,10 @@ class ClassWriter:
         return [head, "        super().__init__()", *assigned, *children]
 
     def _children(self) -> Iterator[list[str]]:
+        if self.rotation:
+            self.model.helpers |= {"LatentRotation", "pack", "unpack"}
+            rank = self.model.sizes.reference("kv_lora_rank")
+            yield [f"        {self.rotation} = {self.model.prefix}LatentRotation({rank})"]
         done: set[str] = set()
         for index, item in enumerate(self._items()):
             if isinstance(item, Call):

@@ -87,11 +87,13 @@ class Safetensors:
     """A checkpoint directory in sharded safetensors; no file is larger than ``shard`` unless one tensor is.
 
     ``class`` is the model class: a ``stock`` one of transformers, one ``generated`` from the graph, whose code comes
-    with the checkpoint, or ``auto``, which generates one where there is no stock class.
+    with the checkpoint, or ``auto``, which generates one where there is no stock class. ``cache-bits`` generates one
+    whose latents are cached in so many bits.
     """
 
     shard: Memory = 5 * 10**9
     class_: Literal["auto", "stock", "generated"] = "auto"
+    cache_bits: Literal[8, 4] | None = None
 
     def __post_init__(self) -> None:
         if self.shard < SMALLEST_SHARD:

@@ -28,6 +28,7 @@ class CompressedGemma2Config(PreTrainedConfig):
     v_head_dim: int = 16
     intermediate_size: int = 80
     attention_windows: list[int | None] = field(default_factory=list)
+    cache_bits: int = 4
     tie_word_embeddings: bool = True
 
 

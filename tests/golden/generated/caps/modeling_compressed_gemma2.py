@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -141,6 +141,7 @@ def latent_attention(
     up: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    rotation: torch.Tensor,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
@@ -149,6 +150,7 @@ def latent_attention(
     heads), up [heads * (n + v), r] with n key rows and then v value rows for each head; the result is
     [batch, length, heads, v]. With few queries the key rows are multiplied into the query and the value rows into the
     result, so that keys and values are never expanded from their latents.
+    Latents are given in the basis that ``rotation`` [r, r] turns them to.
     """
     heads, length, keys = query.shape[1], query.shape[2], latent.shape[1]
     rotated = 0 if rotary_key is None else rotary_key.shape[-1]
@@ -157,14 +159,14 @@ def latent_attention(
     up = up.view(heads, width, rank)
     key_up, value_up = up[:, :unrotated], up[:, unrotated:]
     if length * keys * (2 * rank - width) > (keys - length) * rank * width:
-        expanded = torch.einsum("bsr,hwr->bhsw", latent, up)
+        expanded = torch.einsum("bsr,hwr->bhsw", latent @ rotation.T, up)
         key, value = expanded[..., :unrotated], expanded[..., unrotated:]
         if rotary_key is not None:
             key = torch.cat((key, rotary_key.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
         if softcap is not None:
             return eager_attention(query, key, value, mask, scale, softcap=softcap)
         return attention(query, key, value, mask, scale)
-    absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up)
+    absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up) @ rotation
     scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
     if rotary_key is not None:
         turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)
@@ -173,11 +175,97 @@ def latent_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     weights = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min).softmax(dim=-1)
-    attended = weights.to(latent.dtype).flatten(1, 2) @ latent
+    attended = weights.to(latent.dtype).flatten(1, 2) @ latent @ rotation.T
     return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
 
 
-class SlidingLatentLayer(DynamicSlidingWindowLayer):
+class CompressedGemma2LatentRotation(nn.Module):
+    """An orthonormal basis in which no element of a latent stands out, so that few bits hold it well."""
+
+    matrix: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", self.basis(size), persistent=False)
+
+    @staticmethod
+    def basis(size: int) -> torch.Tensor:
+        """[size, size]: a Hadamard matrix of the largest power of two in ``size``, a cosine transform of the rest."""
+        power = size & -size
+        hadamard = torch.ones(1, 1, dtype=torch.float32)
+        while len(hadamard) < power:
+            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+        steps = torch.arange(size // power, dtype=torch.float32)
+        cosines = torch.cos(torch.pi / len(steps) * (steps + 0.5) * steps[:, None])
+        cosines = cosines / cosines.norm(dim=-1, keepdim=True)
+        return torch.kron(cosines, hadamard) / power**0.5
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent @ self.matrix.to(latent.dtype)
+
+
+def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [batch, length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
+    size = x.shape[-1]
+    groups = -(-size // 64)
+    if groups == 0:
+        return x.to(torch.uint8)
+    width = -(-size // groups)
+    width += width % 2
+    grouped = F.pad(x.float(), (0, groups * width - size)).unflatten(-1, (groups, width))
+    largest = 2 ** (bits - 1) - 1
+    scale = (grouped.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=1e-30).to(torch.bfloat16)
+    codes = (grouped / scale.float()).round().clamp(-largest, largest).to(torch.int8).flatten(-2).view(torch.uint8)
+    if bits == 4:
+        codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+    return torch.cat((codes, scale.flatten(-2).contiguous().view(torch.uint8)), dim=-1)
+
+
+def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """What ``pack`` made bytes of, rounded: [batch, length, size]."""
+    groups = -(-size // 64)
+    if groups == 0:
+        return packed.to(dtype)
+    codes, scale = packed[..., : -2 * groups], packed[..., -2 * groups :].contiguous().view(torch.bfloat16)
+    if bits == 4:
+        signed = codes.contiguous().view(torch.int8)
+        codes = torch.stack((signed << 4 >> 4, signed >> 4), dim=-1).flatten(-2)
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    values = codes.unflatten(-1, (groups, -1)).to(dtype) * scale.to(dtype).unsqueeze(-1)
+    return values.flatten(-2)[..., :size]
+
+
+class RoundedLatentLayer(DynamicLayer):
+    """Latents and rotary keys [batch, length, size], held as the bytes that ``pack`` makes of them."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        dtype = key_states.dtype
+        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
+        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """Keys and values of the tokens that a window still sees, and no memory of others."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if not self.record_past:
+            kept = self.sliding_window - 1
+            self.keys, self.values = keys[:, :, -kept:].clone(), values[:, :, -kept:].clone()
+        return keys, values
+
+
+class SlidingLatentLayer(SlidingLayer):
     """Latents and rotary keys [batch, length, size] of the tokens that a window still sees."""
 
     def update(
@@ -187,14 +275,38 @@ class SlidingLatentLayer(DynamicSlidingWindowLayer):
         return latent.squeeze(1), rotary_key.squeeze(1)
 
 
+class SlidingRoundedLatentLayer(SlidingLatentLayer):
+    """Latents and rotary keys of the tokens that a window still sees, held as the bytes that ``pack`` makes of them."""
+
+    def __init__(self, bits: int, window: int) -> None:
+        super().__init__(window)
+        self.bits = bits
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        dtype = key_states.dtype
+        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
+        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+
+
 class CompressedGemma2Cache(DynamicCache):
     """Past tokens' latents and rotary keys; of layers with a window only those within it."""
 
     def __init__(self, config: CompressedGemma2Config) -> None:
-        Cache.__init__(
-            self,
-            layers=[SlidingLatentLayer(window) if window else DynamicLayer() for window in config.attention_windows],
-        )
+        Cache.__init__(self, layers=[self._layer(config, index) for index in range(config.num_hidden_layers)])
+
+    @staticmethod
+    def _layer(config: CompressedGemma2Config, index: int) -> CacheLayerMixin:
+        window = config.attention_windows[index]
+        if config.cache_bits and not window:
+            return RoundedLatentLayer(config.cache_bits)
+        if config.cache_bits and window:
+            return SlidingRoundedLatentLayer(config.cache_bits, window)
+        if window:
+            return SlidingLatentLayer(window)
+        return DynamicLayer()
 
 
 class CompressedGemma2Attention(nn.Module):
@@ -207,6 +319,7 @@ class CompressedGemma2Attention(nn.Module):
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.num_attention_heads = config.num_attention_heads
         self.scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+        self.latent_rotation = CompressedGemma2LatentRotation(config.kv_lora_rank)
         self.kv_down = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
         self.query = nn.Linear(
             config.hidden_size,
@@ -234,10 +347,18 @@ class CompressedGemma2Attention(nn.Module):
         query_pass, query_rot = query.split([self.qk_rope_head_dim, self.qk_rope_head_dim], dim=-1)
         query = torch.cat((query_pass, apply_interleaved_rotary_to_half(query_rot, cos, sin)), dim=-1)
         rotary_key = apply_interleaved_rotary_to_half(rotary_key.unsqueeze(1), cos, sin).squeeze(1)
+        latent = self.latent_rotation(latent)
         if past_key_values is not None:
             latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
         attended = latent_attention(
-            query, latent, rotary_key, self.kv_up.weight, attention_mask, self.scaling, softcap=50.0
+            query,
+            latent,
+            rotary_key,
+            self.kv_up.weight,
+            attention_mask,
+            self.scaling,
+            self.latent_rotation.matrix.to(hidden_states.dtype),
+            softcap=50.0,
         )
         return self.o_proj(attended.flatten(2))
 
@@ -299,6 +420,8 @@ class CompressedGemma2PreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CompressedGemma2RotaryEmbedding):
             init.copy_(module.inv_freq, torch.tensor(module.frequencies, dtype=torch.float32))
+        if isinstance(module, CompressedGemma2LatentRotation):
+            init.copy_(module.matrix, module.basis(len(module.matrix)))
 
 
 class CompressedGemma2Model(CompressedGemma2PreTrainedModel):

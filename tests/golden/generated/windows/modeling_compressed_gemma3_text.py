@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -158,7 +158,20 @@ def latent_attention(
     return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
 
 
-class SlidingLatentLayer(DynamicSlidingWindowLayer):
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """Keys and values of the tokens that a window still sees, and no memory of others."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if not self.record_past:
+            kept = self.sliding_window - 1
+            self.keys, self.values = keys[:, :, -kept:].clone(), values[:, :, -kept:].clone()
+        return keys, values
+
+
+class SlidingLatentLayer(SlidingLayer):
     """Latents and rotary keys [batch, length, size] of the tokens that a window still sees."""
 
     def update(
@@ -172,10 +185,14 @@ class CompressedGemma3Cache(DynamicCache):
     """Past tokens' latents and rotary keys; of layers with a window only those within it."""
 
     def __init__(self, config: CompressedGemma3Config) -> None:
-        Cache.__init__(
-            self,
-            layers=[SlidingLatentLayer(window) if window else DynamicLayer() for window in config.attention_windows],
-        )
+        Cache.__init__(self, layers=[self._layer(config, index) for index in range(config.num_hidden_layers)])
+
+    @staticmethod
+    def _layer(config: CompressedGemma3Config, index: int) -> CacheLayerMixin:
+        window = config.attention_windows[index]
+        if window:
+            return SlidingLatentLayer(window)
+        return DynamicLayer()
 
 
 class CompressedGemma3Attention(nn.Module):

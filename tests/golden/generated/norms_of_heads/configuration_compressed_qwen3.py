@@ -1,0 +1,38 @@
+"""Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM."""
+
+from dataclasses import field
+
+from transformers import PreTrainedConfig
+
+
+class CompressedQwen3Config(PreTrainedConfig):
+    """Sizes of the model. A list has an entry for each layer."""
+
+    model_type = "compressed_qwen3"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    use_cache: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    max_position_embeddings: int = 64
+    vocab_size: int = 96
+    hidden_size: int = 48
+    num_hidden_layers: int = 30
+    rope_frequencies: list[float] = field(default_factory=list)
+    rope_frequencies_2: list[float] = field(default_factory=list)
+    num_attention_heads: int = 4
+    kv_lora_rank: list[int] = field(default_factory=list)
+    qk_rope_head_dim: list[int] = field(default_factory=list)
+    qk_nope_head_dim: int = 8
+    v_head_dim: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 16
+    intermediate_size: int = 80
+    rotary_kinds: list[str] = field(default_factory=list)
+    cache_bits: int = 8
+    tie_word_embeddings: bool = False
+
+
+__all__ = ["CompressedQwen3Config"]

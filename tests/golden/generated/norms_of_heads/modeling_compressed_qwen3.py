@@ -1,0 +1,444 @@
+"""CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_compressed_qwen3 import CompressedQwen3Config
+
+
+class CompressedQwen3RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class CompressedQwen3RotaryEmbedding(nn.Module):
+    """Cosines and sines of position times frequency, [batch, length, pairs] each, in float32."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, frequencies: list[float], scale: float = 1.0) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.scale = scale
+        self.register_buffer("inv_freq", torch.tensor(frequencies, dtype=torch.float32), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def apply_interleaved_rotary_to_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (2i, 2i + 1) of each head of x [batch, heads, length, width] and write them to (i, i + n)."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    turned, passed = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    first, second = turned[..., 0::2], turned[..., 1::2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
+
+
+def token_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
+    """The position of each token, [batch or 1, length]; padding on the left does not count."""
+    length = input_ids.shape[1]
+    if attention_mask is None:
+        return torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def causal_mask(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    layer_idx: int = 0,
+    window: int | None = None,
+) -> torch.Tensor | None:
+    """What each token may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
+    length, past, keys, first = input_ids.shape[1], 0, input_ids.shape[1], 0
+    if past_key_values is not None:
+        past = past_key_values.get_seq_length(layer_idx)
+        keys, first = past_key_values.get_mask_sizes(length, layer_idx)
+    narrow = window is not None and past + length > window
+    if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
+        return None
+    row = torch.arange(past, past + length, device=input_ids.device)[:, None]
+    column = torch.arange(first, first + keys, device=input_ids.device)[None, :]
+    mask = column <= row
+    if window is not None:
+        mask = mask & (column > row - window)
+    mask = mask[None, None]
+    if attention_mask is not None:
+        present = attention_mask[:, None, None, first : first + keys].bool()
+        mask = mask & present | (column == row)  # padding sees itself, so that no row of scores is empty
+    return mask
+
+
+def _allowed(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask of scores [batch, heads, length, keys]; without one, each token sees those before it."""
+    if mask is not None:
+        return mask
+    length, keys = scores.shape[2:]
+    return torch.ones(length, keys, dtype=torch.bool, device=scores.device).tril(keys - length)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention of heads that share keys and values: [batch, heads, length, width] to [batch, length, heads, width]."""
+    causal = mask is None and query.shape[2] > 1
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
+
+
+def latent_attention(
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    rotary_key: torch.Tensor | None,
+    up: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    rotation: torch.Tensor,
+) -> torch.Tensor:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Shapes: query [batch, heads, length, n + R], latent [batch, keys, r], rotary_key [batch, keys, R] (shared by all
+    heads), up [heads * (n + v), r] with n key rows and then v value rows for each head; the result is
+    [batch, length, heads, v]. With few queries the key rows are multiplied into the query and the value rows into the
+    result, so that keys and values are never expanded from their latents.
+    Latents are given in the basis that ``rotation`` [r, r] turns them to.
+    """
+    heads, length, keys = query.shape[1], query.shape[2], latent.shape[1]
+    rotated = 0 if rotary_key is None else rotary_key.shape[-1]
+    unrotated, rank = query.shape[-1] - rotated, latent.shape[-1]
+    width = up.shape[0] // heads
+    up = up.view(heads, width, rank)
+    key_up, value_up = up[:, :unrotated], up[:, unrotated:]
+    if length * keys * (2 * rank - width) > (keys - length) * rank * width:
+        expanded = torch.einsum("bsr,hwr->bhsw", latent @ rotation.T, up)
+        key, value = expanded[..., :unrotated], expanded[..., unrotated:]
+        if rotary_key is not None:
+            key = torch.cat((key, rotary_key.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
+        return attention(query, key, value, mask, scale)
+    absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up) @ rotation
+    scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
+    if rotary_key is not None:
+        turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)
+        scores = scores + turned.unflatten(1, (heads, length))
+    scores = scores.float() * scale
+    weights = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min).softmax(dim=-1)
+    attended = weights.to(latent.dtype).flatten(1, 2) @ latent @ rotation.T
+    return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
+
+
+class CompressedQwen3LatentRotation(nn.Module):
+    """An orthonormal basis in which no element of a latent stands out, so that few bits hold it well."""
+
+    matrix: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", self.basis(size), persistent=False)
+
+    @staticmethod
+    def basis(size: int) -> torch.Tensor:
+        """[size, size]: a Hadamard matrix of the largest power of two in ``size``, a cosine transform of the rest."""
+        power = size & -size
+        hadamard = torch.ones(1, 1, dtype=torch.float32)
+        while len(hadamard) < power:
+            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+        steps = torch.arange(size // power, dtype=torch.float32)
+        cosines = torch.cos(torch.pi / len(steps) * (steps + 0.5) * steps[:, None])
+        cosines = cosines / cosines.norm(dim=-1, keepdim=True)
+        return torch.kron(cosines, hadamard) / power**0.5
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent @ self.matrix.to(latent.dtype)
+
+
+def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [batch, length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
+    size = x.shape[-1]
+    groups = -(-size // 64)
+    if groups == 0:
+        return x.to(torch.uint8)
+    width = -(-size // groups)
+    width += width % 2
+    grouped = F.pad(x.float(), (0, groups * width - size)).unflatten(-1, (groups, width))
+    largest = 2 ** (bits - 1) - 1
+    scale = (grouped.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=1e-30).to(torch.bfloat16)
+    codes = (grouped / scale.float()).round().clamp(-largest, largest).to(torch.int8).flatten(-2).view(torch.uint8)
+    if bits == 4:
+        codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+    return torch.cat((codes, scale.flatten(-2).contiguous().view(torch.uint8)), dim=-1)
+
+
+def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """What ``pack`` made bytes of, rounded: [batch, length, size]."""
+    groups = -(-size // 64)
+    if groups == 0:
+        return packed.to(dtype)
+    codes, scale = packed[..., : -2 * groups], packed[..., -2 * groups :].contiguous().view(torch.bfloat16)
+    if bits == 4:
+        signed = codes.contiguous().view(torch.int8)
+        codes = torch.stack((signed << 4 >> 4, signed >> 4), dim=-1).flatten(-2)
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    values = codes.unflatten(-1, (groups, -1)).to(dtype) * scale.to(dtype).unsqueeze(-1)
+    return values.flatten(-2)[..., :size]
+
+
+class RoundedLatentLayer(DynamicLayer):
+    """Latents and rotary keys [batch, length, size], held as the bytes that ``pack`` makes of them."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        dtype = key_states.dtype
+        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
+        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+
+
+class CompressedQwen3Cache(DynamicCache):
+    """Past tokens' latents and rotary keys; of layers with a window only those within it."""
+
+    def __init__(self, config: CompressedQwen3Config) -> None:
+        bits, count = config.cache_bits, config.num_hidden_layers
+        Cache.__init__(self, layers=[RoundedLatentLayer(bits) if bits else DynamicLayer() for _ in range(count)])
+
+
+class CompressedQwen3Attention(nn.Module):
+    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+
+    def __init__(self, config: CompressedQwen3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_key_value_heads = config.num_key_value_heads
+        self.kv_lora_rank = config.kv_lora_rank[layer_idx]
+        self.qk_rope_head_dim = config.qk_rope_head_dim[layer_idx]
+        self.num_attention_heads = config.num_attention_heads
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim[layer_idx]) ** -0.5
+        self.latent_rotation = CompressedQwen3LatentRotation(config.kv_lora_rank[layer_idx])
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.k_norm = CompressedQwen3RMSNorm(config.head_dim, eps=1e-06)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.kv_down = nn.Linear(
+            config.num_attention_heads * config.head_dim,
+            config.kv_lora_rank[layer_idx] + config.qk_rope_head_dim[layer_idx],
+            bias=False,
+        )
+        self.query = nn.Linear(
+            config.hidden_size,
+            config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim[layer_idx]),
+            bias=False,
+        )
+        self.kv_up = nn.Linear(
+            config.kv_lora_rank[layer_idx],
+            config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
+            bias=False,
+        )
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        k = self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        x = torch.cat((self.k_norm(k).transpose(1, 2).flatten(2), self.v_proj(hidden_states)), dim=-1)
+        projected = self.kv_down(x)
+        latent, rotary_key = projected.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        query = self.query(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+        query_pass, query_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat((query_pass, apply_interleaved_rotary_to_half(query_rot, cos, sin)), dim=-1)
+        rotary_key = apply_interleaved_rotary_to_half(rotary_key.unsqueeze(1), cos, sin).squeeze(1)
+        latent = self.latent_rotation(latent)
+        if past_key_values is not None:
+            latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
+        attended = latent_attention(
+            query,
+            latent,
+            rotary_key,
+            self.kv_up.weight,
+            attention_mask,
+            self.scaling,
+            self.latent_rotation.matrix.to(hidden_states.dtype),
+        )
+        return self.o_proj(attended.flatten(2))
+
+
+class CompressedQwen3MLP(nn.Module):
+    """Feed-forward, for each token by itself."""
+
+    def __init__(self, config: CompressedQwen3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class CompressedQwen3DecoderLayer(GradientCheckpointingLayer):
+    """One layer of the stack; 30 of them."""
+
+    def __init__(self, config: CompressedQwen3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = CompressedQwen3RMSNorm(config.hidden_size, eps=1e-06)
+        self.self_attn = CompressedQwen3Attention(config, layer_idx)
+        self.post_attention_layernorm = CompressedQwen3RMSNorm(config.hidden_size, eps=1e-06)
+        self.mlp = CompressedQwen3MLP(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        self_attn_output = self.self_attn(
+            self.input_layernorm(hidden_states), cos, sin, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + self_attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class CompressedQwen3PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: CompressedQwen3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CompressedQwen3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CompressedQwen3RotaryEmbedding):
+            init.copy_(module.inv_freq, torch.tensor(module.frequencies, dtype=torch.float32))
+        if isinstance(module, CompressedQwen3LatentRotation):
+            init.copy_(module.matrix, module.basis(len(module.matrix)))
+
+
+class CompressedQwen3Model(CompressedQwen3PreTrainedModel):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: CompressedQwen3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = CompressedQwen3RotaryEmbedding(config.rope_frequencies)
+        self.rotary_emb_2 = CompressedQwen3RotaryEmbedding(config.rope_frequencies_2)
+        self.norm = CompressedQwen3RMSNorm(config.hidden_size, eps=1e-06)
+        self.layers = nn.ModuleList(
+            CompressedQwen3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = CompressedQwen3Cache(self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = token_positions(input_ids, attention_mask, past)
+        mask = causal_mask(input_ids, attention_mask, past_key_values)
+        hidden_states = self.embed_tokens(input_ids)
+        tables = {"rotary_emb": self.rotary_emb(position_ids), "rotary_emb_2": self.rotary_emb_2(position_ids)}
+        for layer, kind in zip(self.layers, self.config.rotary_kinds, strict=True):
+            cos, sin = tables[kind]
+            hidden_states = layer(hidden_states, cos, sin, mask, past_key_values)
+        last_hidden_state = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=past_key_values)
+
+
+class CompressedQwen3ForCausalLM(CompressedQwen3PreTrainedModel, GenerationMixin):
+    """The model with a head that scores the next token."""
+
+    def __init__(self, config: CompressedQwen3Config) -> None:
+        super().__init__(config)
+        self.model = CompressedQwen3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own cache
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+__all__ = ["CompressedQwen3ForCausalLM", "CompressedQwen3Model", "CompressedQwen3PreTrainedModel"]
