@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from benchmarks.common import COMMAND, ROOT, SMOLLM2, WORK, compress, run
 from benchmarks.mla_report import report
-from benchmarks.mla_windows import TEXTS, Windows, cut
+from benchmarks.mla_windows import TEXTS, Windows, cut, fitting
 from benchmarks.peers_mla import mha2mla, transmla, whitened
 from benchmarks.peers_mla.attention import Shape, Size, shape_of
 from compiler.evaluate import cache_size, load_model
@@ -220,11 +220,11 @@ def our_row(
 ) -> dict[str, Any]:
     """Run the command with the pass on the text of the peers' windows, cut anew as the recipe says, and score it.
 
-    Cut from equal stretches of that text, the windows of ours hold an eighth fewer tokens than those of the peers.
+    Cut from equal stretches of that text, the windows of ours hold somewhat fewer tokens than those of the peers.
     """
     length = options.ours_length
-    samples = max(1, options.calibration * options.length * 7 // 8 // length)
     text = windows.folder / f"{windows.calibration[seed]}.txt"
+    samples = fitting(text, model, length, options.calibration * options.length // length, seed)
     recipe = {
         "model": str(model),
         "calibration": {"data": str(text), "samples": samples, "length": length, "seed": seed},

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from benchmarks.common import WORK
 from benchmarks.fetch import DATA
+from compiler.errors import DataError
 from compiler.evaluate import load_tokenizer
+from compiler.evaluate.texts import TextData
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,18 @@ def keep(windows: Tensor, name: str, folder: Path) -> str:
     stem = f"{name}-{digest(windows.numpy().tobytes())}"
     torch.save(windows.clone(), folder / f"{stem}.pt")
     return stem
+
+
+def fitting(text: Path, model: Path, length: int, most: int, seed: int) -> int:
+    """How many windows of ``length`` a recipe can ask of ``text``, at most ``most``."""
+    tokenizer = load_tokenizer(model)
+    for samples in range(most, 0, -1):
+        try:
+            TextData(text, samples, length, seed).windows(tokenizer)
+        except DataError:
+            continue
+        return samples
+    sys.exit(f"{text} has no window of {length} tokens: choose a smaller --ours-length")
 
 
 def digest(data: bytes) -> str:
