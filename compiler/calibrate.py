@@ -13,6 +13,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from compiler.errors import DataError
 from compiler.ir.execute import bind_dims, read_param, run_nodes
@@ -89,6 +90,29 @@ class Stage:
         for values in self._run(keep=wanted, nodes=self.nodes[: last + 1]):
             yield {value: values[value] for value in wanted}
 
+    def outputs(self) -> list[Value]:
+        """What the stage computes for later stages or for the user of the graph, in order."""
+        inside, results = set(self.nodes), set(self._graph.outputs.values())
+        made = (value for node in self.nodes for value in node.outputs)
+        return [value for value in made if value in results or not value.users.keys() <= inside]
+
+    def function(self, wanted: Sequence[Value]) -> Callable[[int, Mapping[Value, Tensor]], list[Tensor]]:
+        """A function of a batch's number and of values for some parameters that computes ``wanted`` on that batch.
+
+        It can be differentiated by those values. The stage's other weights are read once, now.
+        """
+        read = (value for node in self.nodes for value in node.inputs)
+        weights = {value: read_param(self._graph, value) for value in read if isinstance(value, Param)}
+        nodes = list(self.nodes)
+
+        def compute(index: int, given: Mapping[Value, Tensor]) -> list[Tensor]:
+            batch = self._batches[index]
+            values = {**batch.values, **weights, **given}
+            run_nodes(self._graph, nodes, values, batch.sizes, keep=wanted)
+            return [values[value] for value in wanted]
+
+        return compute
+
     def _run(
         self,
         *,
@@ -150,6 +174,37 @@ def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Sta
         stage = Stage(layer.scope if layer else "", nodes, graph, state, end, done)
         yield stage
         stage.advance()
+
+
+def differentiable(graph: Graph, batch: Mapping[str, Tensor], weights: Mapping[Value, Tensor]) -> dict[str, Tensor]:
+    """The outputs of ``graph`` for ``batch``, with ``weights`` for its parameters, by which they can be differentiated.
+
+    Between layers activations are kept, within them they are computed again on the way back.
+    """
+    sizes = bind_dims(graph, batch)
+    live: dict[Value, Tensor] = {value: batch[name] for name, value in graph.inputs.items()}
+    done: set[Node] = set()
+    results = set(graph.outputs.values())
+    for _, nodes in segments(graph):
+        done.update(nodes)
+        made = (value for node in nodes for value in node.outputs)
+        keep = [value for value in (*live, *made) if value in results or not value.users.keys() <= done]
+        live = checkpoint(_segment, graph, nodes, live, weights, sizes, keep, use_reentrant=False)
+    return {name: live[value] for name, value in graph.outputs.items()}
+
+
+def _segment(
+    graph: Graph,
+    nodes: Sequence[Node],
+    live: Mapping[Value, Tensor],
+    weights: Mapping[Value, Tensor],
+    sizes: Mapping[str, int],
+    keep: Sequence[Value],
+) -> dict[Value, Tensor]:
+    """The values in ``keep`` after ``nodes``, which start from those in ``live``."""
+    values = {**live, **weights}
+    run_nodes(graph, nodes, values, sizes, keep=keep)
+    return {value: values[value] for value in keep}
 
 
 def token_batches(graph: Graph, windows: Tensor, size: int = 1) -> list[dict[str, Tensor]]:

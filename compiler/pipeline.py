@@ -20,10 +20,11 @@ from torch import Tensor
 
 from compiler.errors import CompressError, OrderError, PassError, SelectorError
 from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import copy_of
 from compiler.ir.verify import Signature, signature, verify
 from compiler.ledger import Bytes, Ledger, bytes_by_layer, measure
 from compiler.weights.expr import Expr, load
-from compiler.weights.spill import SpillSource
+from compiler.weights.spill import Progress, SpillSource
 
 if TYPE_CHECKING:
     from compiler.ir.select import Selector
@@ -35,12 +36,13 @@ class Pass(ABC):
 
     ``exact_when``: the options at which the pass changes nothing that the model computes; {} when it never does,
     None when no options make it exact. ``edits_weights``: it needs dense weights, so it may not follow a pass that
-    quantises.
+    quantises. ``compares``: it asks for the graph as it was before the first pass.
     """
 
     exact_when: ClassVar[Mapping[str, Any] | None] = {}
     edits_weights: ClassVar[bool] = True
     quantises: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:
@@ -162,12 +164,24 @@ class Context:
     """What a pass may ask for while it runs, and where it says what it did.
 
     In a planned run no weight is read: ``read`` yields meta tensors, which have a type but no values.
+    ``original`` is the graph as it was before the first pass, if the pass ``compares``; ``progress`` keeps what an
+    interrupted run, repeated, goes on from.
     """
 
     def __init__(
-        self, graph: Graph, step: Pass, report: PassReport, spill: SpillSource, planned: bool, calibration: Calibration
+        self,
+        graph: Graph,
+        original: Graph,
+        step: Pass,
+        report: PassReport,
+        spill: SpillSource,
+        progress: Progress,
+        planned: bool,
+        calibration: Calibration,
     ) -> None:
         self.planned = planned
+        self.original = original
+        self.progress = progress
         self._calibration = calibration
         self.read_weights = False
         self._graph = graph
@@ -267,12 +281,14 @@ class Pipeline:
         """
         spill = SpillSource(workdir / "spill" if workdir else None)
         graph.sources["spill"] = spill
+        original = copy_of(graph) if any(step.compares for step in self.passes) else graph
         report = Report(measure(graph, bytes_of), bytes_by_layer(graph, bytes_of))
         expected = signature(graph)
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
-            ctx = Context(graph, step, entry, spill, planned, calibration)
+            progress = Progress(workdir / f"progress-{index}" if workdir else None)
+            ctx = Context(graph, original, step, entry, spill, progress, planned, calibration)
             self._run_one(index, graph, ctx, expected, observers)
             entry.after = measure(graph, bytes_of)
             report.passes.append(entry)

@@ -1,4 +1,4 @@
-"""Scratch tensors: results too expensive to compute twice, kept in the work directory until the run ends."""
+"""Scratch tensors: what is too expensive to compute twice, kept in the work directory until the run ends."""
 
 from __future__ import annotations
 
@@ -62,11 +62,38 @@ class SpillSource:
             self._memory[key] = tensor.clone()
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._directory / f"{key}.partial"
-        with partial.open("wb") as file:
-            file.write(header_bytes({"tensor": self._types[key]}))
+        _write(self._directory / f"{key}.safetensors", {"tensor": tensor})
+
+
+class Progress:
+    """Bundles of tensors by name, in files that are complete or not there. Nothing is kept without a ``directory``."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors``, in place of an earlier bundle called ``name``."""
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _write(self._path(name), {key: tensor.detach().contiguous() for key, tensor in tensors.items()})
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """The bundle called ``name``; None when there is none. Raises CheckpointError when it is damaged."""
+        if self._directory is None or not self._path(name).exists():
+            return None
+        return {key: read_tensor(self._path(name), stored) for key, stored in read_header(self._path(name)).items()}
+
+    def _path(self, name: str) -> Path:
+        return Path(self._directory or "", f"{name}.safetensors")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(header_bytes({key: TensorType(t.dtype, tuple(t.shape)) for key, t in tensors.items()}))
+        for tensor in tensors.values():
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        partial.rename(self._directory / f"{key}.safetensors")
+    partial.rename(path)
 
 
 def _content_hash(tensor: Tensor) -> str:

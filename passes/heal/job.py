@@ -1,0 +1,31 @@
+"""What both stages of healing share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compiler.ir.graph import Graph, Param
+from compiler.pipeline import Context
+from passes.heal.windows import Windows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Heal ``params`` of ``graph`` so that it computes what ``original`` does. ``key`` names this very work."""
+
+    graph: Graph
+    original: Graph
+    ctx: Context
+    params: Sequence[Param]
+    windows: Windows
+    rate: float
+    seed: int
+    key: str
+
+
+def key_of(params: Sequence[Param], *options: object) -> str:
+    """A name that changes with the weights that are to be healed and with how."""
+    text = "\n".join([*map(str, options), *(f"{param.name} {param.expr.key}" for param in params)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""End to end: distil the original's outputs into the whole model, through adapters that are folded afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compiler.calibrate import differentiable, quick_products
+from compiler.ir.execute import read_param
+from compiler.ir.graph import Graph, Param, Value
+from compiler.weights.expr import Expr
+from passes.heal.job import Job
+from passes.heal.loss import divergence, relative_error
+from passes.heal.weights import Adam, Trained
+from passes.heal.windows import STEP_TOKENS, Batch, merged, order, tokens
+
+SAVE_SECONDS = 60.0
+TOGETHER = 512  # tokens that go through the model at a time: logits over a vocabulary are large
+
+
+def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, float]:
+    """The weights after training adapters of ``rank`` on about ``budget`` tokens, the tokens seen, and the seconds.
+
+    The weights of both models are in memory. What an interrupted run has trained is gone on from.
+    """
+    train = merged(job.graph, job.windows.train, TOGETHER)
+    size = max(1, STEP_TOKENS // tokens(train[0]))
+    steps = max(1, round(budget / (size * tokens(train[0]))))
+    source = torch.Generator().manual_seed(job.seed)
+    trained = [Trained.of(job.ctx.read(param), rank, source) for param in job.params]
+    adam = Adam(trained, job.rate, steps)
+    seconds = _restore(job, adam)
+    turns = order(len(train), steps * size, job.seed)
+    pair = _Pair(job)
+    started = saved = time.perf_counter()
+    while not adam.finished:
+        turn = turns[adam.done * size : (adam.done + 1) * size]
+        adam.step(pair.gradients(trained, [train[index] for index in turn]))
+        if adam.finished or time.perf_counter() - saved > SAVE_SECONDS:
+            saved = time.perf_counter()
+            _save(job, adam, seconds + saved - started)
+    seconds += saved - started
+    values = zip(job.params, trained, strict=True)
+    exprs = {p: job.ctx.spill(p.name, w.stored(p.storage)) for p, w in values}
+    return exprs, sum(tokens(train[index]) for index in turns), seconds
+
+
+class _Pair:
+    """The original and the model being healed, their weights in memory, those that are the same once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        read: dict[str, Tensor] = {}
+        self._theirs = _weights(job.original, read)
+        self._ours = _weights(job.graph, read, without=set(job.params))
+
+    def gradients(self, trained: Sequence[Trained], batches: Sequence[Batch]) -> list[Tensor]:
+        """Of the mean loss over ``batches`` by the trained weights."""
+        values = [weight.value() for weight in trained]
+        weights = {**self._ours, **dict(zip(self._job.params, values, strict=True))}
+        for batch in batches:
+            with quick_products():
+                with torch.no_grad():
+                    wanted = differentiable(self._job.original, batch, self._theirs)
+                _backward(differentiable(self._job.graph, batch, weights), wanted, len(batches))
+        return [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
+
+
+def _weights(graph: Graph, read: dict[str, Tensor], without: set[Param] | None = None) -> dict[Value, Tensor]:
+    """Every parameter's value; ``read`` holds those known by their expression."""
+    found: dict[Value, Tensor] = {}
+    for param in graph.params.values():
+        if without is None or param not in without:
+            key = f"{param.expr.key} {param.type.dtype}"
+            read[key] = read[key] if key in read else read_param(graph, param)
+            found[param] = read[key]
+    return found
+
+
+def _backward(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], count: int) -> None:
+    """Add the gradients of a batch's loss, of which ``count`` are averaged."""
+    for name, output in found.items():
+        if not output.requires_grad:
+            continue
+        if name == "logits":
+            _, gradient = divergence(output, wanted[name])
+            output.backward(gradient / count, retain_graph=len(found) > 1)
+        else:
+            (relative_error(output, wanted[name]) / count).backward(retain_graph=len(found) > 1)
+
+
+def _save(job: Job, adam: Adam, seconds: float) -> None:
+    job.ctx.progress.save(_name(job), {**adam.state(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
+
+
+def _restore(job: Job, adam: Adam) -> float:
+    """Go on from what was saved, if anything was. Returns the seconds that it took."""
+    state = job.ctx.progress.load(_name(job))
+    if state is None:
+        return 0.0
+    adam.restore(state)
+    return float(state["seconds"])
+
+
+def _name(job: Job) -> str:
+    return f"whole-{job.key}"
