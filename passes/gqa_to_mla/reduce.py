@@ -21,6 +21,7 @@ from passes.gqa_to_mla.latent import Analysis, LatentMaps, Layout, analyse, late
 from passes.gqa_to_mla.moments import Moments, measure
 from passes.gqa_to_mla.refit import refitted
 from passes.gqa_to_mla.source import Source
+from passes.gqa_to_mla.thin import thinned
 from passes.gqa_to_mla.truncate import Truncation, form_of, take_over
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def reduce_cache(graph: Graph, ctx: Context, options: GqaToMla, sources: Sequenc
     for source, layout in zip(sources, layouts, strict=True):
         _check_smaller(source, layout)
     conversion = Truncation(graph, form_of(graph, sources, layouts), ctx.spill, ctx.value, {})
+    maps = _all_maps(ctx, measured, sources, layouts)
     latent = {
-        source: _convert(conversion, ctx, source, layout, _maps(ctx, measured, source, layout))
-        for source, layout in zip(sources, layouts, strict=True)
+        source: _convert(conversion, ctx, source, layout, own)
+        for source, layout, own in zip(sources, layouts, maps, strict=True)
     }
     if options.refit and not ctx.planned:
         _refit(graph, ctx, latent, spread(batches, REFIT_TOKENS))
@@ -94,10 +96,13 @@ def _check_smaller(source: Source, layout: Layout) -> None:
         )
 
 
-def _maps(ctx: Context, measured: Mapping[Node, Measured], source: Source, layout: Layout) -> LatentMaps:
+def _all_maps(
+    ctx: Context, measured: Mapping[Node, Measured], sources: Sequence[Source], layouts: Sequence[Layout]
+) -> list[LatentMaps]:
     if ctx.planned:
-        return planned_maps(source, layout)
-    return latent_maps(measured[source.site.node].analysis(), layout)
+        return [planned_maps(source, layout) for source, layout in zip(sources, layouts, strict=True)]
+    analyses = [measured[source.site.node].analysis() for source in sources]
+    return thinned(analyses, [latent_maps(own, layout) for own, layout in zip(analyses, layouts, strict=True)])
 
 
 def planned_maps(source: Source, layout: Layout) -> LatentMaps:

@@ -1,0 +1,75 @@
+"""Let queries and unrotated keys meet in as few numbers as calibration can tell apart.
+
+A head's unrotated score is q^T P^T B c, with P [n, d] on the query and B [n, r] on the latent. Under the weighted
+second moments of q and c its error after dropping all but m singular directions is the sum of their squares; m costs
+rows of the query projection, not of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from passes.gqa_to_mla.latent import Analysis, LatentMaps
+
+ALLOWANCE = 0.01  # of the error that the conversion makes anyway
+NOTHING = 1e-9  # of the output's energy: an error so small is rounding, and nothing is dropped
+MULTIPLE = 8
+
+
+def thinned(analyses: Sequence[Analysis], maps: Sequence[LatentMaps]) -> list[LatentMaps]:
+    """``maps`` with fewer unrotated numbers a head, as many in every attention, at a little error."""
+    parts = [_Unrotated(analysis, own) for analysis, own in zip(analyses, maps, strict=True)]
+    width = _width([part.losses for part in parts], sum(own.error for own in maps))
+    return [part.cut(width) if width < part.width else part.maps for part in parts]
+
+
+def _width(losses: Sequence[Tensor], error: float) -> int:
+    """The least multiple of ``MULTIPLE`` whose omissions are within the allowance."""
+    most = max(len(loss) for loss in losses)
+    if error <= NOTHING * len(losses):
+        return most
+    for width in range(MULTIPLE, most, MULTIPLE):
+        if sum(float(loss[width:].sum()) for loss in losses) <= ALLOWANCE * error:
+            return width
+    return most
+
+
+class _Unrotated:
+    """The unrotated part of one attention's ``maps``: its singular directions, head by head."""
+
+    def __init__(self, analysis: Analysis, maps: LatentMaps) -> None:
+        source, moments = analysis.source, analysis.moments
+        self.maps = maps
+        self.width = maps.query.shape[1] - len(maps.rotary_key)
+        self._value_dim = source.value_dim
+        rows = maps.up.reshape(source.heads, self.width + source.value_dim, -1)
+        self._values = rows[:, self.width :]
+        covariance = moments.keys if source.site.softcap else moments.key_covariance
+        query_root, query_inverse = _roots(moments.queries)
+        latent_root, latent_inverse = _roots(maps.down @ covariance @ maps.down.T)
+        product = query_root @ maps.query[:, : self.width].mT @ rows[:, : self.width] @ latent_root
+        left, self._values_of, right = torch.linalg.svd(product, full_matrices=False)
+        self._query = (query_inverse @ left).mT
+        self._key = right @ latent_inverse
+        squares = self._values_of.square().sum(0) * source.site.scale**2 / analysis.energy
+        self.losses = squares[: self.width]
+
+    def cut(self, width: int) -> LatentMaps:
+        """The maps with ``width`` unrotated numbers a head."""
+        share = self._values_of[:, :width, None].sqrt()
+        query = torch.cat((share * self._query[:, :width], self.maps.query[:, self.width :]), 1)
+        up = torch.cat((share * self._key[:, :width], self._values), 1).flatten(0, 1)
+        return replace(self.maps, query=query, up=up, key_error=self.maps.key_error + float(self.losses[width:].sum()))
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root [.., n, n] of a second moment and its inverse, zero where the moment is."""
+    values, vectors = torch.linalg.eigh(moment)
+    floor = values[..., -1:].clamp_min(0) * 1e-12
+    root = values.clamp_min(0).sqrt()
+    inverse = torch.where(values > floor, 1 / root, torch.zeros_like(root))
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
