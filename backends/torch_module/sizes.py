@@ -171,7 +171,10 @@ def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
         _note(sizes, where.get(site.node), head_dim=site.head_dim)
         if site.value_dim != site.head_dim:
             _note(sizes, where.get(site.node), v_head_dim=site.value_dim)
-    for latent in latent_sites(graph):
+    latents = latent_sites(graph)
+    for site in attention_sites(graph) if latents else []:
+        _note(sizes, where.get(site.node), kv_lora_rank=0)  # tells the cache that it holds keys and values
+    for latent in latents:
         _note(sizes, where.get(latent.node), num_attention_heads=latent.heads, kv_lora_rank=latent.rank)
         _note(sizes, where.get(latent.node), qk_rope_head_dim=latent.rotary_dim, qk_nope_head_dim=latent.unrotated_dim)
         _note(sizes, where.get(latent.node), v_head_dim=latent.value_dim)
