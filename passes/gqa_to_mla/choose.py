@@ -41,6 +41,8 @@ def choose(
     """A layout for every source. Raises PassError when the widths asked for do not fit."""
     if options.cache is None:
         return _asked(options, sources, measured)
+    if options.cache * min(source.cached for source in sources) < 1:
+        raise PassError("that leaves no value a token", option="cache", remedy="write more, such as `cache: 50%`")
     splits = [_split(options.cache, part, sources, measured) for part in SPLITS]
     splits = list(dict.fromkeys(map(tuple, splits)))
     if ctx.planned:

@@ -52,11 +52,15 @@ def solve(keys: Side, values: Side, rank: int, rounds: int = ROUNDS) -> LatentPa
     moments = (keys.moment, values.moment)
     down = _start(wanted, moments, rank)
     ups = _ups(down, wanted, moments)
+    errors = _errors(down, ups, wanted, moments)
     for _ in range(rounds):
-        down = _down(down, ups, wanted, moments)
-        ups = _ups(down, wanted, moments)
+        nearer = _down(down, ups, wanted, moments)
+        ups_of_it = _ups(nearer, wanted, moments)
+        found = _errors(nearer, ups_of_it, wanted, moments)
+        if not sum(found) < sum(errors):  # where next to nothing is lost, gradients are rounding
+            break
+        down, ups, errors = nearer, ups_of_it, found
     size = _size(down, values.moment)
-    errors = [_error(up @ down - rows, moment) for up, rows, moment in zip(ups, wanted, moments, strict=True)]
     return LatentPair(down / size, key_inverse @ ups[0] * size, value_inverse @ ups[1] * size, *errors)
 
 
@@ -121,6 +125,12 @@ def _down(down: Tensor, ups: list[Tensor], wanted: tuple[Tensor, Tensor], moment
         before, size = size, (residual * residual).sum()
         direction = residual + size / before * direction
     return down
+
+
+def _errors(
+    down: Tensor, ups: list[Tensor], wanted: tuple[Tensor, Tensor], moments: tuple[Tensor, Tensor]
+) -> list[float]:
+    return [_error(up @ down - rows, moment) for up, rows, moment in zip(ups, wanted, moments, strict=True)]
 
 
 def _error(lost: Tensor, moment: Tensor) -> float:

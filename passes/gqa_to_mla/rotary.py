@@ -17,7 +17,7 @@ from torch import Tensor
 from passes.gqa_to_mla.moments import Moments
 from passes.gqa_to_mla.source import Source
 
-TINY = 1e-12
+TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ def components(source: Source, moments: Moments, energy: float) -> Components:
     scale = source.site.scale * _gain(source)
     weight = (diagonal[:, real] + diagonal[:, imaginary]) * frozen.clamp_min(0) * scale**2
     shared = weight.reshape(source.groups, source.heads // source.groups, source.pairs).sum(1).T
-    per_group = shared.clamp_min(TINY * float(shared.sum()) or 1.0)
-    root = per_group.sqrt().to(keys.dtype)
+    size = shared.mean(1, keepdim=True).clamp_min(torch.finfo(shared.dtype).tiny)
+    # of a pair's mean, so that keys and queries keep their scale, whatever dtype holds them
+    root = (shared / size).clamp_min(TINY).sqrt().to(keys.dtype)
     values, vectors = torch.linalg.eigh(root[:, :, None] * keys * root[:, None, :])
-    vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
+    vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0) * size
     dual = vectors.mH
     return Components(dual * root[:, None, :], dual / root[:, None, :], phasor, values / (2 * energy))
 
