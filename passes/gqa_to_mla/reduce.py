@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from passes.gqa_to_mla import GqaToMla
 
 MOMENT_TOKENS = 8192  # attention weights are quadratic in a sample's length: enough for second moments, and affordable
-REFIT_TOKENS = 16384
+REFIT_TOKENS = 8192
 
 Batches = Sequence[Mapping[str, Tensor]]
 
