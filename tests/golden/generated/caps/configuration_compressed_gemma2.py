@@ -11,7 +11,6 @@ class CompressedGemma2Config(PreTrainedConfig):
     model_type = "compressed_gemma2"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    use_cache: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -27,6 +26,7 @@ class CompressedGemma2Config(PreTrainedConfig):
     qk_nope_head_dim: int = 8
     v_head_dim: int = 16
     intermediate_size: int = 80
+    use_cache: bool = True
     attention_windows: list[int | None] = field(default_factory=list)
     cache_bits: int = 4
     tie_word_embeddings: bool = True

@@ -11,7 +11,6 @@ class CompressedQwen3Config(PreTrainedConfig):
     model_type = "compressed_qwen3"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    use_cache: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -31,6 +30,7 @@ class CompressedQwen3Config(PreTrainedConfig):
     head_dim: int = 16
     intermediate_size: int = 80
     rotary_kinds: list[str] = field(default_factory=list)
+    use_cache: bool = True
     cache_bits: int = 8
     tie_word_embeddings: bool = False
 

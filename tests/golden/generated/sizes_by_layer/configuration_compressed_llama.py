@@ -11,7 +11,6 @@ class CompressedLlamaConfig(PreTrainedConfig):
     model_type = "compressed_llama"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    use_cache: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -30,6 +29,7 @@ class CompressedLlamaConfig(PreTrainedConfig):
     v_head_dim: int = 12
     intermediate_size: int = 80
     rotary_kinds: list[str] = field(default_factory=list)
+    use_cache: bool = True
     tie_word_embeddings: bool = False
 
 

@@ -11,7 +11,6 @@ class CompressedQwen2Config(PreTrainedConfig):
     model_type = "compressed_qwen2"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    use_cache: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -33,6 +32,7 @@ class CompressedQwen2Config(PreTrainedConfig):
     intermediate_size: int = 80
     rotary_kinds: list[str] = field(default_factory=list)
     layer_kinds: list[str] = field(default_factory=list)
+    use_cache: bool = True
     tie_word_embeddings: bool = False
 
 

@@ -11,7 +11,6 @@ class CompressedGemma3Config(PreTrainedConfig):
     model_type = "compressed_gemma3_text"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    use_cache: bool = True
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -31,6 +30,7 @@ class CompressedGemma3Config(PreTrainedConfig):
     head_dim: int = 16
     intermediate_size: int = 80
     rotary_kinds: list[str] = field(default_factory=list)
+    use_cache: bool = True
     attention_windows: list[int | None] = field(default_factory=list)
     tie_word_embeddings: bool = True
 

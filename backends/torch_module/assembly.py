@@ -1,0 +1,189 @@
+"""What every generated checkpoint has: a config, classes of modules, helpers, and tensors under their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backends.torch_module.classes import ModuleClass
+from backends.torch_module.code import names_in, wrapped
+from backends.torch_module.module import ClassWriter, Model
+from backends.torch_module.program import Body
+from backends.torch_module.rendering import environment, field_of, render
+from compiler.ir.graph import Graph, Node, Param
+
+HELPERS = (
+    "RMSNorm",
+    "OffsetRMSNorm",
+    "RotaryEmbedding",
+    "apply_rotary",
+    "apply_interleaved_rotary",
+    "apply_interleaved_rotary_to_half",
+    "token_positions",
+    "causal_mask",
+    "allowed",
+    "attention",
+    "eager_attention",
+    "latent_attention",
+    "gelu_tanh",
+    "run_experts",
+    "run_clamped_experts",
+    "LatentRotation",
+    "pack",
+    "unpack",
+    "RoundedLatentLayer",
+    "SlidingLayer",
+    "SlidingLatentLayer",
+    "SlidingRoundedLatentLayer",
+    "Cache",
+)
+"""Functions and classes that a module gets when it uses them, in the order of the file."""
+
+NEEDS = {
+    "eager_attention": ("allowed",),
+    "latent_attention": ("allowed", "attention"),
+    "gelu_tanh": (),
+}
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A checkpoint with code. ``tensors`` maps names in the file to the graph's parameters, ``tied`` further names."""
+
+    architecture: str
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+    tensors: Mapping[str, Param]
+
+
+class Assembly:
+    """The parts of a checkpoint. Kinds of models say what their top classes and their config are."""
+
+    auto_classes: Mapping[str, str] = {}
+    """From auto classes of transformers to the ends of our classes' names, the whole model's last."""
+
+    def __init__(self, graph: Graph, model: Model, name: str, program: Body) -> None:
+        self.graph = graph
+        self.model = model
+        self.name = name
+        self.program = program
+        self.tied = self._tied()
+
+    def top(self) -> str:
+        """The classes that transformers loads."""
+        raise NotImplementedError
+
+    def own_config(self) -> dict[str, Any]:
+        """Entries of the config besides sizes and what every model has."""
+        return {}
+
+    def helper_context(self) -> dict[str, Any]:
+        """What templates of helpers need to know."""
+        return {}
+
+    def written_at_top(self) -> list[Body]:
+        """The bodies that the top classes hold themselves."""
+        return []
+
+    def generated(self) -> Generated:
+        modeling = self._modeling()
+        config = self._config()
+        prefix = self.model.prefix
+        files = {f"modeling_{self.name}.py": modeling, f"configuration_{self.name}.py": self._configuration(config)}
+        auto_map = {"AutoConfig": f"configuration_{self.name}.{prefix}Config"}
+        auto_map |= {auto: f"modeling_{self.name}.{prefix}{end}" for auto, end in self.auto_classes.items()}
+        architecture = f"{prefix}{list(self.auto_classes.values())[-1]}"
+        whole = {**config, "model_type": self.name, "architectures": [architecture], "auto_map": auto_map}
+        return Generated(architecture, whole, files, self._tensors())
+
+    def _tensors(self) -> dict[str, Param]:
+        named = self.model.layout.named()
+        return {path: param for path, param in named.items() if path not in self.tied and not _from_config(path)}
+
+    def _tied(self) -> dict[str, str]:
+        """Further names of a parameter, with the name that it is stored under."""
+        first: dict[Param, str] = {}
+        tied: dict[str, str] = {}
+        for path, param in self.model.layout.named().items():
+            if not _from_config(path) and first.setdefault(param, path) != path:
+                tied[path] = first[param]
+        return tied
+
+    def _config(self) -> dict[str, Any]:
+        source = self.graph.origin.config or {}
+        kept = {name: source[name] for name in KEPT if source.get(name) is not None}
+        tie = {"tie_word_embeddings": bool(self.tied)}
+        return {"initializer_range": 0.02, **kept, **self.model.sizes.config(), **self.own_config(), **tie}
+
+    def _configuration(self, config: dict[str, Any]) -> str:
+        fields = [(name, *field_of(value)) for name, value in config.items()]
+        lists = any("field(" in default for _, _, default in fields)
+        source = self.graph.origin.architecture or self.graph.name
+        context = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields, "lists": lists}
+        return render("configuration.py.jinja", source=source, **context) + "\n"
+
+    def _modeling(self) -> str:
+        classes = "\n\n\n".join(self._classes())
+        top = self.top()
+        helpers = self._helpers()
+        text = "\n\n\n".join([*helpers, classes, top])
+        lines = f"{self._header(text)}\n\n\n{text}\n".split("\n")
+        return "\n".join(piece for line in lines for piece in wrapped(line))
+
+    def _classes(self) -> list[str]:
+        done: list[ModuleClass] = []
+        found: list[str] = []
+        for module in self.model.classes.values():
+            if module in done or module.first in self.written_at_top():
+                continue
+            done.append(module)
+            layer = module.first.path.rpartition(".")[2].isdigit()
+            base = "GradientCheckpointingLayer" if layer else "nn.Module"
+            found.append("\n".join(ClassWriter(self.model, module).source(base, _doc(module, layer))))
+        return found
+
+    def bare_classes(self) -> str:
+        holders = {path.rpartition(".")[0] for path in self.model.layout.bare.values()}
+        names = sorted(
+            {f"{self.model.prefix}{self.model.classes[path].name}" for path in holders if path in self.model.classes}
+        )
+        return " | ".join(names)
+
+    def _helpers(self) -> list[str]:
+        context = {"prefix": self.model.prefix, **self.helper_context()}
+        used = set(self.model.helpers)
+        for name in list(used):
+            used.update(NEEDS.get(name, ()))
+        template = environment().get_template("helpers.py.jinja")
+        module: Any = template.make_module(context)
+        return [str(getattr(module, name)()).strip("\n") for name in HELPERS if name in used]
+
+    def _header(self, text: str) -> str:
+        return render(
+            "header.py.jinja",
+            prefix=self.model.prefix,
+            name=self.name,
+            used=names_in(text),
+            source=self.graph.origin.architecture or self.graph.name,
+        )
+
+
+def _from_config(path: str) -> bool:
+    """Rotary frequencies are no tensors of the checkpoint."""
+    return path.endswith(".inv_freq")
+
+
+def _doc(module: ModuleClass, layer: bool) -> str:
+    count = len(module.bodies)
+    ops = {item.op.name for body in module.first.walk() for item in body.items if isinstance(item, Node)}
+    if layer:
+        return f"One layer of the stack; {count} of them."
+    if "latent_attention" in ops:
+        return "Attention to keys and values that are made from one latent for each token, which is what is cached."
+    if "attention" in ops:
+        return "Attention to the tokens before."
+    return (
+        "Experts, of which each token visits some." if "experts" in ops else "Feed-forward, for each token by itself."
+    )

@@ -1,0 +1,143 @@
+"""Causal language models: a stack of layers over tokens, a head, and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.torch_module.assembly import Assembly
+from backends.torch_module.code import names_in
+from backends.torch_module.model_code import TopWriter, without_calls
+from backends.torch_module.module import Model
+from backends.torch_module.prepare import POSITIONS
+from backends.torch_module.program import ATTENTION, Body, Loop
+from backends.torch_module.rendering import mapping, render, strings
+from compiler.errors import TargetError
+from compiler.ir.graph import Graph, Node, Value
+
+CACHE_LAYERS = {
+    "window": "SlidingLayer",
+    "latent window": "SlidingLatentLayer",
+    "rounded": "RoundedLatentLayer",
+    "rounded window": "SlidingRoundedLatentLayer",
+}
+
+
+class CausalAssembly(Assembly):
+    """``inner`` is the part from tokens to hidden states, ``loop`` its stack."""
+
+    auto_classes: Mapping[str, str] = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+
+    def __init__(self, graph: Graph, model: Model, name: str, program: Body, inner: Body, loop: Loop) -> None:
+        super().__init__(graph, model, name, program)
+        self.inner = inner
+        self.loop = loop
+
+    def written_at_top(self) -> list[Body]:
+        return [self.inner]
+
+    def own_config(self) -> dict[str, Any]:
+        windows = [self._window(layer) for layer in self.loop.layers]
+        shown = {"attention_windows": windows} if any(windows) else {}
+        bits = {"cache_bits": self.model.cache_bits} if self.model.cache_bits else {}
+        return {"use_cache": True, **shown, **bits}
+
+    def _window(self, layer: Body) -> int | None:
+        found = [item for body in layer.walk() for item in body.items if isinstance(item, Node)]
+        windows = [node.attr("window") for node in found if node.op.name in ATTENTION]
+        if len(windows) > 1:
+            raise TargetError(
+                f"{layer.path} attends {len(windows)} times, which a generated module's cache cannot hold"
+            )
+        return windows[0] or None if windows else None
+
+    def top(self) -> str:
+        extras, prefix = self.model.extras, self.model.prefix
+        tokens = self.graph.inputs["input_ids"]
+        names = {tokens: "input_ids", self.graph.inputs[POSITIONS]: POSITIONS, extras.cache: "past_key_values"}
+        names |= dict.fromkeys(extras.masks.values(), "mask")
+        body = TopWriter(self.model, self.inner, names)
+        lines, result = body.statements()
+        self.model.helpers |= {"Cache", "causal_mask"}
+        before = self._before(lines)
+        head = TopWriter(self.model, without_calls(self.program), {self.inner.outputs[0]: "hidden_states"})
+        head_lines, head_result = head.statements()
+        body_init, head_init = body.init_statements(), head.init_statements()
+        return render(
+            "causal_lm.py.jinja",
+            prefix=prefix,
+            no_split=strings(sorted({f"{prefix}{self.model.classes[x.path].name}" for x in self.loop.layers})),
+            rotary="RotaryEmbedding" in self.model.helpers,
+            rotation="LatentRotation" in self.model.helpers,
+            bare=self.bare_classes(),
+            body_init=body_init,
+            body_forward=[*before, *lines],
+            body_result=result,
+            embedding=self._embedding(tokens),
+            head_init=head_init,
+            head_forward=head_lines,
+            head_result=head_result,
+            head=self._head(),
+            tied=mapping(self.tied),
+        )
+
+    def _before(self, lines: list[str]) -> list[str]:
+        """Statements that make positions and the mask."""
+        found: list[str] = []
+        if "position_ids" in names_in("\n".join(lines)):
+            self.model.helpers.add("token_positions")
+            found += [
+                "if position_ids is None:",
+                "    past = past_key_values.get_seq_length() if past_key_values is not None else 0",
+                "    position_ids = token_positions(input_ids, attention_mask, past)",
+            ]
+        masks = self.model.extras.masks
+        if len(masks) == 1:
+            extra = ", 0, self.config.attention_windows[0]" if 0 not in masks else ""
+            found.append(f"mask = causal_mask(input_ids, attention_mask, past_key_values{extra})")
+        return found
+
+    def _embedding(self, tokens: Value) -> str:
+        node = next((user for user in tokens.users if user.op.name == "embedding"), None)
+        leaf = self.model.layout.leaves.get(node) if node else None
+        return leaf.path.removeprefix("model.") if leaf else ""
+
+    def _head(self) -> str:
+        linears = [item for item in self.program.items if isinstance(item, Node) and item.op.name == "linear"]
+        leaf = self.model.layout.leaves.get(linears[-1]) if linears else None
+        return leaf.path if leaf else ""
+
+    def helper_context(self) -> dict[str, Any]:
+        kinds = self._cache_kinds()
+        self.model.helpers |= {name for kind, name in CACHE_LAYERS.items() if kind in kinds}
+        softcap = any(node.attr("softcap") for node in self.graph.nodes_named("latent_attention"))
+        self.model.helpers |= {"eager_attention", "allowed"} if softcap else set()
+        return {
+            "latent_softcap": softcap,
+            "cache_doc": self._cache_doc(),
+            "cache_kinds": kinds,
+            "cache_bits": self.model.cache_bits,
+            "rank": self._rank_of_layer(),
+        }
+
+    def _cache_kinds(self) -> list[str]:
+        """What layers of the cache there may be."""
+        latent = {bool(node.attr("window")) for node in self.graph.nodes_named("latent_attention")}
+        plain = {bool(node.attr("window")) for node in self.graph.nodes_named("attention")}
+        kinds = ["window"] if True in latent | plain else []
+        kinds += ["rounded"] if self.model.cache_bits and False in latent else []
+        kinds += ["rounded window"] if self.model.cache_bits and True in latent else []
+        kinds += ["latent window"] if True in latent else []
+        kinds += ["plain window"] if True in plain else []
+        return kinds or ["full"]
+
+    def _rank_of_layer(self) -> str:
+        """What is true of layers with a latent, as code; "" where all layers have one."""
+        mixed = self.graph.nodes_named("attention") and self.graph.nodes_named("latent_attention")
+        return "config.kv_lora_rank[index]" if mixed else ""
+
+    def _cache_doc(self) -> str:
+        latent = bool(self.graph.nodes_named("latent_attention"))
+        plain = bool(self.graph.nodes_named("attention"))
+        held = " or ".join([*(["keys and values"] if plain else []), *(["latents and rotary keys"] if latent else [])])
+        return f"Past tokens' {held}; of layers with a window only those within it."
