@@ -398,7 +398,7 @@ def _experts(site: Site) -> Code:
 EMITTERS: dict[str, Emitter] = {
     "linear": _linear,
     "embedding": _embedding,
-    "matmul": _operator("@", PRODUCT),
+    "matmul": lambda site: binary(arg(site, 0), "@", arg(site, 1), PRODUCT),
     "conv": _conv,
     "rms_norm": _norm("F.rms_norm"),
     "layer_norm": _norm("F.layer_norm"),
