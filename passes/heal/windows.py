@@ -15,7 +15,7 @@ Batch = Mapping[str, Tensor]
 
 HELD_EVERY = 8
 HELD_MOST = 8
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
