@@ -68,9 +68,16 @@ def test_killed_at_random_instants_the_final_bytes_are_the_same(checkpoint, undi
     assert reused >= KILLS // 4
 
 
-def test_a_whole_job_killed_and_run_again_gives_the_same_output(tmp_path):
+WHOLE = {
+    "exact": ("[gqa-to-mla, {quantize: {bits: 4, group: 16, skip: [lm_head]}}]", ""),
+    "calibrated": ("[gqa-to-mla: {cache: 50%}]", "calibration: {data: text.txt, samples: 4, length: 32}\n"),
+}
+
+
+@pytest.mark.parametrize(("passes", "rest"), WHOLE.values(), ids=WHOLE.keys())
+def test_a_whole_job_killed_and_run_again_gives_the_same_output(passes, rest, tmp_path):
     """Every file but the timings is the same, to the byte, and the output is never seen incomplete."""
-    recipe = write_recipe(write_folder(tmp_path), "[gqa-to-mla, {quantize: {bits: 4, group: 16, skip: [lm_head]}}]")
+    recipe = write_recipe(write_folder(tmp_path), passes, rest)
     begun = time.monotonic()
     start(run_recipe, recipe, tmp_path / "timed").join()
     duration = time.monotonic() - begun
