@@ -16,7 +16,7 @@ LONGEST = 20
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True)
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True, max_position_embeddings=512)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
