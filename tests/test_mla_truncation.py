@@ -55,8 +55,7 @@ BY_HAND = {
     "cap, window, table": {"softcap": 3.0, "window": 9, "table_scale": 1.3, "groups": 1},
 }
 CAUSAL = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "cohere2", "smollm3", "gpt2",
-    "gpt_neox", "opt", "mixtral", "qwen3_moe",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "cohere2", "smollm3", "gpt2", "gpt_neox",
 ]  # fmt: skip
 SUBJECTS = [*BY_HAND, *CAUSAL]
 
@@ -559,6 +558,16 @@ def test_layers_that_have_no_latent_form_are_left_on_request(subject):
         report = reduced(changed, batches(vocabulary=VOCABULARY), layers="possible", **options)
         assert [skip.scope for skip in report.passes[0].skipped] == ["layers.1.attention"]
         assert [node.scope for node in changed.nodes_named("latent_attention")] == ["layers.0.attention"]
+
+
+def test_attentions_that_share_a_cache_keep_it(subject):
+    graph = subject("grouped")
+    first, last = graph.nodes_named("attention")
+    for part in (1, 2):
+        graph.set_input(last, part, first.input(part))
+    graph.prune()
+    with pytest.raises(PassError, match="it shares its keys or values with another attention"):
+        reduced(graph, batches(2, vocabulary=VOCABULARY), rank=16, rope_dim=16)
 
 
 WRONG = {

@@ -117,6 +117,10 @@ def _reason(site: AttentionSite) -> str:
         return "it adds a mask or a bias of its own to its scores"
     if site.sinks is not None:
         return "it has attention sinks"
+    if any(
+        user.op is site.node.op for part in site.node.inputs[1:3] if part for user in part.users.keys() - {site.node}
+    ):
+        return "it shares its keys or values with another attention, which would each have a cache of its own"
     return "" if site.output is not None else "its output is not read by one linear map"
 
 
