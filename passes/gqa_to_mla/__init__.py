@@ -33,7 +33,8 @@ class GqaToMla(Pass):
     that projection to what the original attention yields from the same inputs. All of it follows from calibration
     data; nothing is trained.
 
-    ``layers: possible`` leaves layers that have no latent form as they are, which no stock class can hold.
+    ``ranks: by-layer`` gives layers that matter more, by measurement, more of the same ``cache``; no stock class holds
+    that. ``layers: possible`` leaves layers that have no latent form as they are, which no stock class can hold.
 
     Exact with ``rank: full`` and ``rope-dim: full``. Multi-head latent attention: DeepSeek-V2, arXiv 2405.04434;
     conversion: TransMLA, arXiv 2502.07864; the rest is on the pass's page of the documentation.
@@ -42,6 +43,7 @@ class GqaToMla(Pass):
     rank: Width = FULL
     rope_dim: Width = FULL
     cache: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ranks: Literal["uniform", "by-layer"] = "uniform"
     refit: bool = True
     layers: Literal["all", "possible"] = "all"
 

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
 from compiler.errors import PassError
 from compiler.fidelity import Fidelity, spread
-from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph, Node
-from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.gqa_to_mla.latent import Layout, largest_rank, latent_maps
+from passes.gqa_to_mla.latent import Layout, largest_rank
+from passes.gqa_to_mla.measured import Measured
+from passes.gqa_to_mla.ranks import by_layer
 from passes.gqa_to_mla.rotary import keep_best
-from passes.gqa_to_mla.source import Source, compressible
-from passes.gqa_to_mla.truncate import Truncation, form_of, take_over
+from passes.gqa_to_mla.source import Source
+from passes.gqa_to_mla.trial import Trials
 
 if TYPE_CHECKING:
     from passes.gqa_to_mla import GqaToMla
-    from passes.gqa_to_mla.reduce import Measured
 
 T = TypeVar("T")
 
 CHOICE_TOKENS = 2048
+PROBE_TOKENS = 512
 SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2)  # the part of the cache that rotary keys may get
-ROUNDS = 1  # of least squares in a trial, which only has to rank
 
 
 def choose(
@@ -47,12 +45,22 @@ def choose(
     splits = list(dict.fromkeys(map(tuple, splits)))
     if ctx.planned:
         return list(splits[len(splits) // 2])
-    fidelity = Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
-    found = descend(splits, lambda layouts: _distance(graph, ctx, layouts, measured, fidelity))
+    trials, fidelity = Trials(graph, ctx, measured), Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
+    found = descend(splits, lambda layouts: trials.distance(layouts, fidelity))
+    if options.ranks == "by-layer":
+        best = min(found, key=lambda layouts: found[layouts])
+        varied = tuple(by_layer(trials, best, Fidelity(graph, spread(batches, PROBE_TOKENS, 2))))
+        found.setdefault(varied, trials.distance(varied, fidelity))
     best = min(found, key=lambda layouts: found[layouts])
     for layouts, distance in found.items():
-        ctx.tried(f"rotary key of {layouts[0].rotary_dim}, latent of {layouts[0].rank}", distance, layouts == best)
+        ctx.tried(_described(layouts), distance, layouts == best)
     return list(best)
+
+
+def _described(layouts: Sequence[Layout]) -> str:
+    ranks = sorted({layout.rank for layout in layouts})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"rotary key of {layouts[0].rotary_dim}, latent of {rank}"
 
 
 def descend(choices: Sequence[T], distance: Callable[[T], float]) -> dict[T, float]:
@@ -123,22 +131,3 @@ def _kept(width: int, sources: Sequence[Source], measured: Mapping[Node, Measure
 def _evenly(count: int, pairs: int) -> tuple[int, ...]:
     """Without measurements: the fastest pairs first, each as often as it takes."""
     return tuple(count // pairs + (pair < count % pairs) for pair in range(pairs)) if pairs else ()
-
-
-def _distance(
-    graph: Graph,
-    ctx: Context,
-    layouts: Sequence[Layout],
-    measured: Mapping[Node, Measured],
-    fidelity: Fidelity,
-) -> float:
-    """The distance from the original when every attention is converted so, without refitting."""
-    trial = copy_of(graph)
-    found = [compressible(site) for site in attention_sites(trial)]
-    sources = [source for source in found if isinstance(source, Source)]
-    conversion = Truncation(trial, form_of(trial, sources, layouts), ctx.spill, ctx.value, {})
-    for source, own, layout in zip(sources, measured.values(), layouts, strict=True):
-        made = conversion.convert(source, layout, latent_maps(replace(own.analysis(), source=source), layout, ROUNDS))
-        take_over(trial, source, made)
-    trial.prune()
-    return fidelity.distance(trial)

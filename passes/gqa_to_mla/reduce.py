@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +14,11 @@ from compiler.errors import PassError
 from compiler.fidelity import spread
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
-from compiler.weights.expr import Expr
 from passes.gqa_to_mla.build import add_zero_bias
 from passes.gqa_to_mla.choose import choose
-from passes.gqa_to_mla.latent import Analysis, LatentMaps, Layout, analyse, latent_maps
-from passes.gqa_to_mla.moments import Moments, measure
+from passes.gqa_to_mla.latent import LatentMaps, Layout, analyse, latent_maps
+from passes.gqa_to_mla.measured import Measured
+from passes.gqa_to_mla.moments import measure
 from passes.gqa_to_mla.refit import refitted
 from passes.gqa_to_mla.source import Source
 from passes.gqa_to_mla.thin import thinned
@@ -31,20 +31,6 @@ MOMENT_TOKENS = 8192  # attention weights are quadratic in a sample's length: en
 REFIT_TOKENS = 8192
 
 Batches = Sequence[Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An attention whose moments are stored until they are wanted."""
-
-    source: Source
-    stored: Mapping[str, Expr]
-    loss: Tensor
-    ctx: Context
-
-    def analysis(self) -> Analysis:
-        tensors = {name: self.ctx.value(expr) for name, expr in self.stored.items()}
-        return analyse(self.source, Moments(**tensors))
 
 
 def reduce_cache(graph: Graph, ctx: Context, options: GqaToMla, sources: Sequence[Source]) -> None:
