@@ -19,10 +19,10 @@ Count = Annotated[int, Field(ge=0)]
 class Heal(Pass):
     """Train what the passes before have changed, so that the model does again what the original did.
 
-    First, if ``layer-tokens`` are given, layer by layer: each layer's changed matrices are fitted, by Adam on so many
-    tokens, to the outputs that the original's layer has in the original. Then end to end: low-rank ``adapters`` of
-    those matrices learn the original's outputs (Kullback-Leibler divergence of logits, relative squared error of
-    others) on ``tokens`` tokens and are folded into the weights. Calibration data only; no labels.
+    First layer by layer: each layer's changed matrices are fitted, by Adam on ``layer-tokens`` tokens, to the outputs
+    that the original's layer has in the original. Then end to end: low-rank ``adapters`` of those matrices learn the
+    original's outputs (Kullback-Leibler divergence of logits, relative squared error of others) on ``tokens`` tokens
+    and are folded into the weights. 0 leaves a stage out. Calibration data only; no labels.
 
     ``where`` chooses the matrices; by default those that the passes before changed, or every projection of attention
     if they changed none. A step moves a number by about ``rate`` of the root mean square of its row.
@@ -32,8 +32,8 @@ class Heal(Pass):
     """
 
     where: Selector | None = None
-    layer_tokens: Count = 0
-    tokens: Count = 262144
+    layer_tokens: Count = 32768
+    tokens: Count = 196608
     adapters: Annotated[int, Field(ge=1)] = 16
     rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
     seed: Count = 0
