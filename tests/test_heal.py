@@ -149,8 +149,9 @@ def test_latent_attention_is_healed_shrunk_rows_and_all(name):
     report = Pipeline([GqaToMla(rank=12, rope_dim=4), Note(), heal]).run(graph, calibration=lambda _: data)
     came, healed = (trial.distance for trial in report.passes[2].trials)
     assert healed < came
+    scopes = {rewrite.scope for rewrite in report.passes[2].rewritten}
     for weight, new in values_of(graph).items():
-        if weight.endswith("kv_down.weight"):
+        if weight.endswith("kv_down.weight") and weight.removesuffix(".self_attn.kv_down.weight") in scopes:
             moved = (new - before[weight]).norm(dim=1) / before[weight].norm(dim=1)
             assert (moved > 1e-3).all() and (moved < 1).all()
 
@@ -220,7 +221,7 @@ def test_the_divergence_has_the_gradient_of_autograd(rows, width, seed):
     )
     expected.backward()
     value, gradient = divergence(found, wanted)
-    assert value == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     assert torch.allclose(gradient, found.grad, rtol=1e-4, atol=1e-6)
 
 
