@@ -356,3 +356,55 @@ def test_the_code_is_formatted_and_typed(command, tmp_path):
     tool = Path(sys.executable).with_name(command[0])
     done = subprocess.run([tool, *command[1:], "generated"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+ENCODERS = [
+    "bert", "roberta", "modernbert", "vit", "deit", "dinov2", "clip_vision", "clip_text", "siglip_vision",
+    "siglip_text",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_generated_encoder_computes_what_its_graph_computes(name, tmp_path, golden):
+    family = FAMILIES[name]
+    graph = capture(family.build(3, layers=3))
+    model = written(graph, tmp_path / name)
+    if name in ("modernbert", "vit"):
+        for file in (tmp_path / name).glob("*.py"):
+            golden(GOLDEN / name / file.name, file.read_text())
+    given = {key: value for key, value in family.inputs().items() if key in graph.inputs}
+    with torch.no_grad():
+        found = model(**given)
+    for key, value in run(graph, given).items():
+        assert error(found[key], value) <= tolerance(graph)
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(**given)[0], found[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_padding_of_encoders_is_not_seen(name, tmp_path):
+    family = FAMILIES[name]
+    model = written(capture(family.build(3, layers=3)), tmp_path / name)
+    ids = family.inputs(batch=2, tokens=9)["input_ids"]
+    mask = torch.cat((torch.ones(2, 9), torch.zeros(2, 4)), 1).long()
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        padded = model(input_ids=torch.cat((ids, ids[:, :4]), 1), attention_mask=mask, labels=ids[:, [0] * 13])
+    assert error(padded.logits[:, :9], alone) <= 1e-5
+    assert padded.loss > 0
+
+
+def test_image_classes_learn(tmp_path):
+    family = FAMILIES["vit"]
+    model = written(capture(family.build(3, layers=2)), tmp_path / "vit").train()
+    model(**family.inputs(), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name, message", [("t5", "T5ForConditionalGeneration"), ("whisper", "Whisper")])
+def test_what_cannot_be_generated_is_refused_by_name(name, message):
+    graph = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
+    with pytest.raises(TargetError, match=message):
+        emission_of(graph, "generated")

@@ -22,8 +22,10 @@ HELPERS = (
     "apply_interleaved_rotary_to_half",
     "token_positions",
     "causal_mask",
+    "padding_mask",
     "allowed",
     "attention",
+    "full_attention",
     "eager_attention",
     "latent_attention",
     "gelu_tanh",
@@ -45,6 +47,28 @@ NEEDS = {
     "latent_attention": ("allowed", "attention"),
     "gelu_tanh": (),
 }
+OUTPUTS = {
+    "BaseModelOutputWithPast",
+    "BaseModelOutputWithPooling",
+    "CausalLMOutputWithPast",
+    "ImageClassifierOutput",
+    "MaskedLMOutput",
+    "SequenceClassifierOutput",
+}
+DOCS = {
+    "latent_attention": "Attention to keys and values that are made from one latent for each token, which is cached.",
+    "attention": "Attention to the tokens before.",
+    "experts": "Experts, of which each token visits some.",
+    "embedding": "From tokens or places in the input to vectors.",
+    "conv": "From pixels or frames to vectors.",
+    "topk": "Chooses experts for each token.",
+    "linear": "Feed-forward, for each token by itself.",
+}
+"""What a class is, by the first of these operations that it has."""
+
+INHERITED = ("id2label", "label2id", "problem_type")
+"""Entries of the config that every config of transformers has."""
+
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
 
 
@@ -118,7 +142,7 @@ class Assembly:
         return {"initializer_range": 0.02, **kept, **self.model.sizes.config(), **self.own_config(), **tie}
 
     def _configuration(self, config: dict[str, Any]) -> str:
-        fields = [(name, *field_of(value)) for name, value in config.items()]
+        fields = [(name, *field_of(value)) for name, value in config.items() if name not in INHERITED]
         lists = any("field(" in default for _, _, default in fields)
         source = self.graph.origin.architecture or self.graph.name
         context = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields, "lists": lists}
@@ -145,7 +169,8 @@ class Assembly:
         return found
 
     def bare_classes(self) -> str:
-        holders = {path.rpartition(".")[0] for path in self.model.layout.bare.values()}
+        bare = self.model.layout.bare.items()
+        holders = {path.rpartition(".")[0] for param, path in bare if param.type.dtype.is_floating_point}
         names = sorted(
             {f"{self.model.prefix}{self.model.classes[path].name}" for path in holders if path in self.model.classes}
         )
@@ -166,6 +191,7 @@ class Assembly:
             prefix=self.model.prefix,
             name=self.name,
             used=names_in(text),
+            outputs=sorted(OUTPUTS & names_in(text)),
             source=self.graph.origin.architecture or self.graph.name,
         )
 
@@ -176,14 +202,11 @@ def _from_config(path: str) -> bool:
 
 
 def _doc(module: ModuleClass, layer: bool) -> str:
-    count = len(module.bodies)
-    ops = {item.op.name for body in module.first.walk() for item in body.items if isinstance(item, Node)}
     if layer:
-        return f"One layer of the stack; {count} of them."
-    if "latent_attention" in ops:
-        return "Attention to keys and values that are made from one latent for each token, which is what is cached."
-    if "attention" in ops:
-        return "Attention to the tokens before."
-    return (
-        "Experts, of which each token visits some." if "experts" in ops else "Feed-forward, for each token by itself."
-    )
+        return f"One layer of the stack; {len(module.bodies)} of them."
+    nodes = [item for item in module.first.items if isinstance(item, Node)]
+    found = next((doc for op, doc in DOCS.items() if any(node.op.name == op for node in nodes)), "")
+    if module.first.loops():
+        return "The layers, one after another."
+    ahead = any(node.op.name == "attention" and not node.attr("causal") for node in nodes)
+    return "Attention among tokens." if ahead else found or "A part of the model that only has parts."

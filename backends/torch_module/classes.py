@@ -11,6 +11,7 @@ import torch
 from backends.torch_module.layout import Layout
 from backends.torch_module.program import Body, Call, Extras, Item, Loop, inputs_of, outputs_of
 from compiler.ir.graph import Node, Param, Value
+from compiler.ir.layers import layer_of
 
 SIZES = frozenset({"heads", "start", "stop", "shape", "count", "scale", "window"})
 """Attributes that hold sizes, or what follows from sizes. Any other constant is part of what a class is."""
@@ -75,8 +76,7 @@ def _key(body: Body, classes: dict[str, ModuleClass], layout: Layout, extras: Ex
         items.append((_what(item, body.path, classes, layout), read))
         for value in outputs_of(item):
             numbers[value] = len(numbers)
-    place = "layer" if body.path.rpartition(".")[2].isdigit() else body.path.rpartition(".")[2]
-    return repr((place, inputs, items, [numbers[value] for value in body.outputs]))
+    return repr((_place(body.path), inputs, items, [numbers[value] for value in body.outputs]))
 
 
 def _what(item: Item, path: str, classes: dict[str, ModuleClass], layout: Layout) -> Any:
@@ -116,7 +116,11 @@ def operations(body: Body) -> Iterator[Node]:
 def _give_names(classes: list[ModuleClass]) -> None:
     by_base: dict[str, list[ModuleClass]] = {}
     for module in classes:
-        by_base.setdefault(_base_name(module.first.path), []).append(module)
+        path = module.first.path
+        others = {_place(other.first.path) for other in classes if _base_name(other.first.path) == _base_name(path)}
+        outer = path.split(".")[-2:-1] if len(others) > 1 and not path.rpartition(".")[2].isdigit() else []
+        outer = [_base_name(name) for name in outer if not name.isdigit()]
+        by_base.setdefault("".join([*outer, _base_name(path)]), []).append(module)
     for base, same in by_base.items():
         prefixes = [_prefix(module, same) for module in same]
         for index, module in enumerate(same):
@@ -124,10 +128,16 @@ def _give_names(classes: list[ModuleClass]) -> None:
             module.name = f"{prefixes[index]}{base}{number + 1 if number else ''}"
 
 
+def _place(path: str) -> str:
+    """Where in its layer, or in the model, a module is."""
+    layer = layer_of(path)
+    return path.removeprefix(layer.scope) if layer else path
+
+
 def _base_name(path: str) -> str:
     last = path.rpartition(".")[2]
     if last.isdigit():
-        return "DecoderLayer"
+        return "Layer"
     return WORDS.get(last) or "".join(part[:1].upper() + part[1:] for part in last.split("_"))
 
 

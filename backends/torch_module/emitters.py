@@ -228,6 +228,8 @@ def _slice(site: Site) -> Code:
     whole = node.attr("stop") == node.input(0).shape[axis]
     stop = "" if whole else _end(site, "stop")
     step = f":{node.attr('step')}" if node.attr("step") != 1 else ""
+    if not (start or stop or step):
+        return arg(site, 0)
     before = "..., " if axis == rank - 1 and rank > 1 else ":, " * axis
     text = f"{start}:{stop}" if _simple(start) and _simple(stop) else f"{start} : {stop}".strip()
     return Code(f"{arg(site, 0).atom}[{before}{_spaced(text)}{step}]")
@@ -360,7 +362,9 @@ def _attention(site: Site) -> Code:
     softcap = site.node.attr("softcap")
     if softcap:
         options.append(f"softcap={number(softcap)}")
-    function = site.helper("eager_attention" if options else "attention")
+    causal = site.node.attr("causal")
+    options += [] if causal or not options else ["causal=False"]
+    function = site.helper("eager_attention" if options else "attention" if causal else "full_attention")
     shown = [arg(site, index).text for index in range(3)]
     return Code(f"{function}({', '.join([*shown, mask or 'None', site.size('scale'), *options])})")
 

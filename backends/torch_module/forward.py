@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from backends.torch_module.code import Code, binary, names_in
+from backends.torch_module.code import Code, names_in
 from backends.torch_module.emitters import EMITTERS
 from backends.torch_module.names import suggestion
 from backends.torch_module.program import ATTENTION, Body, Call, Extras, Item, Loop, inputs_of
@@ -24,12 +25,14 @@ PLAIN = frozenset({"split_heads", "merge_heads", "reshape", "cast", "neg", "silu
 class Context:
     """What the statements of one class need from the rest of the module.
 
-    ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation, ``size`` a number that
-    may differ between instances, ``helper`` a function of the module, ``call`` and ``loop`` the code of those items.
+    ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation and ``held`` the
+    parameters it has, ``size`` a number that may differ between instances, ``helper`` a function of the module,
+    ``arguments`` and ``loop`` say how submodules and stacks are called.
     """
 
     parameter: Callable[[Param], str]
     leaf: Callable[[Node], str | None]
+    held: Callable[[Node], list[Param]]
     size: Callable[[int, str, int | None], str]
     helper: Callable[[str], str]
     arguments: Callable[[Call], list[Value | None]]
@@ -128,20 +131,21 @@ class Forward:
             raise TargetError(f"a generated module has no code for `{node.op.name}`", where=node.scope)
         if node.op.name in ATTENTION:
             self._attention(index, node)
-        values = self.context.extras.read_by(node)
+        extras = self.context.extras
+        values = extras.read_by(node)
 
         def build(codes: Sequence[Code]) -> Code:
             given = dict(zip(values, codes, strict=False))
-            args = [self._operand(value, given) for value in node.inputs]
+            args = [self._operand(value, given, node) for value in node.inputs]
             args += [None] * (len(node.op.operands.split()) - len(args)) if "*" not in node.op.operands else []
-            args += [given[value] for value in self.context.extras.of_node.get(node, ())[:1]]
+            args += [given[value] for value in extras.of_node.get(node, ()) if value is not extras.cache]
             return EMITTERS[node.op.name](_Site(self, index, node, args))
 
         self._bind(index, node.outputs, values, build)
 
-    def _operand(self, value: Value | None, given: dict[Value, Code]) -> Code | None:
+    def _operand(self, value: Value | None, given: dict[Value, Code], node: Node) -> Code | None:
         if isinstance(value, Param):
-            return Code(self.context.parameter(value))
+            return None if value in self.context.held(node) else Code(self.context.parameter(value))
         return None if value is None else given[value]
 
     def _attention(self, index: int, node: Node) -> None:
@@ -154,7 +158,7 @@ class Forward:
         if latent and self.context.rotation:
             self.lines.append(f"{names[0]} = {self.context.rotation}({names[0]})")
         stored = names[1] if value else f"{names[0]}[..., :0]"
-        if latent or value is not None:
+        if self.context.extras.cache in self.context.extras.read_by(node):
             update = f"past_key_values.update({names[0]}, {stored}, self.layer_idx)"
             self.lines += ["if past_key_values is not None:", f"    {names[0]}, {names[1]} = {update}"]
 
@@ -257,14 +261,11 @@ class Forward:
             for axis, found in enumerate(value.shape):
                 if found == dim:
                     return f"{name}.shape[{axis}]"
-        factors = str(dim).split("*")
-        if len(factors) < 2:
-            raise TargetError(f"a generated module does not know the size {dim} in {self.body.path}")
-        codes = [Code(factor if factor.isdigit() else self.dim(factor)) for factor in factors]
-        product = codes[0]
-        for code in codes[1:]:
-            product = binary(product, "*", code, 6)
-        return product.text
+        parts = set(re.findall(r"[A-Za-z_]\w*", str(dim)))
+        if dim in parts or "floor" in parts or "ceiling" in parts:
+            raise TargetError(f"a generated module does not know the size {dim} in {self.body.path or 'the model'}")
+        spaced = re.sub(r"(?<=\w)([-+*])", r" \1 ", str(dim))
+        return re.sub(r"[A-Za-z_]\w*", lambda found: self.dim(found[0]), spaced)
 
     def like(self, dtype: torch.dtype | None) -> str:
         """A named tensor, of ``dtype`` where that is asked."""

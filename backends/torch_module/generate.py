@@ -8,6 +8,7 @@ from backends.torch_module.assembly import Generated
 from backends.torch_module.causal import CausalAssembly
 from backends.torch_module.classes import classes_of
 from backends.torch_module.code import camel, identifier
+from backends.torch_module.encoder import EncoderAssembly, add_masks, ending
 from backends.torch_module.layout import layout_of
 from backends.torch_module.module import Model
 from backends.torch_module.prepare import prepared
@@ -27,6 +28,8 @@ def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
     """
     if cache_bits and not graph.nodes_named("latent_attention"):
         raise TargetError("a cache of fewer bits is for latent attention, of which the model has none")
+    if not _continues(graph):
+        return _encoder(graph)
     graph = prepared(graph, _tokens(graph))
     _check_by_token(graph)
     nodes, extras = list(graph.nodes), Extras()
@@ -48,6 +51,31 @@ def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
     stacks = {f"{inner.path}.{loop.name}": loop for loop in loops}
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits)
     return CausalAssembly(graph, model, name, program, inner, loops[0]).generated()
+
+
+def _continues(graph: Graph) -> bool:
+    """Whether the graph is a language model that scores the next token."""
+    attention = graph.nodes_named(*ATTENTION)
+    return list(graph.outputs) == ["logits"] and bool(attention) and all(node.attr("causal") for node in attention)
+
+
+def _encoder(graph: Graph) -> Generated:
+    ending(graph)
+    graph = prepared(graph)
+    nodes, extras = list(graph.nodes), Extras()
+    add_masks(graph, extras)
+    layout = layout_of(graph, None, nodes)
+    program = program_of(graph, nodes, layout, extras)
+    classes = classes_of(program, layout, extras)
+    stacks = {f"{body.path}.{loop.name}".lstrip("."): loop for body in program.walk() for loop in body.loops()}
+    if len(stacks) != 1:
+        raise TargetError(f"a generated module has one stack of layers; this model has {len(stacks)}")
+    (loop,) = stacks.values()
+    prefix, name = _names(graph)
+    sizes = sizes_of(graph, layout, len(loop.layers))
+    sizes.everywhere.setdefault("hidden_size", loop.entering.shape[-1])
+    model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources)
+    return EncoderAssembly(graph, model, name, program).generated()
 
 
 def _tokens(graph: Graph) -> str:
@@ -106,5 +134,5 @@ def _names(graph: Graph) -> tuple[str, str]:
     config = graph.origin.config or {}
     family = str(config.get("model_type") or identifier(graph.name).lower())
     architecture = graph.origin.architecture or camel(family)
-    prefix = re.sub(r"(ForCausalLM|LMHeadModel|Model)$", "", architecture)
+    prefix = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture)
     return f"Compressed{prefix}", f"compressed_{family}"

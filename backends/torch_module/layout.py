@@ -79,8 +79,9 @@ def below(path: str, container: str) -> bool:
     return not container or path == container or path.startswith(f"{container}.")
 
 
-def layout_of(graph: Graph, body: str, nodes: list[Node]) -> Layout:
-    """The tree for ``nodes`` of ``graph``. What lies in the module ``body`` is moved to the module ``model``."""
+def layout_of(graph: Graph, body: str | None, nodes: list[Node]) -> Layout:
+    """The tree for ``nodes`` of ``graph``. What lies in the module ``body`` is moved to the module ``model``, unless it
+    is None."""
     layout, taken = Layout(), dict[str, Param]()
     parts = roles(graph)
     for node in nodes:
@@ -117,8 +118,9 @@ def _leaf_path(node: Node, weight: Param, parts: dict[Param, set[str]]) -> str:
     whole = re.fullmatch(r"(.+)\.weight", name)
     if whole:
         return whole[1]
-    fused = re.fullmatch(r"(?:(.+)\.)?([^.]+?)(?:\.weight)?\.?_?(\d*)", name)
-    prefix, stem, number = (fused[1] or "", fused[2], fused[3]) if fused else ("", name, "")
+    part = re.fullmatch(r"(.+?)[._](\d+)", name)
+    base, number = (part[1], part[2]) if part else (name, "")
+    prefix, _, stem = base.removesuffix(".weight").rpartition(".")
     role = next((PART_NAMES[role] for role in sorted(parts.get(weight, ())) if role in PART_NAMES), "")
     return join(prefix, role or "_".join(filter(None, (stem, number))))
 
@@ -136,7 +138,14 @@ def _rotary_path(name: str) -> str:
     return join(parent(module), f"{kind}_rotary_emb") if kind else module
 
 
-def _renamed(path: str, body: str) -> str:
+def _renamed(path: str, body: str | None) -> str:
+    """``path`` in the generated tree. Numbered modules within a layer are parts of it, not layers: `layer_0`."""
+    layer = layer_of(path)
+    if layer is not None:
+        rest = path.removeprefix(layer.scope)
+        path = layer.scope + re.sub(r"\.(\d+)(?=\.|$)", r"_\1", rest)
+    if body is None:
+        return path
     if not body:
         return path if path in ("lm_head", "lm_head.bias") else join("model", path)
     return f"model{path.removeprefix(body)}" if below(path, body) else path
@@ -172,7 +181,7 @@ def _containers(layout: Layout) -> Iterator[str]:
             yield path
 
 
-def _container(node: Node, layout: Layout, containers: set[str], body: str) -> str:
+def _container(node: Node, layout: Layout, containers: set[str], body: str | None) -> str:
     if node in layout.leaves:
         return layout.leaves[node].container
     own = [layout.bare[value] for value in node.inputs if isinstance(value, Param) and value in layout.bare]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from backends.torch_module.classes import ModuleClass
@@ -32,26 +32,11 @@ class TopWriter(ClassWriter):
         lines = forward.statements()
         return lines, forward.result(body.outputs[0])
 
-    def init_statements(self) -> list[str]:
-        """The statements of ``__init__`` after that of the base class."""
-        assigned = [f"        self.{name} = {code}" for name, code in self.attributes.items()]
-        return [*assigned, *(line for lines in [*self._children(), *self._stacks()] for line in lines)]
-
-    def _stacks(self) -> list[list[str]]:
-        return [self._stack(item) for item in self.module.first.items if isinstance(item, Loop)]
-
-    def _stack(self, loop: Loop) -> list[str]:
-        classes = _distinct(self.model, loop)
-        prefix = self.model.prefix
-        if len(classes) == 1:
-            layer = f"{prefix}{classes[0].name}(config, layer_idx) for layer_idx in range(config.num_hidden_layers)"
-            return [f"        self.{loop.name} = nn.ModuleList({layer})"]
-        entries = [f'"{module.name}": {prefix}{module.name}' for module in classes]
-        lines = call(8, "kinds = {", entries, "}")
-        layer = "kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds)"
-        for body in loop.layers:
-            self.model.sizes.note("layer_kinds", body.path, self.model.classes[body.path].name)
-        return [*lines, f"        self.{loop.name} = nn.ModuleList({layer})"]
+    def all_statements(self, outputs: Mapping[str, Value]) -> tuple[list[str], dict[str, str]]:
+        """The statements of forward, and the code of each output by name."""
+        forward = Forward(self.module.first, dict(self.names), self.context())
+        lines = forward.statements()
+        return lines, {name: forward.result(value) for name, value in outputs.items()}
 
     # --- what differs between the layers of a stack ------------------------------------------------------------
 
@@ -115,14 +100,6 @@ class TopWriter(ClassWriter):
 
 def _reads(layer: Body, table: Node) -> bool:
     return any(value in layer.inputs for value in table.outputs)
-
-
-def _distinct(model: Model, loop: Loop) -> Sequence[ModuleClass]:
-    found: list[ModuleClass] = []
-    for layer in loop.layers:
-        if model.classes[layer.path] not in found:
-            found.append(model.classes[layer.path])
-    return found
 
 
 def without_calls(body: Body) -> Body:

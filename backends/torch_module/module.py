@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,16 @@ from compiler.ir.layers import layer_of
 from compiler.weights.evaluate import evaluate
 from compiler.weights.source import Source
 
-ORDER = ("hidden_states", "cos", "sin", "position_ids", "attention_mask", "past_key_values")
+ORDER = (
+    "input_ids",
+    "pixel_values",
+    "hidden_states",
+    "cos",
+    "sin",
+    "position_ids",
+    "attention_mask",
+    "past_key_values",
+)
 TYPES = {"past_key_values": "Cache | None", "attention_mask": "torch.Tensor | None"}
 OPERAND_SIZES = {
     ("experts", 3): ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
@@ -80,7 +89,6 @@ class ClassWriter:
         self.module = module
         self.layered = any(layer_of(body.path) is not None for body in module.bodies)
         self.attributes: dict[str, str] = {}
-        self.children: dict[str, list[str]] = {}
         if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
             self.attributes["layer_idx"] = "layer_idx"
         latent = any(isinstance(item, Node) and item.op.name == "latent_attention" for item in self._items())
@@ -120,6 +128,7 @@ class ClassWriter:
         return Context(
             parameter=self._parameter,
             leaf=self._leaf,
+            held=lambda node: list(leaf.weights.values()) if (leaf := self.model.layout.leaves.get(node)) else [],
             size=self._size,
             helper=self._helper,
             arguments=lambda item: [value for _, value in self.model.arguments(item.body)],
@@ -129,8 +138,36 @@ class ClassWriter:
         )
 
     def loop_lines(self, loop: Loop, names: dict[Value, str]) -> list[str]:
-        """The call of a stack's layers. Overridden where layers differ in what they are given."""
-        raise TargetError(f"a stack of layers within {self.module.first.path}")
+        """The layers one after another; where they read different values, each what the config says."""
+        arguments = [self.model.arguments(layer) for layer in loop.layers]
+        labels = [name for name, _ in arguments[0]]
+        columns = [{value for _, value in column if value is not None} for column in zip(*arguments, strict=True)]
+        columns = [{names.get(value, "") for value in column} - {""} for column in columns]
+        shown = {label: column.copy().pop() for label, column in zip(labels, columns, strict=True)}
+        shown["hidden_states"] = names[loop.entering]
+        varying = [i for i, column in enumerate(columns) if len(column) > 1 and labels[i] != "hidden_states"]
+        if not varying:
+            return [
+                f"for layer in self.{loop.name}:",
+                f"    {shown['hidden_states']} = layer({', '.join(shown.values())})",
+            ]
+        rows = [tuple(_named_in(names, layer[i][1]) for i in varying) for layer in arguments]
+        shown |= {labels[i]: labels[i] for i in varying}
+        return self._chosen(loop, rows, [labels[i] for i in varying], shown)
+
+    def _chosen(self, loop: Loop, rows: list[tuple[str, ...]], labels: list[str], shown: dict[str, str]) -> list[str]:
+        """Layers of which each is given one of several choices of some arguments."""
+        distinct = list(dict.fromkeys(rows))
+        for layer, row in zip(loop.layers, rows, strict=True):
+            self.model.sizes.note("layer_inputs", layer.path, distinct.index(row))
+        self.attributes["layer_inputs"] = "config.layer_inputs"
+        end = "," if len(labels) == 1 else ""
+        return [
+            *call(0, "choices = (", [f"({', '.join(row)}{end})" for row in distinct]),
+            f"for layer, choice in zip(self.{loop.name}, self.layer_inputs, strict=True):",
+            f"    {', '.join(labels)}{end} = choices[choice]",
+            f"    {shown['hidden_states']} = layer({', '.join(shown.values())})",
+        ]
 
     def _helper(self, name: str) -> str:
         self.model.helpers.add(name)
@@ -195,11 +232,31 @@ class ClassWriter:
     # --- __init__ ------------------------------------------------------------------------------------------
 
     def init_lines(self) -> list[str]:
-        children = [line for lines in self._children() for line in lines]
+        statements = self.init_statements()
         index = ", layer_idx: int" if self.layered else ""
         head = f"    def __init__(self, config: {self.model.prefix}Config{index}) -> None:"
-        assigned = [f"        self.{name} = {code}" for name, code in self.attributes.items()]
-        return [head, "        super().__init__()", *assigned, *children]
+        return [head, "        super().__init__()", *statements]
+
+    def init_statements(self) -> list[str]:
+        """The statements of ``__init__`` after that of the base class."""
+        children = [line for lines in [*self._children(), *self._stacks()] for line in lines]
+        return [*(f"        self.{name} = {code}" for name, code in self.attributes.items()), *children]
+
+    def _stacks(self) -> list[list[str]]:
+        return [self._stack(item) for item in self.module.first.items if isinstance(item, Loop)]
+
+    def _stack(self, loop: Loop) -> list[str]:
+        classes = _distinct(self.model, loop)
+        prefix = self.model.prefix
+        if len(classes) == 1:
+            layer = f"{prefix}{classes[0].name}(config, layer_idx) for layer_idx in range(config.num_hidden_layers)"
+            return [f"        self.{loop.name} = nn.ModuleList({layer})"]
+        entries = [f'"{module.name}": {prefix}{module.name}' for module in classes]
+        lines = call(8, "kinds = {", entries, "}")
+        layer = "kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds)"
+        for body in loop.layers:
+            self.model.sizes.note("layer_kinds", body.path, self.model.classes[body.path].name)
+        return [*lines, f"        self.{loop.name} = nn.ModuleList({layer})"]
 
     def _children(self) -> Iterator[list[str]]:
         if self.rotation:
@@ -225,7 +282,17 @@ class ClassWriter:
             path = self.model.layout.bare.get(value) if isinstance(value, Param) else None
             if path is not None and path not in done:
                 done.add(path)
-                yield [f"        {self._relative(path)} = nn.Parameter(torch.empty({self._shape(index, position)}))"]
+                yield [f"        {self._bare(path, index, position)}"]
+
+    def _bare(self, path: str, index: int, position: int) -> str:
+        """The statement that makes a parameter, or a buffer of numbers that do not learn."""
+        param = self._items_param(self.module.first, index, position)
+        made = f"torch.empty({self._shape(index, position)})"
+        if param.type.dtype.is_floating_point:
+            return f"{self._relative(path)} = nn.Parameter({made})"
+        name = self._relative(path).removeprefix("self.")
+        made = f"{made.removesuffix(')')}, dtype={param.type.dtype})"
+        return f'self.register_buffer("{name}", {made})'
 
     def _shape(self, index: int, position: int) -> str:
         rank = self._items_param(self.module.first, index, position).type.rank
@@ -300,6 +367,18 @@ class ClassWriter:
         bias = [] if "bias" in leaf.weights else ["bias=False"]
         size = f"kernel_size={_plain(tuple(kernel))}"
         return f"nn.Conv{len(kernel)}d", [str(inner * groups), str(rows), size, *shown, *bias]
+
+
+def _distinct(model: Model, loop: Loop) -> Sequence[ModuleClass]:
+    found: list[ModuleClass] = []
+    for layer in loop.layers:
+        if model.classes[layer.path] not in found:
+            found.append(model.classes[layer.path])
+    return found
+
+
+def _named_in(names: Mapping[Value, str], value: Value | None) -> str:
+    return names[value] if value is not None else "None"
 
 
 def _plain(values: tuple[int, ...]) -> str:

@@ -13,13 +13,15 @@ POSITIONS = "position_ids"
 SHARED_TABLES = 4
 
 
-def prepared(graph: Graph, tokens: str) -> Graph:
-    """A copy of ``graph`` for a model of ``tokens`` (an input [B, T]), with the further input ``position_ids``."""
+def prepared(graph: Graph, tokens: str = "") -> Graph:
+    """A copy of ``graph``; for a model that goes on from a cache of ``tokens`` (an input [B, T]) with the further input
+    ``position_ids``."""
     copy = _copied(graph)
-    counted = positions(copy, tokens)
-    given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
-    for value in counted:
-        copy.replace(value, given)
+    if tokens:
+        counted = positions(copy, tokens)
+        given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
+        for value in counted:
+            copy.replace(value, given)
     _own_tables(copy)
     _join_split_heads(copy)
     copy.prune()

@@ -64,6 +64,10 @@ class Body:
     inputs: list[Value]
     outputs: list[Value]
 
+    def loops(self) -> list[Loop]:
+        """The stacks that this body runs itself."""
+        return [item for item in self.items if isinstance(item, Loop)]
+
     def walk(self) -> Iterator[Body]:
         """This body and all within it."""
         yield self

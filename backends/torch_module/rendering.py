@@ -42,5 +42,6 @@ def field_of(value: Any) -> tuple[str, str]:
 
 
 def _item_type(values: list[Any]) -> str:
-    inner = {f"list[{_item_type(value)}]" if isinstance(value, list) else type(value).__name__ for value in values}
+    shown = [value for value in values if value != []]
+    inner = {f"list[{_item_type(value)}]" if isinstance(value, list) else type(value).__name__ for value in shown}
     return " | ".join([*sorted(inner - {"NoneType"}), *(["None"] if "NoneType" in inner else [])])

@@ -116,6 +116,7 @@ def eager_attention(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Attention with scores bent at ``softcap``, a bias on them, or ``sinks`` (logits without a value)."""
     share = query.shape[1] // key.shape[1]
@@ -125,7 +126,9 @@ def eager_attention(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    scores = scores.float().masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min)
+    scores = scores.float()
+    if causal or mask is not None:
+        scores = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min)
     if sinks is not None:
         column = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
@@ -310,7 +313,7 @@ class CompressedGemma2Cache(DynamicCache):
 
 
 class CompressedGemma2Attention(nn.Module):
-    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+    """Attention to keys and values that are made from one latent for each token, which is cached."""
 
     def __init__(self, config: CompressedGemma2Config, layer_idx: int) -> None:
         super().__init__()
@@ -377,7 +380,7 @@ class CompressedGemma2MLP(nn.Module):
         return self.down_proj(x)
 
 
-class CompressedGemma2DecoderLayer(GradientCheckpointingLayer):
+class CompressedGemma2Layer(GradientCheckpointingLayer):
     """One layer of the stack; 30 of them."""
 
     def __init__(self, config: CompressedGemma2Config, layer_idx: int) -> None:
@@ -411,7 +414,7 @@ class CompressedGemma2PreTrainedModel(PreTrainedModel):
     config: CompressedGemma2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompressedGemma2DecoderLayer"]
+    _no_split_modules = ["CompressedGemma2Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -433,7 +436,7 @@ class CompressedGemma2Model(CompressedGemma2PreTrainedModel):
         self.rotary_emb = CompressedGemma2RotaryEmbedding(config.rope_frequencies)
         self.norm = CompressedGemma2OffsetRMSNorm(config.hidden_size, eps=1e-06, offset=1.0)
         self.layers = nn.ModuleList(
-            CompressedGemma2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            CompressedGemma2Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()

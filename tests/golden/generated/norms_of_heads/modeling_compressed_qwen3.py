@@ -228,7 +228,7 @@ class CompressedQwen3Cache(DynamicCache):
 
 
 class CompressedQwen3Attention(nn.Module):
-    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+    """Attention to keys and values that are made from one latent for each token, which is cached."""
 
     def __init__(self, config: CompressedQwen3Config, layer_idx: int) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class CompressedQwen3MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class CompressedQwen3DecoderLayer(GradientCheckpointingLayer):
+class CompressedQwen3Layer(GradientCheckpointingLayer):
     """One layer of the stack; 30 of them."""
 
     def __init__(self, config: CompressedQwen3Config, layer_idx: int) -> None:
@@ -335,7 +335,7 @@ class CompressedQwen3PreTrainedModel(PreTrainedModel):
     config: CompressedQwen3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompressedQwen3DecoderLayer"]
+    _no_split_modules = ["CompressedQwen3Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -358,7 +358,7 @@ class CompressedQwen3Model(CompressedQwen3PreTrainedModel):
         self.rotary_emb_2 = CompressedQwen3RotaryEmbedding(config.rope_frequencies_2)
         self.norm = CompressedQwen3RMSNorm(config.hidden_size, eps=1e-06)
         self.layers = nn.ModuleList(
-            CompressedQwen3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            CompressedQwen3Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()

@@ -152,7 +152,7 @@ class CompressedLlamaCache(DynamicCache):
 
 
 class CompressedLlamaAttention(nn.Module):
-    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+    """Attention to keys and values that are made from one latent for each token, which is cached."""
 
     def __init__(self, config: CompressedLlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class CompressedLlamaMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class CompressedLlamaDecoderLayer(GradientCheckpointingLayer):
+class CompressedLlamaLayer(GradientCheckpointingLayer):
     """One layer of the stack; 30 of them."""
 
     def __init__(self, config: CompressedLlamaConfig, layer_idx: int) -> None:
@@ -243,7 +243,7 @@ class CompressedLlamaPreTrainedModel(PreTrainedModel):
     config: CompressedLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompressedLlamaDecoderLayer"]
+    _no_split_modules = ["CompressedLlamaLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -265,7 +265,7 @@ class CompressedLlamaModel(CompressedLlamaPreTrainedModel):
         self.rotary_emb_3 = CompressedLlamaRotaryEmbedding(config.rope_frequencies_3)
         self.norm = CompressedLlamaRMSNorm(config.hidden_size, eps=1e-06)
         self.layers = nn.ModuleList(
-            CompressedLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            CompressedLlamaLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()

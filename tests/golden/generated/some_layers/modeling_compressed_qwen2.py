@@ -160,7 +160,7 @@ class CompressedQwen2Cache(DynamicCache):
 
 
 class CompressedQwen2LatentAttention(nn.Module):
-    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+    """Attention to keys and values that are made from one latent for each token, which is cached."""
 
     def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class CompressedQwen2MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class CompressedQwen2LatentDecoderLayer(GradientCheckpointingLayer):
+class CompressedQwen2LatentLayer(GradientCheckpointingLayer):
     """One layer of the stack; 20 of them."""
 
     def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
@@ -277,7 +277,7 @@ class CompressedQwen2Attention(nn.Module):
         return self.o_proj(attention(query, key, value, attention_mask, self.scaling).flatten(2))
 
 
-class CompressedQwen2DecoderLayer(GradientCheckpointingLayer):
+class CompressedQwen2Layer(GradientCheckpointingLayer):
     """One layer of the stack; 10 of them."""
 
     def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
@@ -308,7 +308,7 @@ class CompressedQwen2PreTrainedModel(PreTrainedModel):
     config: CompressedQwen2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompressedQwen2DecoderLayer", "CompressedQwen2LatentDecoderLayer"]
+    _no_split_modules = ["CompressedQwen2LatentLayer", "CompressedQwen2Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -329,7 +329,7 @@ class CompressedQwen2Model(CompressedQwen2PreTrainedModel):
         self.rotary_emb_2 = CompressedQwen2RotaryEmbedding(config.rope_frequencies_2)
         self.rotary_emb_3 = CompressedQwen2RotaryEmbedding(config.rope_frequencies_3)
         self.norm = CompressedQwen2RMSNorm(config.hidden_size, eps=1e-06)
-        kinds = {"LatentDecoderLayer": CompressedQwen2LatentDecoderLayer, "DecoderLayer": CompressedQwen2DecoderLayer}
+        kinds = {"LatentLayer": CompressedQwen2LatentLayer, "Layer": CompressedQwen2Layer}
         self.layers = nn.ModuleList(kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds))
         self.gradient_checkpointing = False
         self.post_init()

@@ -196,7 +196,7 @@ class CompressedGemma3Cache(DynamicCache):
 
 
 class CompressedGemma3Attention(nn.Module):
-    """Attention to keys and values that are made from one latent for each token, which is what is cached."""
+    """Attention to keys and values that are made from one latent for each token, which is cached."""
 
     def __init__(self, config: CompressedGemma3Config, layer_idx: int) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class CompressedGemma3MLP(nn.Module):
         return self.down_proj(x)
 
 
-class CompressedGemma3DecoderLayer(GradientCheckpointingLayer):
+class CompressedGemma3Layer(GradientCheckpointingLayer):
     """One layer of the stack; 30 of them."""
 
     def __init__(self, config: CompressedGemma3Config, layer_idx: int) -> None:
@@ -299,7 +299,7 @@ class CompressedGemma3PreTrainedModel(PreTrainedModel):
     config: CompressedGemma3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompressedGemma3DecoderLayer"]
+    _no_split_modules = ["CompressedGemma3Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
@@ -320,7 +320,7 @@ class CompressedGemma3Model(CompressedGemma3PreTrainedModel):
         self.full_attention_rotary_emb = CompressedGemma3RotaryEmbedding(config.full_attention_rope_frequencies)
         self.norm = CompressedGemma3OffsetRMSNorm(config.hidden_size, eps=1e-06, offset=1.0)
         self.layers = nn.ModuleList(
-            CompressedGemma3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            CompressedGemma3Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()
