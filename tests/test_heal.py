@@ -73,7 +73,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-QUICK = {"layer_tokens": 4 * 1024, "tokens": 4 * 1024, "adapters": 4, "rate": 3e-3}
+QUICK = {"layer_tokens": 4 * 1024, "tokens": 4 * 1024, "adapters": 4, "layer_rate": 3e-3, "rate": 3e-3}
 LAYERS = {**QUICK, "layer_tokens": 40 * 1024, "tokens": 0}
 ENDS = {**QUICK, "layer_tokens": 0, "tokens": 12 * 1024, "adapters": 8, "rate": 2e-2}
 
@@ -100,7 +100,7 @@ def test_damage_is_healed(name, options):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "bert"])
 def test_what_was_not_trained_on_is_never_further_from_the_original(name, rate):
     data = windows(name, count=20)
-    graph, entry = healed(name, Damage(), Heal(**{**QUICK, "rate": rate}), data=data)
+    graph, entry = healed(name, Damage(), Heal(**{**QUICK, "rate": rate, "layer_rate": rate}), data=data)
     fidelity = Fidelity(capture(FAMILIES[name].build()), divide(data).held)
     distances = [trial.distance for trial in entry.trials]
     assert fidelity.distance(graph) == pytest.approx(min(distances), rel=1e-6, abs=0)
@@ -145,7 +145,7 @@ def test_latent_attention_is_healed_shrunk_rows_and_all(name):
             before.update(values_of(graph))
 
     graph, data = capture(FAMILIES[name].build()), windows(name, count=200)
-    heal = Heal(tokens=0, layer_tokens=32 * 1024, rate=1e-2)
+    heal = Heal(tokens=0, layer_tokens=32 * 1024, layer_rate=1e-2)
     report = Pipeline([GqaToMla(rank=12, rope_dim=4), Note(), heal]).run(graph, calibration=lambda _: data)
     came, healed = (trial.distance for trial in report.passes[2].trials)
     assert healed < came

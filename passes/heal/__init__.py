@@ -13,6 +13,7 @@ from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 
 Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Heal(Pass):
     and are folded into the weights. 0 leaves a stage out. Calibration data only; no labels.
 
     ``where`` chooses the matrices; by default those that the passes before changed, or every projection of attention
-    if they changed none. A step moves a number by about ``rate`` of the root mean square of its row.
+    if they changed none. A step moves a number by about ``layer-rate``, and end to end by ``rate``, of the
+    root mean square of its row.
 
     Some windows are not trained on. A stage whose result is no nearer to the original on them is undone. An
     interrupted run, repeated, goes on and ends in the same bytes.
@@ -35,7 +37,8 @@ class Heal(Pass):
     layer_tokens: Count = 32768
     tokens: Count = 196608
     adapters: Annotated[int, Field(ge=1)] = 16
-    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+    layer_rate: Rate = 5e-3
+    rate: Rate = 1e-3
     seed: Count = 0
 
     exact_when: ClassVar = None

@@ -29,11 +29,11 @@ def heal(
     best = fidelity.distance(graph)
     ctx.tried("as it came", best, False)
 
-    def judged(what: str, stage: Callable[[Job], None]) -> None:
+    def judged(what: str, rate: float, stage: Callable[[Job], None]) -> None:
         nonlocal best
         before = [param.expr for param in params]
         key = key_of(params, what, options)
-        stage(Job(graph, ctx.original, ctx, params, windows, options.rate, options.seed, key))
+        stage(Job(graph, ctx.original, ctx, params, windows, rate, options.seed, key))
         distance = fidelity.distance(graph)
         ctx.tried(what, distance, distance < best)
         if distance >= best:
@@ -45,9 +45,9 @@ def heal(
         best = min(best, distance)
 
     if options.layer_tokens:
-        judged("healed layer by layer", lambda job: heal_layers(job, options.layer_tokens))
+        judged("healed layer by layer", options.layer_rate, lambda job: heal_layers(job, options.layer_tokens))
     if options.tokens:
-        judged("healed end to end", lambda job: _end_to_end(job, options))
+        judged("healed end to end", options.rate, lambda job: _end_to_end(job, options))
 
 
 def _end_to_end(job: Job, options: Heal) -> None:
