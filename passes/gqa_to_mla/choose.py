@@ -115,17 +115,17 @@ def _split(cache: float, part: float, sources: Sequence[Source], measured: Mappi
 
 
 def _kept(width: int, sources: Sequence[Source], measured: Mapping[Node, Measured]) -> list[tuple[int, ...]]:
-    """How many components of each pair stay; the same for all attentions that share a rotary table."""
-    tables: dict[Node | None, list[Source]] = {}
+    """How many components of each pair stay; the same for all alike that share a rotary table."""
+    tables: dict[tuple[Node | None, int], list[Source]] = {}
     for source in sources:
-        tables.setdefault(source.table, []).append(source)
-    counts: dict[Node | None, tuple[int, ...]] = {}
-    for table, sharing in tables.items():
+        tables.setdefault((source.table, source.groups), []).append(source)
+    counts: dict[tuple[Node | None, int], tuple[int, ...]] = {}
+    for key, sharing in tables.items():
         pairs, groups = sharing[0].pairs, sharing[0].groups
         count = min(width // 2, pairs * groups)
         losses = [measured[source.site.node].loss for source in sharing] if measured else None
-        counts[table] = tuple(keep_best(losses, count)) if losses else _evenly(count, pairs)
-    return [counts[source.table] for source in sources]
+        counts[key] = tuple(keep_best(losses, count)) if losses else _evenly(count, pairs)
+    return [counts[source.table, source.groups] for source in sources]
 
 
 def _evenly(count: int, pairs: int) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compiler.calibrate import Stage, sweep
-from compiler.errors import PassError
 from compiler.fidelity import spread
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
@@ -38,8 +37,6 @@ def reduce_cache(graph: Graph, ctx: Context, options: GqaToMla, sources: Sequenc
     batches = ctx.calibration()
     measured = {} if ctx.planned else _measure(graph, sources, spread(batches, MOMENT_TOKENS), ctx)
     layouts = choose(graph, ctx, options, sources, measured, batches)
-    for source, layout in zip(sources, layouts, strict=True):
-        _check_smaller(source, layout)
     conversion = Truncation(graph, form_of(graph, sources, layouts), ctx.spill, ctx.value, {})
     maps = _all_maps(ctx, measured, sources, layouts)
     latent = {
@@ -71,15 +68,6 @@ def _measure(graph: Graph, sources: Sequence[Source], batches: Batches, ctx: Con
 def _in_stage(stage: Stage, sources: Sequence[Source]) -> list[Source]:
     nodes = set(stage.nodes)
     return [source for source in sources if source.site.node in nodes]
-
-
-def _check_smaller(source: Source, layout: Layout) -> None:
-    if layout.cached > source.cached:
-        raise PassError(
-            f"the cache would grow: {layout.rank} + {layout.rotary_dim} values a token, {source.cached} before",
-            option="rank",
-            remedy=f"choose rank and rope-dim with a sum below {source.cached}, or leave these layers as they are",
-        )
 
 
 def _all_maps(
@@ -131,7 +119,12 @@ def _refit(graph: Graph, ctx: Context, latent: Mapping[Source, Node], batches: B
     left = set(latent)
     for stage in sweep(graph, batches):
         for source in _in_stage(stage, list(latent)):
+            left.discard(source)
             output, weight = source.output, source.output_weight
+            if len(weight.users) > 1:
+                take_over(graph, source, latent[source])
+                ctx.skipped(source.site.scope, f"{weight.name} is not refitted: other layers share it")
+                continue
             bias = output.optional_input(2)
             wanted = [values[output.output] for values in stage.values([output.output])]
             take_over(graph, source, latent[source])
@@ -141,6 +134,5 @@ def _refit(graph: Graph, ctx: Context, latent: Mapping[Source, Node], batches: B
             pairs = ((x, y - offset) for x, y in zip(entering, wanted, strict=True))
             fitted = refitted(ctx.value(weight.expr), pairs)
             weight.expr = ctx.spill(weight.name, fitted.to(weight.storage))
-            left.discard(source)
         if not left:
             break
