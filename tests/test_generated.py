@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from backends.safetensors import emit
+from backends.torch_module.code import wrapped
 from backends.torch_module.emitters import EMITTERS
 from compiler.errors import TargetError
 from compiler.evaluate import load_model
@@ -408,3 +409,43 @@ def test_what_cannot_be_generated_is_refused_by_name(name, message):
     graph = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
     with pytest.raises(TargetError, match=message):
         emission_of(graph, "generated")
+
+
+LONG = (
+    "self.map = nn.Parameter(torch.empty(config.one_size, config.another_size, config.first[layer_idx] + "
+    "config.second_size))",
+    "x = some_rather_long_name + another_rather_long_name * self.weight(the_first_argument, the_second_argument, "
+    "third, fourth)",
+    "return self.first_projection(hidden_states) / self.second_projection(hidden_states).sum(dim=-1) * 2.5 + "
+    "another_offset",
+    "self.layers = nn.ModuleList(CompressedModelLayer(config, layer_idx) for layer_idx in "
+    "range(config.number_of_layers))",
+)
+
+
+@pytest.mark.parametrize("line", LONG)
+def test_long_lines_are_laid_out_as_ruff_does(line, tmp_path):
+    line = f"        {line}"
+    pieces = wrapped(line)
+    assert max(map(len, pieces)) <= 120 < len(line)
+    text = f"class A:\n    def f(self) -> None:\n{chr(10).join(pieces)}\n"
+    command = [Path(sys.executable).with_name("ruff"), "format", "--config", ROOT / "pyproject.toml", "-q", "-"]
+    assert subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout == text
+
+
+@pytest.mark.parametrize("kind", ["sizes by layer", "windows"])
+def test_it_compiles_without_graph_breaks(kind, tmp_path):
+    """Reading, reading with padding, and decoding: each is one graph."""
+    name, ranks, pairs, _ = LATENT[kind]
+    model = written(latent_graph(capture(FAMILIES[name].build(3, layers=3)), ranks, pairs), tmp_path / "compiled")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = FAMILIES[name].inputs(batch=2, tokens=9)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+        padded = {"input_ids": ids, "attention_mask": mask}
+        torch.testing.assert_close(compiled(**padded).logits, model(**padded).logits)
+        caches = [model(input_ids=ids).past_key_values for _ in range(2)]
+        step = compiled(input_ids=ids[:, :1], past_key_values=caches[0]).logits
+        torch.testing.assert_close(step, model(input_ids=ids[:, :1], past_key_values=caches[1]).logits)

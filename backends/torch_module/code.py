@@ -50,6 +50,9 @@ def wrapped(line: str) -> list[str]:
     """A statement in lines of at most 120 characters, as ruff lays it out: its last brackets are opened up."""
     if len(line) <= LIMIT or line.lstrip().startswith('"""'):
         return [line]
+    if line.endswith(","):
+        pieces = wrapped(line[:-1])
+        return [*pieces[:-1], f"{pieces[-1]},"]
     space = line[: len(line) - len(line.lstrip())]
     opening = _last_bracket(line)
     if opening is None:
@@ -60,9 +63,9 @@ def wrapped(line: str) -> list[str]:
     whole = f"{space}    {inner}"
     if len(whole) <= LIMIT:
         return [line[: opening + 1], whole, f"{space}{line[-1]}"]
-    parts = _parts(inner, " for ")
-    ends = "" if len(parts) > 1 else ","
-    parts = parts if len(parts) > 1 else _parts(inner, ", ")
+    clauses, arguments = _parts(inner, " for "), _parts(inner, ", ")
+    parts = clauses if len(clauses) > 1 else arguments
+    ends = "," if len(clauses) == 1 and len(arguments) > 1 else ""
     body = [piece for part in parts for piece in wrapped(f"{space}    {part}{ends}")]
     return [line[: opening + 1], *body, f"{space}{line[-1]}"]
 

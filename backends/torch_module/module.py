@@ -36,6 +36,7 @@ OPERAND_SIZES = {
     ("experts", 5): ("num_experts", "2 * moe_intermediate_size"),
     ("experts", 6): ("num_experts", "hidden_size"),
     ("attention", 5): ("num_attention_heads",),
+    ("matmul", 1): ("num_attention_heads", "head_dim", "qk_nope_head_dim + qk_rope_head_dim"),
 }
 """What the sizes of weights are that operations take without a module around them."""
 

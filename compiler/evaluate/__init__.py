@@ -259,7 +259,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
             wanted = "auto" if quantised else getattr(torch, dtype)
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
             return _dense(model, getattr(torch, dtype)) if quantised else model
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as reason:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SyntaxError) as reason:
         raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from reason
 
 

@@ -177,8 +177,9 @@ def latent_attention(
     scores = scores.float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min).softmax(dim=-1)
-    attended = weights.to(latent.dtype).flatten(1, 2) @ latent @ rotation.T
+    if mask is not None or length > 1:
+        scores = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min)
+    attended = scores.softmax(dim=-1).to(latent.dtype).flatten(1, 2) @ latent @ rotation.T
     return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
 
 

@@ -147,8 +147,9 @@ def latent_attention(
         turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)
         scores = scores + turned.unflatten(1, (heads, length))
     scores = scores.float() * scale
-    weights = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min).softmax(dim=-1)
-    attended = weights.to(latent.dtype).flatten(1, 2) @ latent
+    if mask is not None or length > 1:
+        scores = scores.masked_fill(~_allowed(scores, mask), torch.finfo(torch.float32).min)
+    attended = scores.softmax(dim=-1).to(latent.dtype).flatten(1, 2) @ latent
     return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
 
 
