@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 ATOM, POWER, UNARY, PRODUCT, SUM, AND, OR, COMPARISON, LOWEST = 9, 8, 7, 6, 5, 4, 3, 2, 0
 LIMIT = 120
@@ -55,6 +56,8 @@ def wrapped(line: str) -> list[str]:
         return [*pieces[:-1], f"{pieces[-1]},"]
     space = line[: len(line) - len(line.lstrip())]
     opening = _last_bracket(line)
+    if opening is None and not re.search(r"^\s*return |^[^(]* = ", line):
+        return [f"{space}{term}" for term in _terms(line.strip())]
     if opening is None:
         head, _, value = line.partition("return " if line.lstrip().startswith("return ") else " = ")
         keyword = f"{head}return (" if line.lstrip().startswith("return ") else f"{head} = ("
@@ -80,6 +83,19 @@ def _last_bracket(line: str) -> int | None:
         if depth == 0:
             return index
     return None
+
+
+def _terms(text: str) -> list[str]:
+    """``text`` cut in front of each operator that binds least, outside of brackets."""
+    for operators in ((" + ", " - "), (" * ", " / ", " @ ")):
+        cuts, depth = [0], 0
+        for index, character in enumerate(text):
+            depth += (character in "([{") - (character in ")]}")
+            if depth == 0 and text[index : index + 3] in operators:
+                cuts.append(index)
+        if len(cuts) > 1:
+            return [text[start:stop].strip() for start, stop in pairwise([*cuts, len(text)])]
+    return [text]
 
 
 def _parts(text: str, separator: str) -> list[str]:
