@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from backends.safetensors import emit
 from backends.torch_module.code import wrapped
@@ -449,3 +449,40 @@ def test_it_compiles_without_graph_breaks(kind, tmp_path):
         caches = [model(input_ids=ids).past_key_values for _ in range(2)]
         step = compiled(input_ids=ids[:, :1], past_key_values=caches[0]).logits
         torch.testing.assert_close(step, model(input_ids=ids[:, :1], past_key_values=caches[1]).logits)
+
+
+def test_sequences_are_classified_and_classes_learn(tmp_path):
+    config = FAMILIES["bert"].config(layers=2)
+    config.num_labels, config.architectures = 3, ["BertForSequenceClassification"]
+    torch.manual_seed(0)
+    source = BertForSequenceClassification(config).eval()
+    graph = capture(source)
+    model = written(graph, tmp_path / "classes")
+    given = FAMILIES["bert"].inputs(batch=3)
+    with torch.no_grad():
+        assert error(model(**given).logits, source(**given).logits) <= tolerance(graph)
+    model.train()(**given, labels=torch.tensor([0, 2, 1])).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    assert model.config.num_labels == 3
+
+
+SAME = """
+import sys
+from compiler.frontend.capture import capture
+from compiler.target import emission_of
+from tests.families import FAMILIES
+for name in ("gemma3", "modernbert"):
+    graph = capture(FAMILIES[name].config(3), architecture=FAMILIES[name].architecture)
+    emission = emission_of(graph, "generated")
+    print(sorted(emission.files.items()), sorted(emission.config.items()), list(emission.tensors))
+"""
+
+
+def test_the_code_does_not_depend_on_the_order_of_sets():
+    """These families make their rotary tables in the order of a set of strings, which each process shuffles."""
+    made = set()
+    for seed in ("0", "1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SAME]
+        made.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(made) == 1

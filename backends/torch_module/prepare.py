@@ -22,6 +22,7 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
         given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
         for value in counted:
             copy.replace(value, given)
+    _sort_tables(copy)
     _own_tables(copy)
     _join_split_heads(copy)
     copy.prune()
@@ -40,6 +41,18 @@ def _copied(graph: Graph) -> Graph:
 
 def _pairs(node: Node, twin: Node) -> list[tuple[Value, Value]]:
     return list(zip(node.outputs, twin.outputs, strict=True))
+
+
+def _sort_tables(graph: Graph) -> None:
+    """Rotary tables by the names of their frequencies: some models make them in the order of a set, which varies."""
+    tables = graph.nodes_named("rope_table")
+    if len({table.input(0) for table in tables}) != 1:
+        return
+    head = tables[0]
+    for table in sorted(tables, key=lambda table: table.input(1).name, reverse=True):
+        if table is not head:
+            graph.move_before(table, head)
+        head = table
 
 
 def _join_split_heads(graph: Graph) -> None:

@@ -188,6 +188,8 @@ def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
         _note(sizes, where.get(experts.node), num_experts_per_tok=experts.active)
     for mlp in mlp_sites(graph):
         _note(sizes, where.get(mlp.down), intermediate_size=mlp.down.input(0).shape[-1])
+    for name in sizes.by_layer:
+        sizes.everywhere.pop(name, None)  # of a part beside the layers, which is no quantity of the model
     return sizes
 
 

@@ -19,8 +19,8 @@ class CompressedModernBertConfig(PreTrainedConfig):
     vocab_size: int = 96
     hidden_size: int = 48
     num_hidden_layers: int = 3
-    sliding_attention_rope_frequencies: list[float] = field(default_factory=list)
     full_attention_rope_frequencies: list[float] = field(default_factory=list)
+    sliding_attention_rope_frequencies: list[float] = field(default_factory=list)
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
     head_dim: int = 12

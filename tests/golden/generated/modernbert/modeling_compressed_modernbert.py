@@ -161,10 +161,10 @@ class CompressedModernBertModel(nn.Module):
         super().__init__()
         self.layer_inputs = config.layer_inputs
         self.embeddings = CompressedModernBertEmbeddings(config)
+        self.full_attention_rotary_emb = CompressedModernBertRotaryEmbedding(config.full_attention_rope_frequencies)
         self.sliding_attention_rotary_emb = CompressedModernBertRotaryEmbedding(
             config.sliding_attention_rope_frequencies,
         )
-        self.full_attention_rotary_emb = CompressedModernBertRotaryEmbedding(config.full_attention_rope_frequencies)
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=1e-05, bias=False)
         kinds = {"Layer": CompressedModernBertLayer, "Layer2": CompressedModernBertLayer2}
         self.layers = nn.ModuleList(kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds))
@@ -176,10 +176,10 @@ class CompressedModernBertModel(nn.Module):
         attention_mask_2: torch.Tensor | None,
     ) -> torch.Tensor:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        cos, sin = self.sliding_attention_rotary_emb(position_ids)
-        cos_2, sin_2 = self.full_attention_rotary_emb(position_ids)
+        cos, sin = self.full_attention_rotary_emb(position_ids)
+        cos_2, sin_2 = self.sliding_attention_rotary_emb(position_ids)
         hidden_states = self.embeddings(input_ids)
-        choices = ((cos, sin, attention_mask), (cos_2, sin_2, attention_mask_2))
+        choices = ((cos_2, sin_2, attention_mask), (cos, sin, attention_mask_2))
         for layer, choice in zip(self.layers, self.layer_inputs, strict=True):
             cos, sin, attention_mask = choices[choice]
             hidden_states = layer(hidden_states, cos, sin, attention_mask)

@@ -19,8 +19,8 @@ class CompressedGemma3Config(PreTrainedConfig):
     vocab_size: int = 96
     hidden_size: int = 48
     num_hidden_layers: int = 30
-    sliding_attention_rope_frequencies: list[float] = field(default_factory=list)
     full_attention_rope_frequencies: list[float] = field(default_factory=list)
+    sliding_attention_rope_frequencies: list[float] = field(default_factory=list)
     num_attention_heads: int = 4
     kv_lora_rank: list[int] = field(default_factory=list)
     qk_rope_head_dim: list[int] = field(default_factory=list)

@@ -317,8 +317,8 @@ class CompressedGemma3Model(CompressedGemma3PreTrainedModel):
     def __init__(self, config: CompressedGemma3Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.sliding_attention_rotary_emb = CompressedGemma3RotaryEmbedding(config.sliding_attention_rope_frequencies)
         self.full_attention_rotary_emb = CompressedGemma3RotaryEmbedding(config.full_attention_rope_frequencies)
+        self.sliding_attention_rotary_emb = CompressedGemma3RotaryEmbedding(config.sliding_attention_rope_frequencies)
         self.norm = CompressedGemma3OffsetRMSNorm(config.hidden_size, eps=1e-06, offset=1.0)
         self.layers = nn.ModuleList(
             CompressedGemma3Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
@@ -354,8 +354,8 @@ class CompressedGemma3Model(CompressedGemma3PreTrainedModel):
             for window in set(windows)
         }
         tables = {
-            "sliding_attention_rotary_emb": self.sliding_attention_rotary_emb(position_ids),
             "full_attention_rotary_emb": self.full_attention_rotary_emb(position_ids),
+            "sliding_attention_rotary_emb": self.sliding_attention_rotary_emb(position_ids),
         }
         for layer, window, kind in zip(self.layers, windows, self.config.rotary_kinds, strict=True):
             cos, sin = tables[kind]
