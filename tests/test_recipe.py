@@ -193,11 +193,11 @@ def test_a_link_does_not_lead_out_of_the_directory(tmp_path):
         load(tmp_path / "recipes", "model: a/b\ninclude: link.yaml\n")
 
 
-def test_a_pass_that_needs_calibration_asks_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(Quantize, "needs", ("gram",))
-    with pytest.raises(RecipeError, match="`quantize` needs calibration data") as caught:
-        load(tmp_path, "model: a/b\npasses:\n  - gqa-to-mla\n  - quantize\n")
-    assert (caught.value.span.line, caught.value.span.column) == (4, 5)
+def test_a_pass_that_needs_calibration_asks_for_it(tmp_path):
+    load(tmp_path, "model: a/b\npasses:\n  - gqa-to-mla\n")
+    with pytest.raises(RecipeError, match="`gqa-to-mla` needs calibration data") as caught:
+        load(tmp_path, "model: a/b\npasses:\n  - gqa-to-mla: {cache: 50%}\n")
+    assert (caught.value.span.line, caught.value.span.column) == (3, 5)
 
 
 def test_order_errors_point_at_the_later_pass(tmp_path):
@@ -336,6 +336,7 @@ def valid(schema, value):
         "minimum",
         "exclusiveMinimum",
         "maximum",
+        "exclusiveMaximum",
         "minProperties",
         "maxProperties",
         "format",
@@ -370,6 +371,8 @@ def valid(schema, value):
     if isinstance(value, list) and not all(valid(schema.get("items", {}), inner) for inner in value):
         return False
     if isinstance(value, str) and "pattern" in schema and not re.search(schema["pattern"], value):
+        return False
+    if "exclusiveMaximum" in schema and value >= schema["exclusiveMaximum"]:
         return False
     if "minimum" in schema and value < schema["minimum"]:
         return False

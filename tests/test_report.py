@@ -74,6 +74,7 @@ def test_keys_are_stable(document):
         "selected",
         "rewritten",
         "skipped",
+        "trials",
     ]
     assert set(document["output"]) == {
         "architecture",

@@ -363,6 +363,6 @@ def _percent(schema: dict[str, Any]) -> dict[str, Any]:
     if schema.get("type") == "number":
         number = {name: value for name, value in schema.items() if name != "default"}
         return {"anyOf": [number, percent], **({"default": schema["default"]} if "default" in schema else {})}
-    if {"type": "number"} in schema.get("anyOf", []):
+    if any(choice.get("type") == "number" for choice in schema.get("anyOf", [])):
         return {**schema, "anyOf": [*schema["anyOf"], percent]}
     return schema

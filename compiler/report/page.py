@@ -35,7 +35,7 @@ summary { cursor: pointer; }
 def page(document: Document) -> str:
     """The page. Everything in it is in report.json as well."""
     title = f"{document['recipe']['model']}, compressed"
-    sections = (_head, _comparison, _steps, _layers, _skipped, _recipe)
+    sections = (_head, _comparison, _steps, _trials, _layers, _skipped, _recipe)
     body = "\n".join(line for section in sections for line in section(document))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -93,6 +93,17 @@ def _layers(document: Document) -> Iterator[str]:
     yield "<h2>Bytes by layer</h2>"
     yield '<p class="soft">Grey is before, blue is after.</p>'
     yield f'<div class="wide">{layer_picture(document["layers"]["before"], document["layers"]["after"])}</div>'
+
+
+def _trials(document: Document) -> Iterator[str]:
+    rows = [
+        (trial["what"], entry["name"], f"{trial['distance']:.4g}", "chosen" if trial["chosen"] else "")
+        for entry in document["passes"]
+        for trial in entry["trials"]
+    ]
+    if rows:
+        yield "<h2>Choices weighed on calibration data</h2>"
+        yield from _table(("choice", "step", "distance from the original", ""), rows)
 
 
 def _skipped(document: Document) -> Iterator[str]:
