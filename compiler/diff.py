@@ -16,7 +16,7 @@ from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.tensorfile import parse_json, read_header, read_tensor
 
-SHOWN = 20
+SHOWN = 40
 
 
 class _Files(Protocol):
