@@ -57,6 +57,13 @@ class GqaToMla(Pass):
                 remedy="give either `cache`, or `rank` and `rope-dim`",
             )
 
+        if self.ranks != "uniform" and self.cache is None:
+            raise PassError(
+                "`ranks: by-layer` shares out a `cache`, and none is given",
+                option="ranks",
+                remedy="add `cache: 50%`, or leave `ranks` out",
+            )
+
     @property
     def calibrated(self) -> bool:
         return not self.exact

@@ -8,7 +8,7 @@ An error d[t] in the values moves the output by W times the sum of a[s, t] d[t].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,6 @@ class Moments:
     values: Tensor
     outputs: Tensor
     collision: Tensor
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The fields by name."""
-        return dict(vars(self))
 
     @property
     def key_covariance(self) -> Tensor:

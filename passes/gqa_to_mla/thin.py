@@ -45,25 +45,30 @@ class _Unrotated:
         source, moments = analysis.source, analysis.moments
         self.maps = maps
         self.width = maps.query.shape[1] - len(maps.rotary_key)
-        self._value_dim = source.value_dim
         rows = maps.up.reshape(source.heads, self.width + source.value_dim, -1)
         self._values = rows[:, self.width :]
         covariance = moments.keys if source.site.softcap else moments.key_covariance
         query_root, query_inverse = _roots(moments.queries)
         latent_root, latent_inverse = _roots(maps.down @ covariance @ maps.down.T)
         product = query_root @ maps.query[:, : self.width].mT @ rows[:, : self.width] @ latent_root
-        left, self._values_of, right = torch.linalg.svd(product, full_matrices=False)
+        left, singular, right = torch.linalg.svd(product, full_matrices=False)
         self._query = (query_inverse @ left).mT
-        self._key = right @ latent_inverse
-        squares = self._values_of.square().sum(0) * source.site.scale**2 / analysis.energy
-        self.losses = squares[: self.width]
+        self._key = singular[..., None] * (right @ latent_inverse)
+        self.losses = (singular.square().sum(0) * source.site.scale**2 / analysis.energy)[: self.width]
 
     def cut(self, width: int) -> LatentMaps:
         """The maps with ``width`` unrotated numbers a head."""
-        share = self._values_of[:, :width, None].sqrt()
-        query = torch.cat((share * self._query[:, :width], self.maps.query[:, self.width :]), 1)
-        up = torch.cat((share * self._key[:, :width], self._values), 1).flatten(0, 1)
+        query, key = _balanced(self._query[:, :width], self._key[:, :width])
+        query = torch.cat((query, self.maps.query[:, self.width :]), 1)
+        up = torch.cat((key, self._values), 1).flatten(0, 1)
         return replace(self.maps, query=query, up=up, key_error=self.maps.key_error + float(self.losses[width:].sum()))
+
+
+def _balanced(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [H, m, .] of the same products, those of a query as long as those of its key: no dtype is left by either."""
+    sizes = query.norm(dim=-1, keepdim=True), key.norm(dim=-1, keepdim=True)
+    share = torch.where(sizes[0] * sizes[1] > 0, sizes[1] / sizes[0], 1.0).sqrt()
+    return query * share, key / share
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
