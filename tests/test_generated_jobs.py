@@ -7,10 +7,16 @@ import json
 import pytest
 import torch
 
+from backends.safetensors import emit
 from compiler import Recipe, compress
 from compiler.errors import TargetError
 from compiler.evaluate import cache_size, evaluate_model, load_model
+from compiler.frontend import capture
+from compiler.ir.execute import run
+from compiler.pipeline import Pipeline
 from compiler.plan import make_plan
+from compiler.target import emission_of
+from passes import GqaToMla
 from tests.families import FAMILIES
 from tests.tiny import byte_tokenizer, write_text
 
@@ -98,3 +104,23 @@ def test_quantised_weights_are_refused_by_name(folder):
     )
     (folder / "quantised.yaml").write_text(text)
     assert "is quantised, which generated code cannot load" in make_plan(Recipe.load(folder / "quantised.yaml")).refusal
+
+
+def test_two_checkpoints_of_other_code_live_in_one_process(tmp_path):
+    """Equal names, equal sizes, other code: transformers must not take the first's class for the second."""
+    ids = {"input_ids": torch.randint(3, 50, (1, 12), generator=torch.Generator().manual_seed(1))}
+    codes = []
+    for number, dtype in enumerate((torch.bfloat16, torch.float16)):  # with a normed latent, and without
+        folder = tmp_path / str(number)
+        FAMILIES["llama"].build(3).to(dtype).save_pretrained(folder / "source")
+        graph = capture(folder / "source")
+        Pipeline([GqaToMla(cache=0.5)]).run(graph, calibration=lambda _: [ids])
+        emission = emission_of(graph, "generated")
+        codes.append(emission.files)
+        (folder / "out").mkdir()
+        emit(emission, graph.sources, folder / "out")
+        with torch.no_grad():
+            found = load_model(folder / "out", trust_remote_code=True)(**ids).logits
+        torch.testing.assert_close(found, run(graph, ids)["logits"], rtol=0, atol=1e-5)
+    assert codes[0].keys() == codes[1].keys()
+    assert codes[0] != codes[1]

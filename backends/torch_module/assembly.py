@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,8 @@ class Assembly:
         modeling = self._modeling()
         config = self._config()
         prefix = self.model.prefix
-        files = {f"modeling_{self.name}.py": modeling, f"configuration_{self.name}.py": self._configuration(config)}
+        configuration = self._configuration(config, modeling)
+        files = {f"modeling_{self.name}.py": modeling, f"configuration_{self.name}.py": configuration}
         auto_map = {"AutoConfig": f"configuration_{self.name}.{prefix}Config"}
         auto_map |= {auto: f"modeling_{self.name}.{prefix}{end}" for auto, end in self.auto_classes.items()}
         architecture = f"{prefix}{list(self.auto_classes.values())[-1]}"
@@ -141,11 +143,17 @@ class Assembly:
         tie = {"tie_word_embeddings": bool(self.tied)}
         return {"initializer_range": 0.02, **kept, **self.model.sizes.config(), **self.own_config(), **tie}
 
-    def _configuration(self, config: dict[str, Any]) -> str:
+    def _configuration(self, config: dict[str, Any], modeling: str) -> str:
+        """The source of the config class, which names the code it is for.
+
+        A process that has loaded a model takes its class again for every config of an equal source: without the name
+        a checkpoint of other code would run that of the first.
+        """
         fields = [(name, *field_of(value)) for name, value in config.items() if name not in INHERITED]
         lists = any("field(" in default for _, _, default in fields)
         source = self.graph.origin.architecture or self.graph.name
         context = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields, "lists": lists}
+        context["digest"] = hashlib.sha256(modeling.encode()).hexdigest()[:16]
         return render("configuration.py.jinja", source=source, **context) + "\n"
 
     def _modeling(self) -> str:

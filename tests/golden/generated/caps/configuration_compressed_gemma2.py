@@ -1,4 +1,7 @@
-"""Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM."""
+"""Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM.
+
+For the code of modeling_compressed_gemma2.py with the digest cba9520ad5509977.
+"""
 
 from dataclasses import field
 

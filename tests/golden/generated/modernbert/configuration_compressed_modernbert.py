@@ -1,4 +1,7 @@
-"""Configuration of CompressedModernBert, generated from the graph of a compressed ModernBertForMaskedLM."""
+"""Configuration of CompressedModernBert, generated from the graph of a compressed ModernBertForMaskedLM.
+
+For the code of modeling_compressed_modernbert.py with the digest 91f89d838ff86c0e.
+"""
 
 from dataclasses import field
 

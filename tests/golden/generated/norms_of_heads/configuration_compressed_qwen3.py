@@ -1,4 +1,7 @@
-"""Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM."""
+"""Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
+
+For the code of modeling_compressed_qwen3.py with the digest d6c890819caea656.
+"""
 
 from dataclasses import field
 

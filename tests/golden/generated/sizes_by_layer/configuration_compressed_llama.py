@@ -1,4 +1,7 @@
-"""Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM."""
+"""Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
+
+For the code of modeling_compressed_llama.py with the digest 021728e547198544.
+"""
 
 from dataclasses import field
 

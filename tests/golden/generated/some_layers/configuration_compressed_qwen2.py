@@ -1,4 +1,7 @@
-"""Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM."""
+"""Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
+
+For the code of modeling_compressed_qwen2.py with the digest 0706185c73ddfbab.
+"""
 
 from dataclasses import field
 

@@ -1,4 +1,7 @@
-"""Configuration of CompressedViT, generated from the graph of a compressed ViTForImageClassification."""
+"""Configuration of CompressedViT, generated from the graph of a compressed ViTForImageClassification.
+
+For the code of modeling_compressed_vit.py with the digest f79f97059da3406e.
+"""
 
 from transformers import PreTrainedConfig
 
