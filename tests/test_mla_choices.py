@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compiler.errors import PassError
 from compiler.frontend.capture import capture
 from compiler.ir.facts import latent_sites
 from compiler.pipeline import Pipeline
@@ -45,6 +46,18 @@ def test_ranks_by_layer_keep_to_the_cache_and_are_taken_only_when_nearer(family)
     chosen = [trial for trial in report.trials if trial.chosen]
     assert len(chosen) == 1
     assert chosen[0].distance == min(trial.distance for trial in report.trials)
+
+
+def test_a_plan_of_ranks_by_layer_promises_no_stock_class():
+    for ranks, distinct in (("uniform", 1), ("by-layer", 2)):
+        graph = capture(FAMILIES["llama"].build())
+        Pipeline([GqaToMla(cache=0.5, ranks=ranks)]).run(graph, planned=True, calibration=lambda _: batches())
+        assert len({site.rank for site in latent_sites(graph)}) == distinct
+
+
+def test_ranks_by_layer_without_a_cache_are_refused():
+    with pytest.raises(PassError, match="shares out a `cache`, and none is given"):
+        GqaToMla(rank=8, ranks="by-layer")
 
 
 def test_heads_meet_in_fewer_numbers_only_where_that_costs_next_to_nothing():

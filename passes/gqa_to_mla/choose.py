@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
@@ -44,7 +45,8 @@ def choose(
     splits = [_split(options.cache, part, sources, measured) for part in SPLITS]
     splits = list(dict.fromkeys(map(tuple, splits)))
     if ctx.planned:
-        return list(splits[len(splits) // 2])
+        likely = list(splits[len(splits) // 2])
+        return likely if options.ranks == "uniform" else _unlike(likely)
     trials, fidelity = Trials(graph, ctx, measured), Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
     found = descend(splits, lambda layouts: trials.distance(layouts, fidelity))
     if options.ranks == "by-layer":
@@ -55,6 +57,12 @@ def choose(
     for layouts, distance in found.items():
         ctx.tried(_described(layouts), distance, layouts == best)
     return list(best)
+
+
+def _unlike(layouts: list[Layout]) -> list[Layout]:
+    """Before anything is measured: which ranks layers get is not known, that they differ is."""
+    first, *rest = layouts
+    return [replace(first, rank=first.rank - 1), *rest] if first.rank > 1 else layouts
 
 
 def _described(layouts: Sequence[Layout]) -> str:
