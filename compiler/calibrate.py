@@ -176,10 +176,16 @@ def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Sta
         stage.advance()
 
 
-def differentiable(graph: Graph, batch: Mapping[str, Tensor], weights: Mapping[Value, Tensor]) -> dict[str, Tensor]:
+def differentiable(
+    graph: Graph,
+    batch: Mapping[str, Tensor],
+    weights: Mapping[Value, Tensor],
+    observe: Callable[[Value, Tensor], None] | None = None,
+) -> dict[str, Tensor]:
     """The outputs of ``graph`` for ``batch``, with ``weights`` for its parameters, by which they can be differentiated.
 
-    Between layers activations are kept, within them they are computed again on the way back.
+    Between layers activations are kept, within them they are computed again on the way back. ``observe`` sees every
+    value that is computed, those of layers once more on the way back.
     """
     sizes = bind_dims(graph, batch)
     live: dict[Value, Tensor] = {value: batch[name] for name, value in graph.inputs.items()}
@@ -189,7 +195,7 @@ def differentiable(graph: Graph, batch: Mapping[str, Tensor], weights: Mapping[V
         done.update(nodes)
         made = (value for node in nodes for value in node.outputs)
         keep = [value for value in (*live, *made) if value in results or not value.users.keys() <= done]
-        live = checkpoint(_segment, graph, nodes, live, weights, sizes, keep, use_reentrant=False)
+        live = checkpoint(_segment, graph, nodes, live, weights, sizes, keep, observe, use_reentrant=False)
     return {name: live[value] for name, value in graph.outputs.items()}
 
 
@@ -200,10 +206,11 @@ def _segment(
     weights: Mapping[Value, Tensor],
     sizes: Mapping[str, int],
     keep: Sequence[Value],
+    observe: Callable[[Value, Tensor], None] | None,
 ) -> dict[Value, Tensor]:
     """The values in ``keep`` after ``nodes``, which start from those in ``live``."""
     values = {**live, **weights}
-    run_nodes(graph, nodes, values, sizes, keep=keep)
+    run_nodes(graph, nodes, values, sizes, keep=keep, observe=observe)
     return {value: values[value] for value in keep}
 
 

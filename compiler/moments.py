@@ -1,0 +1,317 @@
+"""Second moments at products with weights, and what an error in a weight costs by them.
+
+y = W x. To second order, an error E of W costs
+
+    1/2 tr(M E C E^T),  C = E[x x^T],  M = sum of g g^T over all x, divided by the number of predictions,
+
+g being the gradient of the model's own loss at y. Of logits the loss is that of labels drawn from the model's own
+distribution (the Fisher information), and the cost is the divergence KL(original || changed) in nats per prediction; of
+other outputs g is the gradient of a random signed sum, and the cost is the mean square error relative to the
+output's energy: the units of ``compiler.fidelity``. It is taken that x and g are independent, and so are the errors of
+different tokens: Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv 1503.05671), for weights that meet
+every token in its "expand" form (Eschenhagen et al., arXiv 2311.00636).
+
+Memory: C is measured a layer at a time, with the activations of all batches there. M is measured by whole passes
+through the model, with at most ``GRADIENT_BYTES`` of sums at a time, in as many passes as that takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compiler.calibrate import Stage, differentiable, quick_products, sweep
+from compiler.ir.execute import read_param
+from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.products import Rows, entering, leaving, matrix_shape, products, reads
+from compiler.weights.spill import Progress
+
+FULL_WIDTH = 2048  # of outputs; of wider ones only the diagonal of M is kept
+GRADIENT_BYTES = 2 << 30
+RESIDENT_BYTES = 4 << 30  # weights up to this much stay in memory while gradients are taken
+BLOCK = 4096  # vectors whose products are summed in float32, before they go into a sum in float64
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration says of the products with one weight [out, in], or with each of a stack [experts, out, in].
+
+    All float64; a stack's have an axis of experts in front. ``count`` [] of vectors seen, ``mean`` [in] of them,
+    ``second`` [in, in] their second moment C (both zero where nothing was seen), and ``gradient`` M [out, out], or its
+    diagonal [out] for outputs wider than ``FULL_WIDTH``, or None when it was not asked for.
+    """
+
+    count: Tensor
+    mean: Tensor
+    second: Tensor
+    gradient: Tensor | None = None
+
+    def of_expert(self, expert: int) -> Moments:
+        """The moments of one matrix of a stack."""
+        gradient = None if self.gradient is None else self.gradient[expert]
+        return Moments(self.count[expert], self.mean[expert], self.second[expert], gradient)
+
+
+class Statistics:
+    """The moments of the weights that were measured, read when asked for."""
+
+    def __init__(self, store: Store, inputs: Mapping[Param, Sequence[str]], gradients: Mapping[Param, str]) -> None:
+        self._store = store
+        self._inputs = inputs
+        self._gradients = gradients
+
+    def __contains__(self, param: Param) -> bool:
+        return param in self._inputs
+
+    def of(self, param: Param) -> Moments:
+        """The moments of ``param``, over all the products with it."""
+        parts = [self._store.load(name) for name in self._inputs[param]]
+        count, first, second = (torch.stack([part[key] for part in parts]).sum(0) for key in _Sums.KEYS)
+        seen = count.clamp_min(1)[:, None]
+        gradient = self._store.load(self._gradients[param])["gradient"] if param in self._gradients else None
+        found = Moments(count, first / seen, second / seen[..., None], gradient)
+        return found if _stacked(param) else found.of_expert(0)
+
+
+class Store:
+    """Bundles of tensors by name, in ``progress`` or, where that keeps nothing, in memory."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._memory: dict[str, dict[str, Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._memory or self._progress.load(name) is not None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._progress.save(name, tensors)
+        if self._progress.load(name) is None:
+            self._memory[name] = dict(tensors)
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        return self._memory[name] if name in self._memory else self._progress.load(name) or {}
+
+
+def measure(
+    graph: Graph,
+    params: Sequence[Param],
+    batches: Batches,
+    progress: Progress,
+    *,
+    gradients: Batches = (),
+    seed: int = 0,
+) -> Statistics:
+    """The moments of ``params`` on ``batches`` (inputs by name), and M on ``gradients`` where there are any.
+
+    Weights that ``compiler.products`` finds no product with are left out. What ``progress`` holds is not measured
+    again. Labels and signs are drawn with ``seed``.
+    """
+    nodes = {param: found for param, found in products(graph).items() if param in set(params)}
+    key = _key(graph, nodes, batches, gradients, seed)
+    store = Store(progress)
+    inputs = _measure_inputs(graph, nodes, batches, store, key)
+    names = {param: f"gradient-{key}-{index}" for index, param in enumerate(nodes)} if gradients else {}
+    missing = [param for param in names if names[param] not in store]
+    for part in _within_memory(missing):
+        for param, found in _gradients(graph, {param: nodes[param] for param in part}, gradients, seed).items():
+            store.save(names[param], {"gradient": found})
+    return Statistics(store, inputs, names)
+
+
+def _key(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradients: Batches, seed: int) -> str:
+    """A name that changes with the model, the weights that are measured, and the data."""
+    digest = hashlib.sha256(f"{seed} {len(batches)}".encode())
+    for param in graph.params.values():
+        digest.update(f"{param.name} {param.expr.key} {param in nodes}\n".encode())
+    for batch in (*batches, *gradients):
+        for name, tensor in batch.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
+    return digest.hexdigest()[:16]
+
+
+# --- what enters ---------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Sums over vectors, in float64, for each of a number of experts."""
+
+    KEYS = ("count", "first", "second")
+
+    def __init__(self, experts: int, width: int) -> None:
+        self.count = torch.zeros(experts, dtype=torch.float64)
+        self.first = torch.zeros(experts, width, dtype=torch.float64)
+        self.second = torch.zeros(experts, width, width, dtype=torch.float64)
+
+    def add(self, rows: Rows) -> None:
+        for expert, vectors in rows:
+            self.count[expert] += len(vectors)
+            self.first[expert] += vectors.sum(0, dtype=torch.float64)
+            for block in vectors.split(BLOCK):
+                self.second[expert] += block.T @ block
+
+    def bundle(self) -> dict[str, Tensor]:
+        return {key: getattr(self, key) for key in self.KEYS}
+
+
+def _measure_inputs(
+    graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Batches, store: Store, key: str
+) -> dict[Param, list[str]]:
+    """The bundles of every weight. Weights that meet the same vectors have one bundle between them."""
+    places: dict[tuple[object, ...], tuple[str, Node, Param]] = {}
+    inputs: dict[Param, list[str]] = {}
+    for param, users in nodes.items():
+        for node in users:
+            name = f"inputs-{key}-{len(places)}"
+            place = places.setdefault(_vectors(node, param), (name, node, param))
+            inputs.setdefault(param, []).append(place[0])
+    missing = [place for place in places.values() if place[0] not in store]
+    if missing:
+        for stage in sweep(graph, batches):
+            own = [place for place in missing if place[1] in set(stage.nodes)]
+            for name, sums in _sums(graph, stage, own).items():
+                store.save(name, sums.bundle())
+            missing = [place for place in missing if place not in own]
+            if not missing:
+                break
+    return inputs
+
+
+def _vectors(node: Node, param: Param) -> tuple[object, ...]:
+    """Equal for products that meet the same vectors."""
+    if node.op.name == "linear":
+        return (node.input(0),)
+    return node, node.inputs.index(param)
+
+
+def _sums(graph: Graph, stage: Stage, places: Sequence[tuple[str, Node, Param]]) -> dict[str, _Sums]:
+    if not places:
+        return {}
+    sums = {name: _Sums(*_groups(param)) for name, _, param in places}
+    wanted = list(dict.fromkeys(value for _, node, _ in places for value in reads(node)))
+    weights = _stacks(graph, [node for _, node, _ in places])
+    for values in stage.values(wanted):
+        with quick_products():
+            for name, node, param in places:
+                sums[name].add(entering(node, param, {**values, **weights}))
+    return sums
+
+
+def _groups(param: Param) -> tuple[int, int]:
+    experts, _, columns = matrix_shape(param)
+    return experts, columns
+
+
+def _stacks(graph: Graph, nodes: Sequence[Node]) -> dict[Value, Tensor]:
+    """The values of the weights of experts, without which what goes on inside of them is not known."""
+    read = (value for node in nodes if node.op.name == "experts" for value in node.inputs[3:])
+    return {value: read_param(graph, value) for value in read if isinstance(value, Param)}
+
+
+def _stacked(param: Param) -> bool:
+    return any(node.op.name == "experts" for node in param.users)
+
+
+# --- gradients at what leaves ------------------------------------------------------------------------------
+
+
+def _within_memory(params: Sequence[Param]) -> list[list[Param]]:
+    """``params`` in runs whose sums take at most ``GRADIENT_BYTES``, or that are of one weight."""
+    parts: list[list[Param]] = []
+    free = 0
+    for param in params:
+        size = 8 * _gradient_sum(param).numel()
+        if size > free or not parts:
+            parts.append([])
+            free = GRADIENT_BYTES
+        parts[-1].append(param)
+        free -= size
+    return parts
+
+
+def _gradient_sum(param: Param, device: str = "meta") -> Tensor:
+    experts, rows, _ = matrix_shape(param)
+    shape = (experts, rows, rows) if rows <= FULL_WIDTH else (experts, rows)
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+class _Tape:
+    """Sees a differentiable run, and adds up the gradients at the outputs of products on the way back."""
+
+    def __init__(self, graph: Graph, nodes: Mapping[Param, Sequence[Node]]) -> None:
+        self.sums = {param: _gradient_sum(param, "cpu") for param in nodes}
+        self.forward = True
+        self._products: dict[Node, list[Param]] = {}
+        for param, users in nodes.items():
+            for node in users:
+                self._products.setdefault(node, []).append(param)
+        stacks = [node for node in self._products if node.op.name == "experts"]
+        self._weights = _stacks(graph, stacks)
+        self._read = {value for node in stacks for value in reads(node)}
+        self._known: dict[Value, Tensor] = {}
+
+    def see(self, value: Value, tensor: Tensor) -> None:
+        if value in self._read and self.forward:
+            self._known[value] = tensor.detach()
+        node = value.node
+        if node not in self._products:
+            return
+        if not tensor.requires_grad:
+            tensor.requires_grad_()
+        if self.forward:
+            tensor.register_hook(partial(self._add, node))
+
+    def _add(self, node: Node, gradient: Tensor) -> None:
+        with torch.no_grad():
+            for param in self._products[node]:
+                for expert, rows in leaving(node, param, gradient.detach(), {**self._known, **self._weights}):
+                    total = self.sums[param]
+                    total[expert] += rows.square().sum(0) if total.ndim == 2 else rows.T @ rows
+
+
+def _gradients(graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Batches, seed: int) -> dict[Param, Tensor]:
+    tape, source = _Tape(graph, nodes), torch.Generator().manual_seed(seed)
+    held = sum(param.type.numel * 4 for param in graph.params.values()) <= RESIDENT_BYTES
+    weights: dict[Value, Tensor] = {p: read_param(graph, p) for p in graph.params.values()} if held else {}
+    name = next(iter(graph.outputs))
+    predictions = 0.0
+    for batch in batches:
+        tape.forward = True
+        with quick_products():
+            output = differentiable(graph, batch, weights, observe=tape.see)[name]
+            tape.forward = False
+            gradient, count = _at_output(output.detach().float(), name == "logits", source)
+            if output.requires_grad:
+                output.backward(gradient.to(output.dtype))
+        predictions += count
+    return {param: total / predictions for param, total in tape.sums.items()}
+
+
+def _at_output(output: Tensor, logits: bool, source: torch.Generator) -> tuple[Tensor, float]:
+    """A draw of the gradient at the output, and how many predictions it counts for: see the module's docstring."""
+    if not logits:
+        signs = torch.randint(0, 2, output.shape, generator=source).to(output) * 2 - 1
+        return signs, float(output.double().square().sum()) / 2
+    chances = output.softmax(-1).reshape(-1, output.shape[-1])
+    labels = torch.multinomial(chances, 1, generator=source)
+    return chances.scatter_add(1, labels, -torch.ones_like(chances[:, :1])).view(output.shape), float(len(chances))
+
+
+# --- what an error costs -----------------------------------------------------------------------------------
+
+
+def cost(error: Tensor, moments: Moments) -> Tensor:
+    """1/2 tr(M E C E^T) of an error E [.., out, in] in the weight, float64, one for each expert. Without M, M is 1."""
+    error = error.double()
+    moved = error @ moments.second
+    if moments.gradient is None:
+        return 0.5 * (moved * error).sum((-2, -1))
+    diagonal = moments.gradient.ndim == error.ndim - 1
+    weighted = moments.gradient[..., None] * error if diagonal else moments.gradient @ error
+    return 0.5 * (moved * weighted).sum((-2, -1))
