@@ -7,7 +7,9 @@ import torch
 import transformers
 
 from benchmarks.peers_mla import mha2mla, transmla, whitened
+from benchmarks.peers_mla.as_graph import TransMla
 from benchmarks.peers_mla.attention import Shape, mean_loss, open_up
+from compiler import Pipeline, capture
 
 TINY = {
     "vocab_size": 64,
@@ -72,6 +74,16 @@ def test_partial_positions_are_exact_when_all_pairs_keep_theirs(model, windows):
     every = mha2mla.convert(copy.deepcopy(model), windows, rank=kv, rope_dim=16)
     some = mha2mla.convert(copy.deepcopy(model), windows, rank=kv + kv // 2, rope_dim=8)
     assert distance(model, every, windows) < 1e-5 < distance(model, some, windows)
+
+
+def test_as_a_graph_it_is_the_published_conversion(model, windows):
+    rank, rope_dim = 12, 8
+    graph = capture(model)
+    Pipeline([TransMla(copy.deepcopy(model), windows, rank, rope_dim)]).run(graph)
+    published = transmla.convert(copy.deepcopy(model), windows, rank, rope_dim)
+    logits = published(windows).logits
+    assert distance(model, published, windows) > 1e-3
+    assert (graph.to_torch()(input_ids=windows)["logits"] - logits).abs().max() < 2e-5 * logits.abs().max()
 
 
 @torch.no_grad()

@@ -180,6 +180,12 @@ def apply(model: Any, moments: list[Tensor], rank: int, rope_dim: int) -> None:
 
 def projector(joint: Tensor, basis: Tensor, rope_dim: int, rank: int) -> Tensor:
     """The map from keys and values to what is left of them, [2 kv, 2 kv], from their moment of that shape."""
+    down, back = pair(joint, basis, rope_dim, rank)
+    return (back @ down).T
+
+
+def pair(joint: Tensor, basis: Tensor, rope_dim: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The map to the latent [rank, 2 kv], and back to keys and values [2 kv, rank]."""
     width = len(basis)
     into = torch.block_diag(basis[:, rope_dim:], torch.eye(width, dtype=basis.dtype))
     norms = (into.T @ joint @ into).diagonal().sqrt()
@@ -191,7 +197,7 @@ def projector(joint: Tensor, basis: Tensor, rope_dim: int, rank: int) -> Tensor:
     energy = into.T @ joint @ into
     energy += DAMPING * energy.diagonal().mean() * torch.eye(len(energy), dtype=energy.dtype)
     vectors = leading(energy, rank)
-    return into @ vectors @ vectors.T @ out
+    return (into @ vectors).T, (vectors.T @ out).T
 
 
 def _flat(heads: Tensor) -> Tensor:
