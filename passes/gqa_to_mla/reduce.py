@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +15,11 @@ from compiler.pipeline import Context
 from passes.gqa_to_mla.build import add_zero_bias
 from passes.gqa_to_mla.choose import choose
 from passes.gqa_to_mla.latent import LatentMaps, Layout, analyse, latent_maps
-from passes.gqa_to_mla.measured import Measured
+from passes.gqa_to_mla.measured import Measured, Stored, store
 from passes.gqa_to_mla.moments import measure
 from passes.gqa_to_mla.refit import refitted
 from passes.gqa_to_mla.source import Source
-from passes.gqa_to_mla.thin import thinned
+from passes.gqa_to_mla.thin import Unrotated, common_width
 from passes.gqa_to_mla.truncate import Truncation, form_of, take_over
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ def _measure(graph: Graph, sources: Sequence[Source], batches: Batches, ctx: Con
     for stage in sweep(graph, batches):
         for source in _in_stage(stage, sources):
             moments = measure(stage, source, ctx.value(source.output_weight.expr))
-            stored = {f.name: ctx.spill(f"moments-{f.name}", getattr(moments, f.name)) for f in fields(moments)}
-            measured[source.site.node] = Measured(source, stored, analyse(source, moments).components.loss, ctx)
+            loss = analyse(source, moments).components.loss
+            measured[source.site.node] = Measured(source, store(ctx, "moments", moments), loss)
         if len(measured) == len(sources):
             break
     return measured
@@ -72,11 +71,24 @@ def _in_stage(stage: Stage, sources: Sequence[Source]) -> list[Source]:
 
 def _all_maps(
     ctx: Context, measured: Mapping[Node, Measured], sources: Sequence[Source], layouts: Sequence[Layout]
-) -> list[LatentMaps]:
+) -> Iterator[LatentMaps]:
+    """The matrices of every attention in turn; how far all of them can be thinned, the sum of their losses says."""
     if ctx.planned:
-        return [planned_maps(source, layout) for source, layout in zip(sources, layouts, strict=True)]
-    analyses = [measured[source.site.node].analysis() for source in sources]
-    return thinned(analyses, [latent_maps(own, layout) for own, layout in zip(analyses, layouts, strict=True)])
+        yield from (planned_maps(source, layout) for source, layout in zip(sources, layouts, strict=True))
+        return
+    own = [measured[source.site.node] for source in sources]
+    stored: list[Stored[LatentMaps]] = []
+    losses: list[Tensor] = []
+    error = 0.0
+    for one, layout in zip(own, layouts, strict=True):
+        analysis = one.analysis()
+        maps = latent_maps(analysis, layout)
+        losses.append(Unrotated(analysis, maps).losses)
+        error += maps.error
+        stored.append(store(ctx, "maps", maps))
+    width = common_width(losses, error)
+    for one, kept in zip(own, stored, strict=True):
+        yield Unrotated(one.analysis(), kept.read()).cut(width)
 
 
 def planned_maps(source: Source, layout: Layout) -> LatentMaps:

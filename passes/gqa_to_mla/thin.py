@@ -20,15 +20,11 @@ NOTHING = 1e-9  # of the output's energy: an error so small is rounding, and not
 MULTIPLE = 8
 
 
-def thinned(analyses: Sequence[Analysis], maps: Sequence[LatentMaps]) -> list[LatentMaps]:
-    """``maps`` with fewer unrotated numbers a head, as many in every attention, at a little error."""
-    parts = [_Unrotated(analysis, own) for analysis, own in zip(analyses, maps, strict=True)]
-    width = _width([part.losses for part in parts], sum(own.error for own in maps))
-    return [part.cut(width) if width < part.width else part.maps for part in parts]
+def common_width(losses: Sequence[Tensor], error: float) -> int:
+    """The least multiple of ``MULTIPLE`` at which what is omitted of all ``losses`` is within the allowance.
 
-
-def _width(losses: Sequence[Tensor], error: float) -> int:
-    """The least multiple of ``MULTIPLE`` whose omissions are within the allowance."""
+    ``losses`` are, for every attention, what each singular direction adds to the error, and ``error`` is that of all.
+    """
     most = max(len(loss) for loss in losses)
     if error <= NOTHING * len(losses):
         return most
@@ -38,8 +34,11 @@ def _width(losses: Sequence[Tensor], error: float) -> int:
     return most
 
 
-class _Unrotated:
-    """The unrotated part of one attention's ``maps``: its singular directions, head by head."""
+class Unrotated:
+    """The unrotated part of one attention's ``maps``: its singular directions, head by head.
+
+    ``losses`` is what each direction would add to the error, as a part of the output's energy.
+    """
 
     def __init__(self, analysis: Analysis, maps: LatentMaps) -> None:
         source, moments = analysis.source, analysis.moments
@@ -57,7 +56,9 @@ class _Unrotated:
         self.losses = (singular.square().sum(0) * source.site.scale**2 / analysis.energy)[: self.width]
 
     def cut(self, width: int) -> LatentMaps:
-        """The maps with ``width`` unrotated numbers a head."""
+        """The maps with at most ``width`` unrotated numbers a head."""
+        if width >= self.width:
+            return self.maps
         query, key = _balanced(self._query[:, :width], self._key[:, :width])
         query = torch.cat((query, self.maps.query[:, self.width :]), 1)
         up = torch.cat((key, self._values), 1).flatten(0, 1)
