@@ -52,8 +52,14 @@ def _thinned(output: Tensor) -> Tensor:
     return output[:, step - 1 :: step].clone()
 
 
+def positions(batch: Mapping[str, Tensor]) -> int:
+    """Samples times positions of what a model reads or, with a decoder, writes; of a picture samples times channels."""
+    ids = [tensor for tensor in batch.values() if not tensor.is_floating_point()]
+    return max(tensor.shape[:2].numel() for tensor in ids or batch.values())
+
+
 def spread(batches: Sequence[Mapping[str, Tensor]], tokens: int, offset: int = 0) -> list[Mapping[str, Tensor]]:
     """Evenly spaced batches, from ``offset``, that have about ``tokens`` tokens, and at least one."""
-    total = sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)
+    total = sum(map(positions, batches))
     step = max(1, round(total / tokens))
     return list(batches[min(offset, step - 1) :: step])

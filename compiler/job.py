@@ -29,6 +29,7 @@ from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
 from compiler.plan import bytes_in_file, open_recipe_model
 from compiler.recipe import Recipe
+from compiler.recipe.schema import Calibration
 from compiler.report.lock import job_key, make_lock
 from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
@@ -61,16 +62,27 @@ class _Run:
     trust_remote_code: bool
     dump_graphs: Path | None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    batches: Sequence[Mapping[str, Tensor]] = ()
 
     def calibration(self, graph: Graph) -> Sequence[Mapping[str, Tensor]]:
-        """The windows of the recipe's calibration text, as batches of ``graph``'s inputs."""
-        from compiler.evaluate import load_tokenizer
-
-        text = self.recipe.calibration
-        if text is None:
+        """The recipe's calibration data as batches of ``graph``'s inputs."""
+        if self.recipe.calibration is None:
             return no_calibration(graph)
-        tokenizer = load_tokenizer(self.recipe.model, trust_remote_code=self.trust_remote_code)
-        return token_batches(graph, TextData(text.data, text.samples, text.length, text.seed).windows(tokenizer))
+        if not self.batches:
+            self.batches = self._batches(graph, self.recipe.calibration)
+        return self.batches
+
+    def _batches(self, graph: Graph, wanted: Calibration) -> Sequence[Mapping[str, Tensor]]:
+        from compiler.evaluate.data import data_windows
+        from compiler.evaluate.loading import load_model, load_tokenizer
+
+        path, trusted = self.recipe.model, self.trust_remote_code
+        data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
+        if len(graph.inputs) == 1:
+            return token_batches(graph, data.windows(load_tokenizer(path, trust_remote_code=trusted)))
+        with self.step("write decoder inputs"):
+            windows = data_windows(load_model(path, trust_remote_code=trusted), path, data, trust_remote_code=trusted)
+        return [{name: window.arguments[name] for name in graph.inputs} for window in windows]
 
     @contextmanager
     def step(self, name: str) -> Generator[None]:

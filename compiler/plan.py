@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
+from compiler.datafiles import check_kind
+from compiler.errors import CheckpointError, CompressError, DataError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs, peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
@@ -138,12 +139,24 @@ def _kind(param: Param) -> Any:
 
 
 def open_recipe_model(recipe: Recipe) -> Graph:
-    """The graph of the recipe's model; an error points at the recipe's ``model``."""
+    """The graph of the recipe's model, which takes the recipe's data; errors point at the recipe."""
     try:
-        return open_model(recipe.model)
+        graph = open_model(recipe.model)
     except CompressError as error:
         place = recipe.places.get("model")
         error.span = error.span or (place.span if place is not None else None)
+        raise
+    for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
+        if section is not None:
+            _check_data(recipe, name, section.data, graph)
+    return graph
+
+
+def _check_data(recipe: Recipe, section: str, data: Path, graph: Graph) -> None:
+    try:
+        check_kind(graph.inputs, data, graph.origin.architecture or graph.name)
+    except DataError as error:
+        error.span = recipe.places[section].items["data"].span
         raise
 
 

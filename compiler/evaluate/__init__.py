@@ -7,11 +7,9 @@ temporary file, so that divergences are exact and two models are never in memory
 from __future__ import annotations
 
 import gc
-import io
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,11 +18,28 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.errors import CheckpointError, DataError
+from compiler.datafiles import fingerprint
+from compiler.errors import DataError
+from compiler.evaluate.data import data_windows
 from compiler.evaluate.decode import pieces, prompt_ids, timed
-from compiler.evaluate.inputs import Window, is_causal, random_ids, random_windows, text_windows
+from compiler.evaluate.inputs import Window, is_causal, is_paired, random_ids, random_windows
+from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.evaluate.metrics import METRICS, Estimate, Scored, Sums, alone, check_names, choose
 from compiler.evaluate.texts import TextData
+
+__all__ = [
+    "Answer",
+    "CacheSize",
+    "Evaluation",
+    "Speed",
+    "cache_size",
+    "compare_speed",
+    "evaluate_model",
+    "generate",
+    "kv_cache",
+    "load_model",
+    "load_tokenizer",
+]
 
 CACHE_LENGTH = 64
 Progress = Callable[[int, int], None]
@@ -138,10 +153,11 @@ def evaluate_model(
     """Measure the model in ``path``, a checkpoint directory or a ``.gguf`` file, and its distance from ``against``.
 
     A text file ``data`` is cut into ``samples`` windows of ``length`` tokens by the tokenizer of ``against`` (or of
-    the model). Without ``data`` inputs are random with ``seed``. ``metrics`` are names in ``metrics.METRICS``; by
-    default those that fit: perplexity of causal language models on texts, kl and agreement of models that generate,
-    cosine and relative-error of all others. ``own_code`` says that the code beside the model in ``path`` was written by
-    this program. ``on_progress(done, all)`` counts windows.
+    the model); recordings give ``samples`` clips of speech. The decoder of an encoder-decoder gets what ``against``
+    itself writes from them. Without ``data`` inputs are random with ``seed``. ``metrics`` are names in
+    ``metrics.METRICS``; by default those that fit: perplexity of models that write tokens, kl and agreement of models
+    that generate, cosine and relative-error of all others. ``own_code`` says that the code beside the model in
+    ``path`` was written by this program. ``on_progress(done, all)`` counts windows.
 
     Raises DataError when a metric does not apply or the data is unfit, CheckpointError when a model does not load.
     """
@@ -153,6 +169,7 @@ def evaluate_model(
         metrics,
         type(model).__name__,
         causal=is_causal(model),
+        paired=is_paired(model),
         generates=model.can_generate(),
         compared=against is not None,
         texts=data is not None,
@@ -161,7 +178,7 @@ def evaluate_model(
     windows = (
         random_windows(model, samples, length, seed)
         if text is None
-        else text_windows(model, load_tokenizer(base, trust_remote_code=trust_remote_code), text)
+        else data_windows(model, base, text, trust_remote_code=trust_remote_code)
     )
     tick = _ticker(on_progress, len(windows) * (1 if against is None else 2))
     theirs: _Measured | None = None
@@ -177,7 +194,12 @@ def evaluate_model(
     return Evaluation(
         model=str(path),
         against=None if against is None else str(against),
-        inputs={"data": text.fingerprint() if text else "random", "samples": samples, "length": length, "seed": seed},
+        inputs={
+            "data": fingerprint(text.data) if text else "random",
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+        },
         dtype=dtype,
         positions=ours.positions,
         metrics=ours.metrics,
@@ -243,83 +265,6 @@ def generate(
         if on_text is not None:
             on_text(piece)
     return Answer("".join(made), len(made), time.perf_counter() - started)
-
-
-def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
-    """The model in ``path`` as plain transformers loads it, in evaluation mode. Raises CheckpointError."""
-    import transformers
-
-    location, arguments = _location(path)
-    arguments["trust_remote_code"] = trust_remote_code
-    try:
-        with _quiet():
-            config = transformers.AutoConfig.from_pretrained(location, **arguments)
-            factory = _model_class(transformers, config)
-            quantised = getattr(config, "quantization_config", None) is not None
-            wanted = "auto" if quantised else getattr(torch, dtype)
-            model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
-            return _dense(model, getattr(torch, dtype)) if quantised else model
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SyntaxError) as reason:
-        raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from reason
-
-
-def _dense(model: Any, dtype: torch.dtype) -> Any:
-    """A quantised model with the weights that it computes with, of the dtype it is stored in, cast to ``dtype``."""
-    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:
-        compressor.decompress_model(model)
-    return torch.nn.Module.to(model, dtype)
-
-
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that lies beside (in a ``.gguf``: inside) a model. Raises CheckpointError when there is none."""
-    import transformers
-
-    location, arguments = _location(path)
-    arguments["trust_remote_code"] = trust_remote_code
-    try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(location, **arguments)
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise CheckpointError(f"transformers finds no tokenizer: {reason}", where=str(path)) from reason
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without the progress bars and advice of transformers, which would break our own lines.
-
-    Its GGUF reader shows a bar that has no switch, hence the diverted standard error.
-    """
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _location(path: str | Path) -> tuple[str, dict[str, Any]]:
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    return str(path), {}
-
-
-def _model_class(transformers: Any, config: Any) -> Any:
-    """The class that the config names; otherwise, and for classes that come with the checkpoint, an auto class."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    auto_map: dict[str, str] = getattr(config, "auto_map", {})
-    names = [name for name in auto_map if name.startswith("AutoModel")]
-    named = [name for name in names if auto_map[name].rpartition(".")[2] in (config.architectures or ())]
-    return next((getattr(transformers, name) for name in (*named, *names)), transformers.AutoModelForCausalLM)
 
 
 def _measure(

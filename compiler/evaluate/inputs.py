@@ -28,10 +28,18 @@ def is_causal(model: Any) -> bool:
     return model.main_input_name == "input_ids" and model.can_generate() and not model.config.is_encoder_decoder
 
 
+def is_paired(model: Any) -> bool:
+    """Whether a loaded model is an encoder and a decoder that writes tokens."""
+    return bool(model.config.is_encoder_decoder and model.can_generate())
+
+
+def feature_shape(config: Any) -> tuple[int, int]:
+    """Bands and frames of the audio features that a model takes; its first convolutions halve the frames."""
+    return config.num_mel_bins, 2 * config.max_source_positions
+
+
 def text_windows(model: Any, tokenizer: Any, text: TextData) -> list[Window]:
-    """The windows of ``text`` as calls. Raises DataError when the model takes no text or not such long ones."""
-    if model.main_input_name != "input_ids":
-        raise DataError(f"a {type(model).__name__} takes no text", remedy="leave `data` out: inputs are then random")
+    """The windows of ``text`` as calls. Raises DataError when they are longer than the model takes."""
     _check_length(model, text.length)
     source = torch.Generator().manual_seed(text.seed)
     return [
@@ -69,8 +77,7 @@ def _random_arguments(model: Any, length: int, source: torch.Generator) -> dict[
     _check_length(model, length)
     ids = random_ids(model, length, source)
     if model.main_input_name == "input_features":
-        frames = 2 * model.config.max_source_positions  # the first convolutions halve the frames
-        features = torch.randn(1, model.config.num_mel_bins, frames, generator=source)
+        features = torch.randn(1, *feature_shape(model.config), generator=source)
         return {"input_features": features, "decoder_input_ids": ids[None]}
     return _token_arguments(model, ids, source)
 

@@ -16,7 +16,7 @@ from compiler.errors import DataError
 ROWS = 64  # positions whose distributions are held in float64 at once
 RESAMPLES = 2000
 
-Scope = Literal["causal", "logits", "any"]
+Scope = Literal["causal", "tokens", "logits", "any"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Scored:
 class Metric:
     """``score`` gives a window's numerator and denominator; ``finish`` turns the ratio of their sums into the number.
 
-    ``of`` says which models it applies to: causal language models, models with logits, any. ``compares`` says
+    ``of`` says which models it applies to: causal language models, those and encoder-decoders, which write tokens too,
+    models with logits, any. ``compares`` says
     whether it needs a reference.
     """
 
@@ -121,12 +122,18 @@ def _reference(window: Scored) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "perplexity": Metric(nats, "causal", compares=False, finish=np.exp),
+    "perplexity": Metric(nats, "tokens", compares=False, finish=np.exp),
     "bits-per-byte": Metric(bits, "causal", compares=False),
     "kl": Metric(divergence, "logits"),
     "agreement": Metric(agreement, "logits"),
     "cosine": Metric(cosine, "any"),
     "relative-error": Metric(squared_error, "any", finish=np.sqrt),
+}
+
+
+WRITERS = {
+    "causal": "causal language models on a text",
+    "tokens": "causal language models on a text and of encoder-decoders on a text or on speech",
 }
 
 
@@ -138,21 +145,22 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def choose(
-    names: Sequence[str] | None, model: str, *, causal: bool, generates: bool, compared: bool, texts: bool
+    names: Sequence[str] | None, model: str, *, causal: bool, paired: bool, generates: bool, compared: bool, texts: bool
 ) -> list[str]:
     """``names``, or those that fit. Raises DataError when one of ``names`` does not apply.
 
-    ``model`` is the model's class, for messages; it is a ``causal`` language model, it ``generates`` tokens; it is
-    ``compared`` with a reference; its inputs are ``texts``.
+    ``model`` is the model's class, for messages; it is a ``causal`` language model or an encoder and a decoder that are
+    ``paired``; it ``generates`` tokens; it is ``compared`` with a reference; its inputs are ``texts`` (or speech).
     """
+    scored = {"causal": causal and texts, "tokens": (causal or paired) and texts}
     if names is None:
         fit = ["perplexity", "bits-per-byte", "kl", "agreement"] if generates else ["cosine", "relative-error"]
-        return [name for name in fit if (compared if METRICS[name].compares else causal and texts)]
+        return [n for n in fit if (compared if METRICS[n].compares else scored.get(METRICS[n].of, True))]
     for name in names:
         if METRICS[name].compares and not compared:
             raise DataError(f"`{name}` compares two models", remedy="name the model to compare with")
-        if METRICS[name].of == "causal" and not (causal and texts):
-            raise DataError(f"`{name}` is of causal language models on a text; this is a {model}")
+        if not scored.get(METRICS[name].of, True):
+            raise DataError(f"`{name}` is of {WRITERS[METRICS[name].of]}; this is a {model}")
     return list(names)
 
 

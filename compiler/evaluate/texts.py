@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextData:
-    """A text file cut into windows: ``samples`` windows of ``length`` tokens, placed by ``seed``."""
+    """``samples`` windows of ``length`` tokens of a text file, or clips of recordings, placed by ``seed``."""
 
     data: Path
     samples: int = 16
@@ -35,10 +34,6 @@ class TextData:
     def windows(self, tokenizer: Tokenizer) -> Tensor:
         """Token ids, int64 [samples, length]. Raises DataError when the file is no text, or too short."""
         return token_windows(read_text(self.data), tokenizer, self.samples, self.length, self.seed, str(self.data))
-
-    def fingerprint(self) -> str:
-        """The sha256 of the file's bytes."""
-        return hashlib.sha256(self.data.read_bytes()).hexdigest()
 
 
 def read_text(path: Path) -> str:

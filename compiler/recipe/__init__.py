@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from compiler.datafiles import recordings
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
 from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Run, build
@@ -274,7 +275,10 @@ class _Checker:
 
     def _data(self, tree: Tree) -> Path:
         path = self._resolve(tree)
-        if not path.is_file():
+        if path.is_dir() and not recordings(path):
+            cause = f"the directory `{tree.value}` has no recordings"
+            raise RecipeError(cause, span=tree.span, remedy="name a text file, or a directory of .wav files")
+        if not path.exists():
             raise RecipeError(
                 f"there is no file `{tree.value}`",
                 span=tree.span,

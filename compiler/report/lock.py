@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compiler import __version__
+from compiler.datafiles import fingerprint
 from compiler.ir.graph import Graph
 from compiler.plan import file_bytes
 from compiler.recipe import Recipe
@@ -112,7 +113,7 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
     }
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if section is not None:
-            inputs[name] = {"sha256": hashlib.sha256(section.data.read_bytes()).hexdigest()}
+            inputs[name] = {"sha256": fingerprint(section.data)}
     return inputs
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiler.errors import PassError
+from compiler.fidelity import positions
 from compiler.ir.graph import Graph
 
 Batch = Mapping[str, Tensor]
@@ -42,8 +43,8 @@ def divide(batches: Sequence[Batch]) -> Windows:
 
 
 def tokens(batch: Batch) -> int:
-    """Samples times positions (of a picture: samples times channels) of the first input."""
-    return next(iter(batch.values())).shape[:2].numel()
+    """How many positions a window has, over all its samples."""
+    return positions(batch)
 
 
 def merged(graph: Graph, batches: Sequence[Batch], most: int) -> list[Batch]:

@@ -1,0 +1,36 @@
+"""The data that a recipe names, as calls of the model that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compiler.datafiles import check_kind
+from compiler.evaluate.inputs import Window, is_paired, text_windows
+from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
+from compiler.evaluate.pairs import written_window
+from compiler.evaluate.speech import speech_features
+from compiler.evaluate.texts import TextData
+
+
+def data_windows(model: Any, path: str | Path, data: TextData, *, trust_remote_code: bool = False) -> list[Window]:
+    """``data`` as calls of ``model``, which is loaded from ``path``. What the decoder of an encoder-decoder is fed, the
+    model writes itself.
+
+    Raises DataError when the model takes other data, or the data is unfit.
+    """
+    check_kind([model.main_input_name], data.data, type(model).__name__)
+    if not is_paired(model):
+        return text_windows(model, load_tokenizer(path, trust_remote_code=trust_remote_code), data)
+    with quiet():
+        return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
+
+
+def _given(model: Any, path: str | Path, data: TextData, trust_remote_code: bool) -> list[Tensor]:
+    """What the encoder gets: windows of a text [1, length], or audio features of clips [1, bands, frames]."""
+    if model.main_input_name == "input_features":
+        return speech_features(load_extractor(path, model.config), data.data, data.samples, data.seed)
+    windows = data.windows(load_tokenizer(path, trust_remote_code=trust_remote_code))
+    return list(windows.split(1))

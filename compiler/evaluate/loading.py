@@ -1,0 +1,117 @@
+"""Models, tokenizers and feature extractors as plain transformers loads them, without its chatter."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compiler.errors import CheckpointError, DataError
+from compiler.evaluate.inputs import feature_shape
+
+NO_EXTRACTOR = "nothing says how audio features are made for the model"
+EXTRACTOR = "put the preprocessor_config.json of the model beside it"
+
+
+def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
+    """The model in ``path`` as plain transformers loads it, in evaluation mode. Raises CheckpointError."""
+    import transformers
+
+    location, arguments = location_of(path)
+    arguments["trust_remote_code"] = trust_remote_code
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(location, **arguments)
+            factory = _model_class(transformers, config)
+            quantised = getattr(config, "quantization_config", None) is not None
+            wanted = "auto" if quantised else getattr(torch, dtype)
+            model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
+            return _dense(model, getattr(torch, dtype)) if quantised else model
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SyntaxError) as reason:
+        raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from reason
+
+
+def _dense(model: Any, dtype: torch.dtype) -> Any:
+    """A quantised model with the weights that it computes with, of the dtype it is stored in, cast to ``dtype``."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
+    return torch.nn.Module.to(model, dtype)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside (in a ``.gguf``: inside) a model. Raises CheckpointError when there is none."""
+    import transformers
+
+    location, arguments = location_of(path)
+    arguments["trust_remote_code"] = trust_remote_code
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(location, **arguments)
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise CheckpointError(f"transformers finds no tokenizer: {reason}", where=str(path)) from reason
+
+
+def load_extractor(path: str | Path, config: Any) -> Any:
+    """What makes audio features for the model of ``config`` in ``path``: what lies beside it, or its kind's default.
+
+    Raises DataError when neither makes features of the shape that the model takes.
+    """
+    import transformers
+
+    location, arguments = location_of(path)
+    try:
+        extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(location, **arguments)
+    except (OSError, ValueError, KeyError):
+        kinds: Any = transformers.FEATURE_EXTRACTOR_MAPPING
+        if type(config) not in kinds:
+            raise DataError(NO_EXTRACTOR, where=str(path), remedy=EXTRACTOR) from None
+        extractor = kinds[type(config)](feature_size=config.num_mel_bins)
+    shape = extractor.feature_size, extractor.nb_max_frames
+    if shape != feature_shape(config):
+        took = " x ".join(map(str, feature_shape(config)))
+        made = " x ".join(map(str, shape))
+        raise DataError(f"audio features are {made} where the model takes {took}", where=str(path), remedy=EXTRACTOR)
+    return extractor
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Without the progress bars and advice of transformers, which would break our own lines.
+
+    Its GGUF reader shows a bar that has no switch, hence the diverted standard error.
+    """
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def location_of(path: str | Path) -> tuple[str, dict[str, Any]]:
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(path), {}
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """The class that the config names; otherwise, and for classes that come with the checkpoint, an auto class."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    auto_map: dict[str, str] = getattr(config, "auto_map", {})
+    names = [name for name in auto_map if name.startswith("AutoModel")]
+    named = [name for name in names if auto_map[name].rpartition(".")[2] in (config.architectures or ())]
+    return next((getattr(transformers, name) for name in (*named, *names)), transformers.AutoModelForCausalLM)
