@@ -1,0 +1,60 @@
+"""Low-rank factorisation of the weights of linear maps and convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from compiler.ir.graph import Graph
+from compiler.ir.select import Selector
+from compiler.pipeline import Context, Pass
+
+Part = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class LowRank(Pass):
+    """Replace weights by products of two smaller ones, so that ``keep`` of their parameters remain.
+
+    W [m, n] becomes the matrix of rank r that is best by ``metric``: `loss` counts an error E of W by what it costs the
+    model, tr(M E C E^T) with the second moments C of what enters W and M of the loss's gradient at what leaves it;
+    `input` takes M = 1 (the optimum of SVD-LLM and of principal components of the output), `scaled` has only the sizes
+    of inputs (ASVD) and `plain` nothing (the singular value decomposition of W).
+
+    ``form``: a `pair` of factors holds r (m + n) numbers. `pivoted`, r of the outputs are computed from the input and
+    the others from these, which holds r^2 numbers less for the same matrix (Pivoting Factorization, arXiv 2501.19090).
+    ``share``: weights that read the same input, such as query, key and value, may share the first factor.
+    ``ranks``: `measured` shares the parameters out by predicted cost, leaves alone what does not pay, and keeps the
+    result only if the whole model is nearer to the original than with the same part everywhere (`uniform`).
+    ``update`` factorises in order what best repeats the original's outputs from inputs that have passed the factors
+    before, and ``bias`` adds a bias that keeps the mean of every output.
+
+    Exact with ``keep: 100%``. Nothing is trained.
+    """
+
+    where: Selector = "linear"
+    skip: tuple[str, ...] = ()
+    keep: Part = 1.0
+    metric: Literal["loss", "input", "scaled", "plain"] = "loss"
+    form: Literal["auto", "pair", "pivoted"] = "auto"
+    share: bool = True
+    ranks: Literal["measured", "uniform"] = "measured"
+    update: bool = True
+    bias: bool = True
+
+    exact_when: ClassVar = {"keep": 1.0}
+
+    @property
+    def calibrated(self) -> bool:
+        return not self.exact and (self.metric != "plain" or self.ranks == "measured" or self.update or self.bias)
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        """Raises PassError when nothing that is selected can be factorised, or so little cannot be kept."""
+        params = ctx.select(self.where, skip=self.skip)
+        if self.exact:
+            return
+        from passes.low_rank.reduce import reduce
+
+        reduce(graph, ctx, self, params)

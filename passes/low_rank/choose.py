@@ -1,0 +1,105 @@
+"""Which ranks: the same part of every weight, or what the shared allocator makes of the predicted costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compiler.allocate import Option, allocate
+from compiler.errors import PassError
+from passes.low_rank.places import Form, Place
+
+STEPS = 24  # ranks that a place may get
+MOST = 48  # options that weights with one input may get between them
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A place and the rank that it gets."""
+
+    place: Place
+    rank: int
+
+
+Choice = tuple[Ranked, ...]
+"""What is factorised; other places stay as they are."""
+
+Costs = Mapping[Place, torch.Tensor]
+"""By place, the cost that each rank more saves, largest first."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to treat the weights of one input."""
+
+    numbers: int
+    cost: float
+    choice: Choice
+
+
+def uniform(places: Sequence[Place], form: Form, keep: float) -> Choice:
+    """The largest ranks that keep the part ``keep`` of all numbers, the same part of each weight that can be reduced.
+
+    Raises PassError when that is less than what rank 1 holds.
+    """
+    budget = keep * sum(place.full for place in places)
+    left = list(places)
+    while left:
+        part = (budget - sum(place.full for place in places if place not in left)) / sum(place.full for place in left)
+        small = [place for place in left if not form.largest(place, place.full * part)]
+        if not small:
+            return tuple(Ranked(place, form.largest(place, place.full * part)) for place in left)
+        left = [place for place in left if place not in small]
+    raise PassError("`keep` leaves less than a rank of 1", option="keep", remedy="keep more, such as `keep: 80%`")
+
+
+def allocated(groups: Sequence[Sequence[Place]], costs: Costs, form: Form, keep: float) -> Choice:
+    """The least predicted cost within the part ``keep`` of all numbers; ``costs`` of groups of several are of both.
+
+    Weights that share an input (a group) go each for itself or, where ``costs`` knows them as one place, together.
+    """
+    ways = [_thinned(_ways(group, costs, form)) for group in groups]
+    budget = keep * sum(place.full for group in groups for place in group)
+    options = [[Option(way.numbers, way.cost) for way in own] for own in ways]
+    chosen = allocate(options, budget)
+    return tuple(ranked for own, index in zip(ways, chosen, strict=True) for ranked in own[index].choice)
+
+
+def together(group: Sequence[Place]) -> Place:
+    """The weights of ``group`` as one place."""
+    return Place(tuple(param for place in group for param in place.params))
+
+
+def _ways(group: Sequence[Place], costs: Costs, form: Form) -> list[_Way]:
+    found = [_Way(0, 0.0, ())]
+    for place in group:
+        options = _options(place, costs, form)
+        found = _thinned(
+            [_Way(a.numbers + b.numbers, a.cost + b.cost, a.choice + b.choice) for a in found for b in options]
+        )
+    joint = together(group)
+    return found + (_options(joint, costs, form)[1:] if len(group) > 1 and joint in costs else [])
+
+
+def _options(place: Place, costs: Costs, form: Form) -> list[_Way]:
+    """Leave ``place`` alone, or one of some ranks that save numbers."""
+    largest = form.largest(place, place.full - 1)
+    ranks = sorted({round(largest * step / STEPS) for step in range(1, STEPS + 1)} - {0})
+    lost = torch.cat([costs[place].flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    return [
+        _Way(place.full, 0.0, ()),
+        *(_Way(form.size(place, rank), float(lost[rank]), (Ranked(place, rank),)) for rank in ranks),
+    ]
+
+
+def _thinned(ways: Sequence[_Way]) -> list[_Way]:
+    """The ways that none beats in both, evenly spaced in numbers where there are more than ``MOST``."""
+    best: list[_Way] = []
+    for way in sorted(ways, key=lambda way: (way.numbers, way.cost)):
+        if not best or way.cost < best[-1].cost:
+            best.append(way)
+    if len(best) <= MOST:
+        return best
+    return [best[round(index * (len(best) - 1) / (MOST - 1))] for index in range(MOST)]

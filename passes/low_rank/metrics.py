@@ -1,0 +1,86 @@
+"""The weights of a place and what an error in them costs, by the metric that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compiler.fidelity import spread
+from compiler.ir.graph import Graph, Param
+from compiler.moments import Moments, Statistics, measure
+from compiler.pipeline import Context
+from passes.low_rank.factor import GRADIENT_RIDGE, INPUT_RIDGE, Metric, root
+from passes.low_rank.places import Place, bias_of
+
+if TYPE_CHECKING:
+    from passes.low_rank import LowRank
+
+MOMENT_TOKENS = 16384
+GRADIENT_TOKENS = 8192
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """``kind`` is the option ``metric``; ``centred``: the mean of inputs costs nothing, as a bias makes up for it."""
+
+    ctx: Context
+    statistics: Statistics
+    kind: str
+    centred: bool
+
+    def weight(self, place: Place) -> Tensor:
+        """The weights of ``place``, stacked: float64 [rows, columns]."""
+        matrices = [self.ctx.read(param).double() for param in place.params]
+        return torch.cat([matrix.reshape(len(matrix), -1) for matrix in matrices])
+
+    def mean(self, place: Place) -> Tensor:
+        """The mean input, float64 [columns]."""
+        return self.statistics.of(place.params[0]).mean
+
+    def of(self, place: Place) -> Metric:
+        return self.given(place, self.statistics.of(place.params[0]))
+
+    def given(self, place: Place, inputs: Moments) -> Metric:
+        """The metric with the second moment of ``inputs`` instead of what was measured."""
+        left = [self._left(param) for param in place.params]
+        return Metric(tuple(left), self._right(inputs))
+
+    def _left(self, param: Param) -> Tensor:
+        gradient = self.statistics.of(param).gradient if self.kind == "loss" else None
+        if gradient is None:
+            return torch.ones(param.expr.shape[0], dtype=torch.float64)
+        return root(gradient, GRADIENT_RIDGE)
+
+    def _right(self, inputs: Moments) -> Tensor:
+        if self.kind == "plain":
+            return torch.ones_like(inputs.mean)
+        if self.kind == "scaled":
+            return root(inputs.second.diagonal(), INPUT_RIDGE).sqrt()
+        mean = inputs.mean if self.centred else torch.zeros_like(inputs.mean)
+        return root(inputs.second - torch.outer(mean, mean), INPUT_RIDGE)
+
+    def bias(self, place: Place) -> Tensor | None:
+        """The biases that are there, zeros where there is none: float64 [rows]; None when there are none at all."""
+        found = [bias_of(param) for param in place.params]
+        if not any(found):
+            return None
+        values = [
+            torch.zeros(rows, dtype=torch.float64) if bias is None else self.ctx.read(bias).double()
+            for bias, rows in zip(found, place.rows, strict=True)
+        ]
+        return torch.cat(values)
+
+
+def measured(graph: Graph, ctx: Context, places: Sequence[Place], options: LowRank, batches: Batches) -> Metrics:
+    """The metrics of ``places``, for which the model runs over a part of ``batches`` where the options need it."""
+    params = [param for place in places for param in place.params]
+    gradients = spread(batches, GRADIENT_TOKENS) if options.metric == "loss" else ()
+    given = spread(batches, MOMENT_TOKENS) if batches else ()
+    statistics = measure(graph, params, given, ctx.progress, gradients=gradients)
+    return Metrics(ctx, statistics, options.metric, options.bias)

@@ -1,0 +1,133 @@
+"""Factorise in the order of computation, each weight on inputs that have passed the factors before it.
+
+There, x becomes y. The best map of y to the original's outputs W x is W* = W E[x y^T] E[y y^T]^-1 (least squares), and
+the best of a rank is the truncation of W* under the second moment of y (reduced-rank regression): the sequential
+update of SVD-LLM (arXiv 2403.07378), taken to its optimum for both factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compiler.calibrate import Stage, quick_products, sweep
+from compiler.fidelity import spread
+from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
+from compiler.moments import Moments
+from compiler.pipeline import Context
+from compiler.products import entering
+from passes.low_rank.choose import Choice, Ranked
+from passes.low_rank.factor import best
+from passes.low_rank.metrics import Batches, Metrics
+from passes.low_rank.places import Form
+from passes.low_rank.rewrite import Writer
+
+UPDATE_TOKENS = 16384
+RIDGE = 1e-3
+"""Of the mean energy of inputs: what a departure of W* from W costs."""
+
+
+@dataclass
+class _Paired:
+    """Sums over pairs of vectors: x of the original, y of the graph that is being factorised."""
+
+    count: float
+    first_x: Tensor
+    first_y: Tensor
+    cross: Tensor
+    second: Tensor
+
+    @staticmethod
+    def of(width: int) -> _Paired:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        return _Paired(0.0, zeros(width), zeros(width), zeros(width, width), zeros(width, width))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.count += len(x)
+        self.first_x += x.sum(0, dtype=torch.float64)
+        self.first_y += y.sum(0, dtype=torch.float64)
+        self.cross += x.T @ y
+        self.second += y.T @ y
+
+    def mean_x(self) -> Tensor:
+        return self.first_x / self.count
+
+    def inputs(self) -> Moments:
+        """The moments of y."""
+        return Moments(torch.tensor(self.count), self.first_y / self.count, self.second / self.count)
+
+    def fit(self, centred: bool) -> Tensor:
+        """F [width, width] with F y nearest to x, both about their means if ``centred``, and near 1 where unseen."""
+        second, cross = self.second / self.count, self.cross / self.count
+        if centred:
+            mean = self.first_y / self.count
+            second, cross = second - torch.outer(mean, mean), cross - torch.outer(self.mean_x(), mean)
+        ridge = (RIDGE * float(second.diagonal().mean()) or 1.0) * torch.eye(len(second), dtype=torch.float64)
+        return torch.linalg.solve(second + ridge, cross + ridge, left=False)
+
+
+def factorise_in_order(
+    graph: Graph, ctx: Context, metrics: Metrics, form: Form, choice: Choice, batches: Batches
+) -> list[Ranked]:
+    """Factorise what was chosen, stage by stage. Returns what was not: weights that are used more than once."""
+    writer, given = Writer(graph, ctx.spill), spread(batches, UPDATE_TOKENS)
+    left = [ranked for ranked in choice if all(len(param.users) == 1 for param in ranked.place.params)]
+    rest = [ranked for ranked in choice if ranked not in left]
+    original = copy_of(graph)
+    for theirs, ours in zip(sweep(original, given), sweep(graph, given), strict=True):
+        for group in _by_input(ours, left):
+            paired = _observed(original, theirs, ours, group[0])
+            for ranked in group:
+                _factorise(writer, metrics, form, ranked, paired)
+                left.remove(ranked)
+            ours.refresh()
+        if not left:
+            break
+    return rest
+
+
+def _by_input(stage: Stage, choice: Sequence[Ranked]) -> list[list[Ranked]]:
+    """What is chosen in ``stage``, by the input it reads, in order."""
+    position = {node: index for index, node in enumerate(stage.nodes)}
+    found: dict[object, list[Ranked]] = {}
+    own = [ranked for ranked in choice if _node(ranked) in position]
+    for ranked in sorted(own, key=lambda ranked: position[_node(ranked)]):
+        node = _node(ranked)
+        found.setdefault(node if node.op.name == "conv" else node.input(0), []).append(ranked)
+    return list(found.values())
+
+
+def _node(ranked: Ranked) -> Node:
+    return next(iter(ranked.place.params[0].users))
+
+
+def _observed(original: Graph, theirs: Stage, ours: Stage, ranked: Ranked) -> _Paired:
+    """What the place of ``ranked`` reads in both graphs."""
+    param = ranked.place.params[0]
+    there = original.params[param.name]
+    nodes = next(iter(there.users)), _node(ranked)
+    paired = _Paired.of(ranked.place.columns)
+    values = (stage.values([node.input(0)]) for stage, node in zip((theirs, ours), nodes, strict=True))
+    for known in zip(*values, strict=True):
+        (_, x), (_, y) = (
+            next(iter(entering(node, own, one))) for node, own, one in zip(nodes, (there, param), known, strict=True)
+        )
+        with quick_products():
+            paired.add(x, y)
+    return paired
+
+
+def _factorise(writer: Writer, metrics: Metrics, form: Form, ranked: Ranked, paired: _Paired) -> None:
+    place, rank = ranked.place, ranked.rank
+    weight, bias, inputs = metrics.weight(place), metrics.bias(place), paired.inputs()
+    wanted = weight @ paired.fit(form.bias)
+    factors = best(wanted, metrics.given(place, inputs), rank, form.pivoted(place, rank), place.params[0].storage)
+    if form.bias:
+        bias = weight @ paired.mean_x() - factors.matrix() @ inputs.mean + (0 if bias is None else bias)
+    writer.write(place, factors, bias)
