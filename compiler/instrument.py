@@ -75,7 +75,7 @@ class PrintAfter(Observer):
 
 
 class Narrate(Observer):
-    """Says in a line what each pass did."""
+    """Says in a line what each pass did, and what it warns of."""
 
     def __init__(self, say: Callable[[str], Any]) -> None:
         self._say = say
@@ -83,3 +83,5 @@ class Narrate(Observer):
     def after(self, index: int, step: Pass, graph: Graph, report: PassReport) -> None:
         skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
         self._say(f"{step.key()}: {len(report.rewritten)} rewritten{skipped}")
+        for warning in report.warnings:
+            self._say(f"{step.key()}: warning: {warning}")

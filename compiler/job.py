@@ -184,7 +184,7 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
         planned=workdir is None,
         workdir=workdir,
         bytes_of=bytes_in_file(),
-        calibration=run.calibration,
+        calibration=no_calibration if run.recipe.calibration is None else run.calibration,
     )
     wanted = run.recipe.emit[0]
     return _Passed(graph, report, emission_of(graph, wanted.class_, wanted.cache_bits))

@@ -117,6 +117,7 @@ class PassReport:
     rewritten: list[Rewrite] = field(default_factory=list[Rewrite])
     skipped: list[Skip] = field(default_factory=list[Skip])
     trials: list[Trial] = field(default_factory=list[Trial])
+    warnings: list[str] = field(default_factory=list[str])
     seconds: float | None = None
     peak_rss: int | None = None
 
@@ -216,6 +217,10 @@ class Context:
         """Report a choice that was weighed."""
         self._report.trials.append(Trial(what, distance, chosen))
 
+    def warn(self, text: str) -> None:
+        """Report what was done as asked, and may not be what was wanted."""
+        self._report.warnings.append(text)
+
     def read(self, param: Param) -> Tensor:
         """The value of a parameter, in its expression's dtype; a meta tensor in a planned run."""
         return self.value(param.expr)
@@ -228,6 +233,11 @@ class Context:
         from compiler.weights.evaluate import evaluate
 
         return evaluate([expr], self._graph.sources)[0]
+
+    @property
+    def has_calibration(self) -> bool:
+        """Whether the run, planned or not, is given calibration data."""
+        return self._calibration is not no_calibration
 
     def calibration(self) -> Sequence[Mapping[str, Tensor]]:
         """Batches of the model's inputs by name; none in a planned run.

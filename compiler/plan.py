@@ -16,7 +16,7 @@ from compiler.errors import CheckpointError, CompressError, DataError, TargetErr
 from compiler.instrument import DumpGraphs, peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
-from compiler.pipeline import Observer, PassReport, Pipeline, Report
+from compiler.pipeline import Calibration, Observer, PassReport, Pipeline, Report, no_calibration
 from compiler.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -112,7 +112,10 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
     observers: list[Observer] = [recipe.locate()]
     if dump_graphs is not None:
         observers.append(DumpGraphs(dump_graphs))
-    return Pipeline(recipe.passes[:up_to]).run(graph, observers=observers, planned=True, bytes_of=bytes_in_file())
+    calibration: Calibration = no_calibration if recipe.calibration is None else lambda graph: []
+    return Pipeline(recipe.passes[:up_to]).run(
+        graph, observers=observers, planned=True, bytes_of=bytes_in_file(), calibration=calibration
+    )
 
 
 def bytes_in_file() -> Bytes:
@@ -281,4 +284,4 @@ def pass_lines(entry: PassReport) -> list[str]:
     for reason, scopes in reasons.items():
         more = f" and {len(scopes) - 3} more" if len(scopes) > 3 else ""
         lines.append(f"  skipped {', '.join(scopes[:3])}{more}: {reason}")
-    return lines
+    return lines + [f"  warning: {warning}" for warning in entry.warnings]

@@ -75,6 +75,7 @@ def test_keys_are_stable(document):
         "rewritten",
         "skipped",
         "trials",
+        "warnings",
     ]
     assert set(document["output"]) == {
         "architecture",

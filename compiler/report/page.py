@@ -35,7 +35,7 @@ summary { cursor: pointer; }
 def page(document: Document) -> str:
     """The page. Everything in it is in report.json as well."""
     title = f"{document['recipe']['model']}, compressed"
-    sections = (_head, _comparison, _steps, _trials, _layers, _skipped, _recipe)
+    sections = (_head, _comparison, _steps, _trials, _layers, _warnings, _skipped, _recipe)
     body = "\n".join(line for section in sections for line in section(document))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -104,6 +104,13 @@ def _trials(document: Document) -> Iterator[str]:
     if rows:
         yield "<h2>Choices weighed on calibration data</h2>"
         yield from _table(("choice", "step", "distance from the original", ""), rows)
+
+
+def _warnings(document: Document) -> Iterator[str]:
+    rows = [(entry["name"], warning) for entry in document["passes"] for warning in entry["warnings"]]
+    if rows:
+        yield "<h2>Warnings</h2>"
+        yield from _table(("step", "what"), rows)
 
 
 def _skipped(document: Document) -> Iterator[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from compiler.calibrate import Stage, sweep
-from compiler.fidelity import spread
-from compiler.ir.graph import Graph, Node, Param
-from compiler.pipeline import Context
+from compiler.fidelity import positions, spread
+from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.pipeline import Context, no_calibration
 from passes.gqa_to_mla.build import add_zero_bias
 from passes.gqa_to_mla.choose import choose
 from passes.gqa_to_mla.latent import LatentMaps, Layout, analyse, latent_maps
@@ -27,15 +27,21 @@ if TYPE_CHECKING:
 
 MOMENT_TOKENS = 8192  # attention weights are quadratic in a sample's length: enough for second moments, and affordable
 REFIT_TOKENS = 8192
+ENOUGH = 4  # tokens for each number of a second moment's width
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 def reduce_cache(graph: Graph, ctx: Context, options: GqaToMla, sources: Sequence[Source]) -> None:
     """Rewrite ``sources`` of ``graph`` with the widths that ``options`` ask for."""
+    if not ctx.has_calibration:  # a plan says so too
+        no_calibration(graph)
     batches = ctx.calibration()
-    measured = {} if ctx.planned else _measure(graph, sources, spread(batches, MOMENT_TOKENS), ctx)
+    seen = spread(batches, max(MOMENT_TOKENS, ENOUGH * max(source.cached for source in sources)))
+    measured = {} if ctx.planned else _measure(graph, sources, seen, ctx)
     layouts = choose(graph, ctx, options, sources, measured, batches)
+    if not ctx.planned:
+        _warn_of_few(ctx, sum(map(positions, seen)), max(layout.rank for layout in layouts))
     conversion = Truncation(graph, form_of(graph, sources, layouts), ctx.spill, ctx.value, {})
     maps = _all_maps(ctx, measured, sources, layouts)
     latent = {
@@ -49,6 +55,12 @@ def reduce_cache(graph: Graph, ctx: Context, options: GqaToMla, sources: Sequenc
             take_over(graph, source, node)
         if conversion.form.biased and len(source.output.inputs) == 2:
             add_zero_bias(graph, source.output)
+
+
+def _warn_of_few(ctx: Context, tokens: int, rank: int) -> None:
+    enough = ENOUGH * rank
+    if tokens < enough:
+        ctx.warn(f"a latent of {rank} follows from {tokens} tokens of calibration data: {enough} would be enough")
 
 
 def _measure(graph: Graph, sources: Sequence[Source], batches: Batches, ctx: Context) -> dict[Node, Measured]:
@@ -137,14 +149,25 @@ def _refit(graph: Graph, ctx: Context, latent: Mapping[Source, Node], batches: B
                 take_over(graph, source, latent[source])
                 ctx.skipped(source.site.scope, f"{weight.name} is not refitted: other layers share it")
                 continue
-            bias = output.optional_input(2)
-            wanted = [values[output.output] for values in stage.values([output.output])]
+            wanted = [_without_bias(values, output, ctx) for values in stage.values(_yields(output))]
             take_over(graph, source, latent[source])
             stage.refresh()
             entering = (values[output.input(0)] for values in stage.values([output.input(0)]))
-            offset = ctx.value(bias.expr) if isinstance(bias, Param) else 0
-            pairs = ((x, y - offset) for x, y in zip(entering, wanted, strict=True))
-            fitted = refitted(ctx.value(weight.expr), pairs)
+            fitted = refitted(ctx.value(weight.expr), zip(entering, wanted, strict=True))
             weight.expr = ctx.spill(weight.name, fitted.to(weight.storage))
         if not left:
             break
+
+
+def _yields(output: Node) -> list[Value]:
+    """What ``output`` yields, and its bias where that is computed."""
+    bias = output.optional_input(2)
+    return [output.output] if bias is None or isinstance(bias, Param) else [output.output, bias]
+
+
+def _without_bias(values: Mapping[Value, Tensor], output: Node, ctx: Context) -> Tensor:
+    """What the matrix of ``output`` yields, [.., D]."""
+    bias = output.optional_input(2)
+    if bias is None:
+        return values[output.output]
+    return values[output.output] - (ctx.value(bias.expr) if isinstance(bias, Param) else values[bias])
