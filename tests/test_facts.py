@@ -198,7 +198,7 @@ def _reinfer(graph: Graph, group) -> None:
             value.type = type
 
 
-def test_a_group_that_an_undescribed_operation_touches_is_frozen():
+def test_a_group_along_which_positions_have_a_meaning_is_frozen():
     graph = tiny_llama(layers=1)
     down = graph.nodes_named("linear")[6]
     running = graph.op("cumsum", [down.input(0)], scope="model.layers.0.mlp", before=down)
@@ -208,7 +208,7 @@ def test_a_group_that_an_undescribed_operation_touches_is_frozen():
         for g in coupling_groups(graph)
         if any("up_proj" in m.param.name for m in g.members) and g.size == INNER
     }
-    assert frozen == {"`cumsum` in `model.layers.0.mlp` does not say how its axes correspond"}
+    assert frozen == {"`cumsum` in `model.layers.0.mlp` gives meaning to positions along this axis"}
 
 
 def test_axes_cut_in_ways_that_do_not_nest_are_frozen():

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -23,6 +23,14 @@ Axis = tuple[Value, int]
 Factor = tuple[Value, int, int]
 Atoms = tuple[str, ...]
 Cuts = dict[Axis, set[int]]
+Limits = dict[str, dict[Factor, str]]
+
+FROZEN, CHOSEN, NORMED = "!", "~", "%"
+REASONS = {
+    FROZEN: "gives meaning to positions along this axis",
+    CHOSEN: "chooses among positions of this axis",
+    NORMED: "averages over positions of this axis",
+}
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,28 @@ class Member:
 
 @dataclass(frozen=True)
 class CouplingGroup:
-    """``size`` indices that can each be removed from all ``members`` at once, unless ``frozen`` says why not."""
+    """``size`` indices that can each be removed from all ``members`` at once, unless ``frozen`` says why not.
+
+    ``chosen`` says that the indices compete, or are addressed by number: removing one is not zeroing it, but taking it
+    from the choice, and whoever does so has to see to what holds the numbers. ``normed`` says that a norm averages over
+    the indices: removing one changes what it divides by. ``values`` are the members that are no weights, (value, axis,
+    stride).
+    """
 
     size: int
     members: tuple[Member, ...]
     frozen: str = ""
+    chosen: str = ""
+    normed: str = ""
+    values: tuple[Factor, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """One operand or result of an axis rule: the atoms of each axis, outermost first, and those not to be changed."""
+    """One operand or result of an axis rule: the atoms of each axis, outermost first, and the marks behind some."""
 
     axes: tuple[Atoms, ...]
-    fixed: frozenset[str]
+    marks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class _Place:
     axis: Axis
     atom: str
     offset: int
-    fixed: bool
+    mark: str
 
 
 @dataclass
@@ -86,21 +103,24 @@ def coupling_groups(graph: Graph) -> list[CouplingGroup]:
     cuts = _cuts(graph, nodes)
     network: networkx.Graph[Factor] = networkx.Graph()
     network.add_nodes_from((*axis, stride) for axis, strides in cuts.items() for stride in strides)
-    frozen: dict[Factor, str] = {}
+    limits: Limits = {mark: {} for mark in REASONS}
     for node, described in nodes.items():
-        frozen.update(_connect(network, node, described, cuts))
+        _connect(network, node, described, cuts, limits)
     for name, value in (*graph.inputs.items(), *graph.outputs.items()):
-        frozen.update(dict.fromkeys(_factors_of(value, cuts), f"`{name}` is an input or output of the model"))
-    found = (_group(component, cuts, frozen) for component in networkx.connected_components(network))
+        limits[FROZEN].update(dict.fromkeys(_factors_of(value, cuts), f"`{name}` is an input or output of the model"))
+    found = (_group(component, cuts, limits) for component in networkx.connected_components(network))
     return [group for group in found if group.members]
 
 
-def _group(component: set[Factor], cuts: Cuts, frozen: dict[Factor, str]) -> CouplingGroup:
+def _group(component: set[Factor], cuts: Cuts, limits: Limits) -> CouplingGroup:
     members = [Member(value, axis, stride) for value, axis, stride in component if isinstance(value, Param)]
     members.sort(key=lambda member: (member.param.name, member.axis, member.stride))
-    reasons = sorted({frozen[factor] for factor in component if factor in frozen})
+    values = tuple(factor for factor in component if not isinstance(factor[0], Param))
+    frozen, chosen, normed = (
+        min((noted[factor] for factor in component if factor in noted), default="") for noted in limits.values()
+    )
     value, axis, stride = next(iter(component))
-    return CouplingGroup(_size((value, axis), stride, cuts), tuple(members), reasons[0] if reasons else "")
+    return CouplingGroup(_size((value, axis), stride, cuts), tuple(members), frozen, chosen, normed, values)
 
 
 def _size(axis: Axis, stride: int, cuts: Cuts) -> int:
@@ -141,23 +161,23 @@ def _spread(node: _Node, cuts: Cuts) -> bool:
     return added
 
 
-def _connect(network: networkx.Graph[Factor], node: Node, described: _Node | None, cuts: Cuts) -> dict[Factor, str]:
-    """Connect what ``node`` couples. The factors that it freezes, each with the reason."""
+def _connect(network: networkx.Graph[Factor], node: Node, described: _Node | None, cuts: Cuts, limits: Limits) -> None:
+    """Connect what ``node`` couples, and note in ``limits`` what it allows of that, with the reason."""
     label = f"`{node.op.name}` in `{node.scope}`"
     touched = [f for v in (*node.inputs, *node.outputs) if v is not None for f in _factors_of(v, cuts)]
     if described is None:
-        return dict.fromkeys(touched, f"{label} does not say how its axes correspond")
+        limits[FROZEN].update(dict.fromkeys(touched, f"{label} does not say how its axes correspond"))
+        return
     if not all(_nested(place.axis, cuts) for place in described.places):
-        return dict.fromkeys(touched, f"{label} has an axis that is cut in ways that do not nest")
-    covered: dict[Factor, str] = {}
+        limits[FROZEN].update(dict.fromkeys(touched, f"{label} has an axis that is cut in ways that do not nest"))
+        return
     for atom in described.sizes:
         places = [place for place in described.places if place.atom == atom]
         for stride in described.strides(atom, cuts):
             factors: list[Factor] = [(*place.axis, stride * place.offset) for place in places]
             network.add_edges_from(pairwise(factors))
-            if any(place.fixed for place in places):
-                covered.update(dict.fromkeys(factors, f"{label} gives meaning to positions along this axis"))
-    return covered
+            for mark in {place.mark for place in places} & REASONS.keys():
+                limits[mark].update(dict.fromkeys(factors, f"{label} {REASONS[mark]}"))
 
 
 def _nested(axis: Axis, cuts: Cuts) -> bool:
@@ -167,9 +187,10 @@ def _nested(axis: Axis, cuts: Cuts) -> bool:
 
 def _described(node: Node) -> _Node | None:
     """The atoms of a node and where they stand, or None when its operation has no rule that fits."""
-    if not node.op.axes:
+    rule = node.op.axis_rule([v and v.type for v in node.inputs], [v.type for v in node.outputs], node.attrs)
+    if not rule:
         return None
-    operands, results = _parse(node.op.axes)
+    operands, results = _parse(rule)
     if len(node.inputs) > len(operands) or len(node.outputs) != len(results):
         return None
     found = _Node({}, [])
@@ -181,14 +202,14 @@ def _described(node: Node) -> _Node | None:
     expanded = [(value, rule, _expanded(rule, value.type.rank)) for value, rule in pairs]
     if any(axes is None for _, _, axes in expanded):
         return None
-    spots = [((v, i), atoms, rule.fixed) for v, rule, axes in expanded for i, atoms in enumerate(axes or ())]
+    spots = [((v, i), atoms, rule.marks) for v, rule, axes in expanded for i, atoms in enumerate(axes or ())]
     for axis, atoms, _ in sorted(spots, key=lambda spot: len(spot[1])):
         _learn_sizes(found.sizes, atoms, static_size(axis))
-    for axis, atoms, fixed in spots:
-        size = math.prod(found.sizes.get(atom, 0) for atom in atoms)
-        if size and static_size(axis) not in (0, 1, size):
+    symbolic = {atom: FROZEN for (value, i), atoms, _ in spots for atom in atoms if isinstance(value.shape[i], str)}
+    for axis, atoms, marks in spots:
+        if static_size(axis) not in (0, 1, math.prod(found.sizes.get(atom, 0) for atom in atoms)):
             return None
-        found.places += _placed(found.sizes, axis, atoms, fixed)
+        found.places += _placed(found.sizes, axis, atoms, {**marks, **symbolic})
     return found
 
 
@@ -200,13 +221,13 @@ def _learn_sizes(sizes: dict[str, int], atoms: Atoms, size: int) -> None:
         sizes[unknown[0]] = size // known
 
 
-def _placed(sizes: dict[str, int], axis: Axis, atoms: Atoms, fixed: frozenset[str]) -> Iterator[_Place]:
+def _placed(sizes: dict[str, int], axis: Axis, atoms: Atoms, marks: Mapping[str, str]) -> Iterator[_Place]:
     if not static_size(axis) or static_size(axis) != math.prod(sizes.get(atom, 0) for atom in atoms):
         return  # symbolic, or broadcast
     offset = 1
     for atom in reversed(atoms):
         if sizes[atom] > 1:
-            yield _Place(axis, atom, offset, atom in fixed)
+            yield _Place(axis, atom, offset, marks.get(atom, ""))
         offset *= sizes[atom]
 
 
@@ -229,4 +250,4 @@ def _parse(text: str) -> tuple[tuple[_Rule, ...], tuple[_Rule, ...]]:
 
 def _rule(text: str) -> _Rule:
     axes = [tuple(re.findall(r"\.\.\.|\w+", group)) for group in re.findall(r"\([^)]*\)|\.\.\.|\w+", text)]
-    return _Rule(tuple(axes), frozenset(re.findall(r"(\w+)!", text)))
+    return _Rule(tuple(axes), dict(re.findall(r"(\w+)([!~%])", text)))

@@ -22,6 +22,8 @@ REQUIRED: Any = _Required()
 Types = Sequence[TensorType | None]
 Infer = Callable[[Types, Mapping[str, Any]], list[TensorType]]
 Eval = Callable[..., Any]
+AxisRule = Callable[[Types, Types, Mapping[str, Any]], str]
+Fit = Callable[[Types, Types, Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class OpDef:
     ``operands`` names the inputs: ``"x weight bias?"``; a trailing ``?`` marks an optional one, ``xs*`` any number.
     ``eval`` takes the operand tensors in order (None for an absent one) and the attributes as keywords (defaults
     filled in), and is the reference semantics. ``axes`` says which axes of operands and results correspond, in the
-    notation of docs/graph.md; "" means that no rule is known and every axis is frozen.
+    notation of docs/graph.md, or is a function of the types of operands and results, and the attributes, that does;
+    "" means that no rule is known and every axis is frozen. ``fit`` yields, of the same, those attributes that hold
+    sizes, when operands and results have become smaller.
     """
 
     name: str
@@ -52,8 +56,9 @@ class OpDef:
     infer: Infer
     eval: Eval
     attrs: Mapping[str, Attr] = field(default_factory=dict[str, Attr])
-    axes: str = ""
+    axes: str | AxisRule = ""
     doc: str = ""
+    fit: Fit | None = None
 
     def normalise_attrs(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         """Check names and kinds; drop attributes equal to their default; sort by declaration order."""
@@ -73,6 +78,15 @@ class OpDef:
     def all_attrs(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         """``attrs`` with the defaults filled in."""
         return {name: attrs.get(name, spec.default) for name, spec in self.attrs.items()}
+
+    def axis_rule(self, operands: Types, results: Types, attrs: Mapping[str, Any]) -> str:
+        """The axis rule for a node of these types; "" when there is none."""
+        return self.axes if isinstance(self.axes, str) else self.axes(operands, results, self.all_attrs(attrs))
+
+    def fitted(self, operands: Types, results: Types, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        """``attrs`` for operands and results of these types, whose axes have fewer positions than they had."""
+        changed = self.fit(operands, results, self.all_attrs(attrs)) if self.fit else {}
+        return self.normalise_attrs({**attrs, **changed})
 
     def infer_types(self, types: Types, attrs: Mapping[str, Any], scope: str = "") -> list[TensorType]:
         """The output types for operand ``types``. Raises OpError naming the operation and scope."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiler.ir.opdef import Attr, Infer, OpDef, Types
+from compiler.ir.ops import axes as rules
 from compiler.ir.types import Dim, Shape, TensorType
 
 
@@ -153,7 +154,8 @@ def _reduction(name: str, function: Callable[..., Tensor], doc: str) -> OpDef:
     def evaluate(x: Tensor, *, axes: tuple[int, ...], keep: bool) -> Tensor:
         return function(x, axes, keepdim=keep)
 
-    return OpDef(name, "x", _infer_reduction, evaluate, {"axes": Attr("ints"), "keep": Attr("bool", False)}, doc=doc)
+    attrs = {"axes": Attr("ints"), "keep": Attr("bool", False)}
+    return OpDef(name, "x", _infer_reduction, evaluate, attrs, axes=rules.reduced, doc=doc)
 
 
 def _infer_argmax(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
@@ -258,6 +260,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_argmax,
         _eval_argmax,
         {"axis": Attr("int")},
+        axes=rules.reduced,
         doc="Index of the first maximum along an axis.",
     ),
     OpDef(
@@ -266,15 +269,25 @@ OPS: tuple[OpDef, ...] = (
         _infer_along_axis,
         _eval_softmax,
         {"axis": Attr("int", -1)},
+        axes=rules.mixed("~"),
         doc="e^x normalised to sum 1 along an axis.",
     ),
-    OpDef("cumsum", "x", _infer_along_axis, _eval_cumsum, {"axis": Attr("int", -1)}, doc="Running sum along an axis."),
+    OpDef(
+        "cumsum",
+        "x",
+        _infer_along_axis,
+        _eval_cumsum,
+        {"axis": Attr("int", -1)},
+        axes=rules.mixed("!"),
+        doc="Running sum along an axis.",
+    ),
     OpDef(
         "topk",
         "x",
         _infer_topk,
         _eval_topk,
         {"count": Attr("int"), "axis": Attr("int", -1)},
+        axes=rules.chosen,
         doc="The `count` largest values along an axis, descending, and their indices.",
     ),
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiler.ir.opdef import Attr, OpDef, Types
+from compiler.ir.ops import axes as rules
 from compiler.ir.ops.elementwise import broadcast, need
 from compiler.ir.types import Dim, TensorType, canonical_dim, dim_product
 
@@ -81,6 +82,11 @@ def _eval_conv(
     return function(x, weight, bias, stride, padding, dilation, groups)
 
 
+def _fit_conv(operands: Types, results: Types, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    channels, width = need(operands[0]).shape[1], need(operands[1]).shape[1]
+    return {"groups": int(channels) // int(width)} if attrs["groups"] > 1 else {}
+
+
 # --- norms ---------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +124,10 @@ def _infer_split_heads(types: Types, attrs: Mapping[str, Any]) -> list[TensorTyp
 def _eval_split_heads(x: Tensor, *, heads: int) -> Tensor:
     batch, tokens, width = x.shape
     return x.view(batch, tokens, heads, width // heads).transpose(1, 2)
+
+
+def _fit_heads(operands: Types, results: Types, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"heads": need(results[0]).shape[1]}
 
 
 def _infer_merge_heads(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
@@ -368,7 +378,7 @@ OPS = (
         "table ids",
         _infer_embedding,
         _eval_embedding,
-        axes="v d, ... -> ... d",
+        axes="v~ d, ... -> ... d",
         doc="Rows of table [V, D] at ids.",
     ),
     OpDef(
@@ -385,6 +395,8 @@ OPS = (
         _infer_conv,
         _eval_conv,
         {"stride": Attr("ints"), "padding": Attr("ints"), "dilation": Attr("ints"), "groups": Attr("int", 1)},
+        axes=rules.convolved,
+        fit=_fit_conv,
         doc="Convolution of x [B, C, ...] with weight [O, C/groups, ...], over one to three axes.",
     ),
     OpDef(
@@ -393,7 +405,7 @@ OPS = (
         _infer_norm,
         _eval_rms_norm,
         {"eps": Attr("float"), "offset": Attr("float", 0.0)},
-        axes="... d, d? -> ... d",
+        axes="... d%, d? -> ... d",
         doc="x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis.",
     ),
     OpDef(
@@ -402,7 +414,7 @@ OPS = (
         _infer_norm,
         _eval_layer_norm,
         {"eps": Attr("float")},
-        axes="... d, d?, d? -> ... d",
+        axes="... d%, d?, d? -> ... d",
         doc="(x - mean) / sqrt(var + eps) * weight + bias, over the last axis.",
     ),
     OpDef(
@@ -412,6 +424,7 @@ OPS = (
         _eval_split_heads,
         {"heads": Attr("int")},
         axes="b t (h d) -> b h t d",
+        fit=_fit_heads,
         doc="[B, T, H*d] to [B, H, T, d].",
     ),
     OpDef(
@@ -485,7 +498,7 @@ OPS = (
             "alpha": Attr("float", 1.0),
             "limit": Attr("float", 0.0),
         },
-        axes="n d, n k!, n k!, e! (two! f) d, e! d f, e! (two! f)?, e! d? -> n d",
+        axes="n d, n k!, n k!, e~ (two! f) d, e~ d f, e~ (two! f)?, e~ d? -> n d",
         doc="Sum over k of weights[:, k] * expert indices[:, k] of x [N, D]. An expert is down (gate(g) * u) with "
         "g, u the halves of gate_up x: gate_up [E, 2F, D], down [E, D, F], biases [E, 2F] and [E, D]. "
         "`clamped_swish` is (clip(u, +-limit) + 1) * m * sigmoid(alpha m) with m = min(g, limit).",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compiler.ir.opdef import Attr, OpDef, Types
+from compiler.ir.ops import axes as rules
 from compiler.ir.ops.elementwise import axis_of, broadcast, need
 from compiler.ir.types import Dim, TensorType, canonical_dim, dim_product, dim_sum
 
@@ -150,6 +151,17 @@ def _eval_pad(x: Tensor, *, before: tuple[int, ...], after: tuple[int, ...], val
     return F.pad(x, widths, value=value)
 
 
+def _fit_shape(operands: Types, results: Types, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"shape": need(results[0]).shape}
+
+
+def _fit_slice(operands: Types, results: Types, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Only an axis that is taken whole can have lost positions."""
+    result = need(results[0])
+    whole = result.shape[attrs["axis"]] == need(operands[0]).shape[attrs["axis"]]
+    return {"stop": result.shape[attrs["axis"]]} if whole else {}
+
+
 OPS: tuple[OpDef, ...] = (
     OpDef(
         "reshape",
@@ -157,6 +169,8 @@ OPS: tuple[OpDef, ...] = (
         _infer_reshape,
         _eval_reshape,
         {"shape": Attr("dims")},
+        axes=rules.reshaped,
+        fit=_fit_shape,
         doc="The same elements in row-major order under another shape.",
     ),
     OpDef(
@@ -165,6 +179,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_transpose,
         _eval_transpose,
         {"perm": Attr("ints")},
+        axes=rules.transposed,
         doc="Axis i of the result is axis perm[i] of x.",
     ),
     OpDef(
@@ -173,15 +188,27 @@ OPS: tuple[OpDef, ...] = (
         _infer_slice,
         _eval_slice,
         {"axis": Attr("int"), "start": Attr("dim", 0), "stop": Attr("dim"), "step": Attr("int", 1)},
+        axes=rules.resized,
+        fit=_fit_slice,
         doc="Elements start, start+step, ... before stop along an axis.",
     ),
-    OpDef("concat", "xs*", _infer_concat, _eval_concat, {"axis": Attr("int")}, doc="Tensors joined along an axis."),
+    OpDef(
+        "concat",
+        "xs*",
+        _infer_concat,
+        _eval_concat,
+        {"axis": Attr("int")},
+        axes=rules.joined,
+        doc="Tensors joined along an axis.",
+    ),
     OpDef(
         "expand",
         "x",
         _infer_expand,
         _eval_expand,
         {"shape": Attr("dims")},
+        axes="... -> ...",
+        fit=_fit_shape,
         doc="Size-1 and missing leading axes repeated to fill a shape.",
     ),
     OpDef(
@@ -190,6 +217,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_arange,
         _eval_arange,
         {"start": Attr("dim", 0), "stop": Attr("dim")},
+        axes="-> position!",
         doc="start, start+1, ... before stop, as int64.",
     ),
     OpDef(
@@ -198,6 +226,8 @@ OPS: tuple[OpDef, ...] = (
         _infer_full,
         _eval_full,
         {"shape": Attr("dims"), "value": Attr("float"), "dtype": Attr("dtype", torch.float32)},
+        axes=rules.constant,
+        fit=_fit_shape,
         doc="A tensor of one value.",
     ),
     OpDef(
@@ -206,6 +236,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_gather,
         _eval_gather,
         {"axis": Attr("int")},
+        axes=rules.resized,
         doc="x[..., index[..., i, ...], ...]: one index per result element, along an axis.",
     ),
     OpDef(
@@ -214,6 +245,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_take,
         _eval_take,
         {"axis": Attr("int")},
+        axes=rules.taken,
         doc="The slices of x at the given positions of an axis, which the axes of `index` replace.",
     ),
     OpDef(
@@ -222,6 +254,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_scatter,
         _eval_scatter,
         {"axis": Attr("int"), "value": Attr("float")},
+        axes=rules.resized,
         doc="x with `value` written where the indices point, along an axis.",
     ),
     OpDef(
@@ -230,6 +263,7 @@ OPS: tuple[OpDef, ...] = (
         _infer_pad,
         _eval_pad,
         {"before": Attr("ints"), "after": Attr("ints"), "value": Attr("float", 0.0)},
+        axes=rules.resized,
         doc="x with so many elements of `value` before and after each axis.",
     ),
 )

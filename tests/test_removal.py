@@ -1,0 +1,149 @@
+"""Removing indices of coupling groups: equal to zeroing them, in float64 to rounding, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compiler.errors import PassError
+from compiler.frontend import capture
+from compiler.ir.coupling import CouplingGroup, coupling_groups
+from compiler.ir.graph import Graph
+from compiler.ir.layers import copy_of
+from compiler.ir.ops import op_named
+from compiler.ir.types import TensorType
+from compiler.ir.verify import signature, verify
+from compiler.removal import remove, reorder
+from tests.families import FAMILIES
+from tests.graphs import GROUPS, HEAD, HEADS, tiny_llama, tokens
+from tests.removed import double, outputs, zero
+
+ROUNDING = 64 * torch.finfo(torch.float64).eps
+
+
+def free(graph: Graph) -> list[CouplingGroup]:
+    """The groups that may be pruned, in an order that copies of a graph share."""
+    found = [g for g in coupling_groups(graph) if g.size > 1 and not (g.frozen or g.chosen or g.normed)]
+    return sorted(found, key=lambda g: [(m.param.name, m.axis, m.stride) for m in g.members])
+
+
+def assert_removing_is_zeroing(graph: Graph, inputs: dict[str, torch.Tensor]) -> int:
+    """For each free group without its second index. Returns how many there are."""
+    for number, group in enumerate(free(graph)):
+        kept = [index for index in range(group.size) if index != 1]
+        pruned, zeroed = copy_of(graph), copy_of(graph)
+        expected = signature(pruned)
+        remove(pruned, {free(pruned)[number]: kept})
+        verify(pruned, expected)
+        zero(zeroed, free(zeroed)[number], kept)
+        found, wanted = outputs(pruned, inputs), outputs(zeroed, inputs)
+        for name, value in wanted.items():
+            assert (found[name] - value).abs().max() <= ROUNDING * value.abs().max(), group.members
+    return len(free(graph))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_removing_an_index_of_any_free_group_is_zeroing_it(name):
+    family = FAMILIES[name]
+    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    assert assert_removing_is_zeroing(graph, family.inputs(batch=1, tokens=5)) >= 2
+
+
+class Separable(nn.Module):
+    """A block as in MobileNet, behind a normalisation over the batch."""
+
+    def __init__(self, width: int, inner: int, groups: int) -> None:
+        super().__init__()
+        self.widen, self.norm = nn.Conv2d(width, inner, 3, padding=1), nn.BatchNorm2d(inner)
+        self.mix = nn.Conv2d(inner, inner, 3, padding=1, groups=groups)
+        self.narrow = nn.Conv2d(inner, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(torch.relu(self.mix(torch.relu(self.norm(self.widen(x))))))
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.layers = nn.ModuleList([Separable(8, 12, 12), Separable(8, 12, 4), Separable(8, 10, 1)])
+        self.last, self.inner, self.head = nn.Conv2d(8, 6, 3), nn.Linear(6 * 4 * 4, 20), nn.Linear(20, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(torch.relu(self.inner(torch.relu(self.last(x)).flatten(1))))
+
+
+def test_a_convolutional_net_loses_channels_that_reach_from_maps_to_flat_features():
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 12, 12)
+    graph = double(capture(Convolutional().eval(), inputs={"image": image}))
+    members = {(m.param.name, m.axis, m.stride) for g in free(graph) for m in g.members}
+    assert {("last.weight", 0, 1), ("inner.weight", 1, 16)} <= members
+    assert {("layers.0.mix.weight", 0, 1), ("layers.0.norm.running_var", 0, 1)} <= members
+    assert assert_removing_is_zeroing(graph, {"image": image}) >= 6
+
+
+def test_several_factors_of_one_axis_are_removed_at_once():
+    graph = double(tiny_llama(layers=1))
+    pruned, zeroed = copy_of(graph), copy_of(graph)
+    for made in (pruned, zeroed):
+        groups = [g for g in free(made) if any("q_proj" in m.param.name for m in g.members)]
+        assert sorted(group.size for group in groups) == [GROUPS, HEADS // GROUPS]
+        kept = {group: [1] for group in groups}
+        if made is pruned:
+            remove(made, kept)
+        else:
+            for group in groups:
+                zero(made, group, [1])
+    (attention,) = pruned.nodes_named("attention")
+    assert attention.input(0).shape == ("B", 1, "T", HEAD)
+    torch.testing.assert_close(
+        outputs(pruned, tokens())["logits"], outputs(zeroed, tokens())["logits"], rtol=ROUNDING, atol=ROUNDING
+    )
+
+
+def test_heads_reordered_within_their_groups_compute_the_same():
+    graph = double(tiny_llama(layers=1))
+    before = outputs(graph, tokens())["logits"]
+    outer, inner = (
+        next(g for g in free(graph) if {("q_proj", s)} <= {(m.param.name.split(".")[-2], m.stride) for m in g.members})
+        for s in (2 * HEAD, HEAD)
+    )
+    reorder(outer, inner, [[1, 0], [0, 1]])
+    torch.testing.assert_close(outputs(graph, tokens())["logits"], before, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_what_is_frozen_normed_or_chosen_from_is_refused_with_the_reason():
+    graph = tiny_llama(layers=1)
+    groups = coupling_groups(graph)
+    for group, reason in (
+        (next(g for g in groups if g.frozen), "cannot be pruned: `"),
+        (next(g for g in groups if g.normed and not g.frozen), "averages over positions of this axis"),
+    ):
+        with pytest.raises(PassError, match=reason):
+            remove(graph, {group: [0]})
+    experts = capture(FAMILIES["mixtral"].config(layers=1))
+    chosen = next(g for g in coupling_groups(experts) if "experts" in g.chosen)
+    with pytest.raises(PassError, match="chooses among positions"):
+        remove(experts, {chosen: [0, 1]})
+    with pytest.raises(PassError, match="nothing would remain"):
+        remove(graph, {free(graph)[0]: []})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rule"),
+    [
+        (("B", "T", 48), ("B", "T", 4, 12), "a0 a1 (f3s12 f3s1) -> a0 a1 f3s12 f3s1"),
+        (("B", "T", 48), ("B*T", 48), "x0! x1! f3s1 -> y0! f3s1"),
+        (("B", 6, 4, 4), ("B", 96), "a0 f4s16 f4s4 f4s1 -> a0 (f4s16 f4s4 f4s1)"),
+        ((12,), (1, 12, 1, 1), "f1s1 -> y0! f1s1 () ()"),
+        ((6, 4), (4, 6), "f2x0! f2x1! -> f2y0! f2y1!"),
+    ],
+)
+def test_axes_of_a_reshape_correspond_where_their_factors_nest(before, after, rule):
+    types = [TensorType(torch.float32, before)], [TensorType(torch.float32, after)]
+    assert op_named("reshape").axis_rule(*types, {"shape": after}) == rule
