@@ -14,6 +14,7 @@ from torch import Tensor
 
 INPUT_RIDGE = 1e-5  # of the mean energy, so that what calibration never saw does not come for free
 GRADIENT_RIDGE = 1e-2
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def pair(left: Tensor, right: Tensor, metric: Metric, dtype: torch.dtype) -> Fac
 
 
 def pivoted(left: Tensor, right: Tensor, metric: Metric, dtype: torch.dtype) -> Factors:
-    """U V with r of its rows, those that pivoted QR finds to span the outputs best, and the others made of these."""
+    """U V as r of its rows, which partial pivoting finds to span the outputs well, and the others made of these."""
     rank = len(right)
     order = _pivots(left, metric.seen(right))
     pivots, others = order[:rank], order[rank:]
@@ -139,18 +140,17 @@ def pivoted(left: Tensor, right: Tensor, metric: Metric, dtype: torch.dtype) -> 
 
 
 def _pivots(left: Tensor, seen: Tensor) -> Tensor:
-    """All rows of U V, as outputs of unit inputs: first those that span the others best."""
-    from scipy.linalg import qr
-
-    outputs = left @ torch.linalg.qr(seen.T).R.T
-    *_, order = qr(outputs.T.numpy(), mode="r", pivoting=True)
-    return torch.tensor(order, dtype=torch.int64)
+    """The numbers of all rows of U V: first those that span the outputs, in the order of an LU decomposition."""
+    outputs = left @ root(seen @ seen.T, ROUNDING)
+    places, _, _ = torch.linalg.lu(outputs)
+    return places.argmax(0)
 
 
 def _refitted(left: Tensor, right: Tensor, first: Tensor, metric: Metric) -> Tensor:
     """The second factor that, with ``first`` as it is stored, is nearest to U V on the inputs of the metric."""
     stored, wanted = metric.seen(first.double()), metric.seen(right)
-    return left @ torch.linalg.lstsq(stored.T, wanted.T).solution.T
+    factor = root(stored @ stored.T, ROUNDING)
+    return left @ torch.cholesky_solve(stored @ wanted.T, factor).T
 
 
 def best(weight: Tensor, metric: Metric, rank: int, pivots: bool, dtype: torch.dtype) -> Factors:

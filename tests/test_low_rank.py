@@ -1,0 +1,195 @@
+"""Low-rank factors: what may never change, what must shrink, and what is kept of what was promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiler.errors import PassError, SelectorError
+from compiler.fidelity import Fidelity
+from compiler.frontend import capture
+from compiler.ir.execute import run
+from compiler.ir.facts import parameter_count
+from compiler.pipeline import Pipeline
+from passes.low_rank import LowRank
+from passes.low_rank.choose import allocated, together, uniform
+from passes.low_rank.factor import Metric, best, root, spectrum
+from passes.low_rank.places import Form, places_of, sharing
+from tests.families import FAMILIES
+from tests.graphs import tiny_llama
+
+FLOAT64 = 1e-9
+
+
+def batches(name, count=6, tokens=24):
+    return [FAMILIES[name].inputs(batch=2, tokens=tokens, seed=seed) for seed in range(count)]
+
+
+def reduced(name, directory=None, **options):
+    """A family's graph after the pass, the pass's report, and the distance from the original on its calibration data."""
+    graph, given = capture(FAMILIES[name].build()), batches(name)
+    before = Fidelity(graph, given)
+    pipeline = Pipeline([LowRank(**{"where": ["attention", "mlp"], **options})])
+    (report,) = pipeline.run(graph, workdir=directory, calibration=lambda _: given).passes
+    return graph, report, before.distance(graph)
+
+
+def moment(width, generator, *, rank=None):
+    samples = torch.randn(rank or 4 * width, width, generator=generator, dtype=torch.float64)
+    return samples.T @ samples / len(samples)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(2, 24), columns=st.integers(2, 24), seed=st.integers(0, 2**16), diagonal=st.booleans()
+)
+def test_more_rank_never_costs_more_and_the_spectrum_says_what_it_costs(rows, columns, seed, diagonal):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    left = root(moment(rows, generator).diagonal() if diagonal else moment(rows, generator), 1e-3)
+    metric = Metric((left,), root(moment(columns, generator), 1e-3))
+    found, whole = spectrum(weight, metric), metric.cost(weight)
+    costs = []
+    for rank in range(1, min(rows, columns) + 1):
+        made = [best(weight, metric, rank, pivots, torch.float64) for pivots in (False, True)]
+        costs.append(metric.cost(weight - made[0].matrix()))
+        torch.testing.assert_close(*(factors.matrix() for factors in made), rtol=1e-6, atol=1e-7)
+        assert costs[-1] == pytest.approx(found.lost(rank), rel=1e-6, abs=FLOAT64 * whole)
+    assert all(after <= before + FLOAT64 * whole for before, after in zip(costs, costs[1:], strict=False))
+    assert costs[-1] <= FLOAT64 * whole
+
+
+def test_no_other_matrix_of_the_rank_costs_less():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    metric = Metric((root(moment(12, generator), 0.0),), root(moment(9, generator), 0.0))
+    made = best(weight, metric, 4, False, torch.float64)
+    least = metric.cost(weight - made.matrix())
+    for scale in (1e-3, 1e-2, 0.1):
+        for _ in range(20):
+            first, second = (
+                factor + scale * torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+                for factor in (made.first, made.second)
+            )
+            assert metric.cost(weight - second @ first) >= least
+    plain = torch.linalg.svd(weight)
+    truncated = plain.U[:, :4] * plain.S[:4] @ plain.Vh[:4]
+    assert metric.cost(weight - truncated) >= least
+
+
+@pytest.mark.parametrize("form", ["pair", "pivoted", "auto"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("llama", "linear"), ("gpt2", ["attention", "mlp"]), ("vit", ["linear", "conv"]), ("whisper", ["linear", "conv"])],
+)
+def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name, where, form):
+    options = {"where": where, "keep": 0.7, "form": form, "ranks": "uniform", "update": False, "metric": "input"}
+    graph, report, _ = reduced(name, **options)
+    planned = capture(FAMILIES[name].build())
+    Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
+    assert parameter_count(planned) == parameter_count(graph)
+    assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
+    before = sum(item.numbers["parameters_before"] for item in report.rewritten)
+    after = sum(item.numbers["parameters_after"] for item in report.rewritten)
+    assert report.before.parameters - report.after.parameters == pytest.approx(before - after, abs=64 * 12)
+    assert after <= 0.7 * before
+    assert run(graph, batches(name)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit", "whisper", "mixtral", "gpt2"])
+def test_what_is_chosen_is_no_further_than_the_same_part_of_each(name):
+    _, report, distance = reduced(name, keep=0.75, update=False)
+    chosen = [trial for trial in report.trials if trial.chosen]
+    assert len(chosen) == 1
+    assert chosen[0].distance == min(trial.distance for trial in report.trials)
+    after = sum(item.numbers["parameters_after"] for item in report.rewritten)
+    whole = sum(item.numbers["parameters_before"] for item in report.rewritten)
+    assert after < whole
+    assert report.after.parameters < report.before.parameters
+    assert distance >= 0
+
+
+def test_the_metric_of_the_loss_and_the_update_bring_the_model_nearer():
+    distances = [
+        reduced("llama", keep=0.7, ranks="uniform", share=False, **options)[2]
+        for options in (
+            {"metric": "plain", "update": False, "bias": False},
+            {"metric": "input", "update": False, "bias": False},
+            {"metric": "input", "update": True},
+        )
+    ]
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
+    found = []
+    for directory in (tmp_path / "a", tmp_path / "b", tmp_path / "b"):
+        graph, _, _ = reduced("llama", directory, keep=0.75)
+        found.append({param.name: param.expr.key for param in graph.params.values()})
+        for bundle in list((directory / "progress-0").glob("*"))[::2]:
+            bundle.unlink()
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_cannot_be_factorised_is_said():
+    _, report, _ = reduced("mixtral", where="linear", keep=0.75, update=False, ranks="uniform")
+    reasons = {skip.scope: skip.reason for skip in report.skipped}
+    assert any("a stack of experts" in reason for reason in reasons.values())
+    graph = tiny_llama()
+    given = [{"input_ids": torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(s))} for s in range(4)]
+    (entry,) = Pipeline([LowRank(keep=0.7)]).run(graph, calibration=lambda _: given).passes
+    assert ("model.embed_tokens.weight", "it is read by embedding as well") in [
+        (skip.scope, skip.reason) for skip in entry.skipped
+    ]
+
+
+def test_impossible_wishes_are_errors():
+    with pytest.raises(SelectorError):
+        reduced("llama", where="router", keep=0.5)
+    with pytest.raises(PassError, match="none of the selected weights can be factorised"):
+        reduced("mixtral", where="experts", keep=0.5)
+    with pytest.raises(PassError, match="leaves less than a rank of 1"):
+        reduced("llama", keep=0.01)
+
+
+def test_the_shared_first_factor_is_computed_once():
+    graph, report, _ = reduced("llama", keep=0.5, update=False)
+    shared = [item for item in report.rewritten if "q_proj_k_proj" in item.scope or "gate_proj_up_proj" in item.scope]
+    names = {param.name for param in graph.params.values()}
+    for item in shared:
+        assert any(name.startswith(item.scope) for name in names)
+
+
+def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
+    graph = capture(FAMILIES["llama"].build())
+
+    class Silent:
+        def skipped(self, scope, reason):
+            pass
+
+    params = [param for param in graph.params.values() if param.name.endswith("proj.weight")]
+    places = places_of(graph, Silent(), params)
+    groups = sharing(places)
+    assert [len(group) for group in groups] == [3, 1, 2, 1] * 2
+    generator = torch.Generator().manual_seed(0)
+    costs = {
+        place: torch.rand(min(place.height, place.columns), generator=generator, dtype=torch.float64).sort(0, True)[0]
+        for place in (*places, *(together(group) for group in groups if len(group) > 1))
+    }
+    form = Form("auto", bias=False)
+    even, shared_out = uniform(places, form, 0.7), allocated(groups, costs, form, 0.7)
+
+    def total(choice):
+        done = {param for ranked in choice for param in ranked.place.params}
+        left = sum(place.full for place in places if place.params[0] not in done)
+        return left + sum(form.size(ranked.place, ranked.rank) for ranked in choice)
+
+    def cost(choice):
+        return sum(float(costs[ranked.place][ranked.rank :].sum()) for ranked in choice)
+
+    budget = 0.7 * sum(place.full for place in places)
+    assert total(even) <= budget
+    assert 0.97 * budget <= total(shared_out) <= budget
+    assert cost(shared_out) <= cost(even)
