@@ -20,30 +20,37 @@ from tests.families import FAMILIES
 STOCK = {"llama", "qwen2", "phi3"}
 """Families whose exact latent form is DeepSeek-V3's class."""
 
+ONE_TABLE = "the class has one rotary table of constant frequencies, and this model has not"
+LATENT_NORM = (
+    "this model has `latent_attention` in model.layers.0.self_attn (f32[B,4,T,24], f32[B,T,24], f32[B,T,24], "
+    "f32[48,24]) where the target has `rms_norm` in model.layers.0.self_attn.kv_a_layernorm (f32[B,T,24], f32[24])"
+)
+FIRST_NORM = "where the target has `rms_norm` in model.layers.0.input_layernorm (f32[B,T,48], f32[48])"
+EXPERTS = "it has no gated MLP with an activation of the class"
+
 NO_CLASS = {
-    "gemma": "this model has `mul` in model.embed_tokens (f32[B,T,48]) where the target has `rms_norm` in "
-    "model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
-    "granite": "this model has `mul` in model (f32[B,T,48]) where the target has `rms_norm` in "
-    "model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
+    "mistral": LATENT_NORM, "smollm3": LATENT_NORM, "mixtral": EXPERTS, "qwen3_moe": EXPERTS,
+    "gemma3": ONE_TABLE, "gpt2": ONE_TABLE, "opt": ONE_TABLE, "clip_text": ONE_TABLE, "whisper": ONE_TABLE,
+    "qwen3": "this model has `split_heads` in model.layers.0.self_attn (f32[B,T,64]) where the target has `linear` in "
+    "model.layers.0.self_attn.q_proj (f32[B,T,48], f32[128,48])",
+    "gemma": f"this model has `mul` in model.embed_tokens (f32[B,T,48]) {FIRST_NORM}",
+    "gemma2": f"this model has `mul` in model.embed_tokens (f32[B,T,48]) {FIRST_NORM}",
+    "olmo2": f"this model has `linear` in model.layers.0.self_attn.q_proj (f32[B,T,48], f32[48,48]) {FIRST_NORM}",
+    "granite": f"this model has `mul` in model (f32[B,T,48]) {FIRST_NORM}",
+    "cohere2": f"this model has `layer_norm` in model.layers.0.input_layernorm (f32[B,T,48], f32[48]) {FIRST_NORM}",
     "gpt_neox": "this model has `layer_norm` in gpt_neox.layers.0.input_layernorm (f32[B,T,48], f32[48], f32[48]) "
-    "where the target has `rms_norm` in model.layers.0.input_layernorm (f32[B,T,48], f32[48])",
-    "mixtral": "it has no gated MLP with an activation of the class",
-}
+    f"{FIRST_NORM}",
+}  # fmt: skip
 """Families that have an exact latent form which no stock class holds, and what stands in the way."""
 
-WINDOW = "it slides a window of 5 tokens, which latent attention cannot"
-NORM = "it normalises its queries or keys, which is not linear in the input"
 ALL_LOOK = "it is not causal"
-NO_ROPE = "it has no rotary embedding"
 LATENT = "the model's attention is latent already"
 
 REFUSED = {
-    "mistral": WINDOW, "gemma2": WINDOW, "cohere2": WINDOW, "gpt_oss": WINDOW,
-    "qwen3": NORM, "gemma3": NORM, "olmo2": NORM, "qwen3_moe": NORM,
-    "smollm3": NO_ROPE, "gpt2": NO_ROPE, "opt": NO_ROPE, "clip_text": NO_ROPE,
     "bert": ALL_LOOK, "roberta": ALL_LOOK, "modernbert": ALL_LOOK, "vit": ALL_LOOK, "deit": ALL_LOOK,
-    "dinov2": ALL_LOOK, "clip_vision": ALL_LOOK, "siglip_vision": ALL_LOOK, "siglip_text": ALL_LOOK, "t5": ALL_LOOK,
-    "whisper": ALL_LOOK, "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    "dinov2": ALL_LOOK, "clip_vision": ALL_LOOK, "siglip_vision": ALL_LOOK, "siglip_text": ALL_LOOK,
+    "t5": "it adds a mask or a bias of its own to its scores", "gpt_oss": "it has attention sinks",
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT,
 }  # fmt: skip
 
 

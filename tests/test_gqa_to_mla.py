@@ -10,12 +10,13 @@ import torch
 
 from compiler.errors import PassError
 from compiler.ir.execute import run
+from compiler.ir.facts import kv_cache_values
 from compiler.ir.graph import Graph, Value
 from compiler.ir.types import TensorType
 from compiler.pipeline import Pipeline, Report
 from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import load, loads
-from compiler.weights.ops.basic import literal
+from compiler.weights.ops.basic import full, literal
 from compiler.weights.source import MemorySource
 from passes.gqa_to_mla import GqaToMla
 from passes.gqa_to_mla.weights import NORM_EPS, SHRINK, norm_constants
@@ -189,43 +190,63 @@ def test_the_report_has_caches_and_the_growth_of_queries():
     }  # fmt: skip
 
 
-REFUSED = {
-    "window": ({"window": 7}, "it slides a window of 7 tokens, which latent attention cannot"),
-    "soft cap": ({"softcap": 30.0}, "it bends its scores at 30, which latent attention cannot"),
-    "not causal": ({"causal": False}, "it is not causal"),
-    "float16": (
-        {"dtype": torch.float16},
-        "float16 cannot hold weights shrunk by 2^-30; store the model in bfloat16 or float32 first",
-    ),
+PLAIN = {
+    "window": {"window": 7},
+    "soft cap": {"softcap": 30.0},
+    "float16": {"dtype": torch.float16},
+    "bfloat16, a window": {"dtype": torch.bfloat16, "window": 7},
 }
 
 
-@pytest.mark.parametrize(("shape", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_it_refuses_with_a_reason(shape, reason):
+@pytest.mark.parametrize("shape", PLAIN.values(), ids=PLAIN.keys())
+def test_what_no_published_latent_attention_holds_is_converted_as_plainly_as_can_be(shape):
+    """Weights are only sorted, so that none is rounded, whatever they are stored as; nothing is calibrated."""
+    decoder = Decoder(**shape)
+    before, cached = decoder.outputs(), kv_cache_values(decoder.graph)
+    entry = decoder.convert().passes[0]
+    assert entry.exact and len(entry.rewritten) == 2
+    assert kv_cache_values(decoder.graph) == cached
+    assert (decoder.outputs() - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_it_refuses_with_a_reason():
     with pytest.raises(PassError) as raised:
-        Decoder(**shape).convert()
+        Decoder(causal=False).convert()
     assert raised.value.cause == (
-        f"the attention in layers.0.attention has no exact latent form: {reason} (1 more layer has none either)"
+        "the attention in layers.0.attention has no latent form: it is not causal (1 more layer has none either)"
     )
 
 
-def windowed_second_layer() -> Decoder:
+def changed_second_layer(sinks: bool = False, **attrs: object) -> Decoder:
     decoder = Decoder()
     last = decoder.graph.nodes_named("attention")[1]
-    windowed = decoder.graph.op("attention", last.inputs, {**last.attrs, "window": 5}, scope=last.scope, before=last)
-    decoder.graph.replace(last.output, windowed)
+    operands = [*last.inputs, *[None] * (6 - len(last.inputs))]
+    if sinks:
+        ones = full((int(last.input(0).shape[1]),), 1.0, torch.float32)
+        operands[5] = decoder.graph.add_param("layers.1.attention.sinks", ones)
+    changed = decoder.graph.op("attention", operands, {**last.attrs, **attrs}, scope=last.scope, before=last)
+    decoder.graph.replace(last.output, changed)
     decoder.graph.erase(last)
     return decoder
 
 
 def test_one_layer_that_cannot_stops_the_pass():
-    with pytest.raises(PassError, match=r"layers\.1\.attention has no exact latent form: it slides") as raised:
-        windowed_second_layer().convert()
+    with pytest.raises(PassError, match=r"layers\.1\.attention has no latent form: it has attention sinks") as raised:
+        changed_second_layer(sinks=True).convert()
     assert raised.value.remedy == "`layers: possible` converts the other 1, for which no stock class exists"
 
 
+def test_attention_that_is_not_causal_is_left_alone_beside_such_that_is():
+    decoder = changed_second_layer(causal=False)
+    before = decoder.outputs()
+    (skip,) = decoder.convert().passes[0].skipped
+    assert (skip.scope, skip.reason) == ("layers.1.attention", "it is not causal")
+    assert [node.scope for node in decoder.graph.nodes_named("latent_attention")] == ["layers.0.attention"]
+    assert (decoder.outputs() - before).abs().max() <= 1e-5 * before.abs().max()
+
+
 def test_the_layers_that_can_are_converted_on_request():
-    decoder = windowed_second_layer()
+    decoder = changed_second_layer(sinks=True)
     before = decoder.outputs()
     report = decoder.convert(layers="possible")
     (skip,) = report.passes[0].skipped

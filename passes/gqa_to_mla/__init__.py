@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from compiler.errors import PassError
-from compiler.ir.facts import attention_sites
+from compiler.ir.facts import AttentionSite, attention_sites
 from compiler.ir.graph import Graph
 from compiler.pipeline import Context, Pass
 from passes.gqa_to_mla.build import Tables, convert, has_bias, rotary_table
@@ -35,6 +36,7 @@ class GqaToMla(Pass):
 
     ``ranks: by-layer`` gives layers that matter more, by measurement, more of the same ``cache``; no stock class holds
     that. ``layers: possible`` leaves layers that have no latent form as they are, which no stock class can hold.
+    Attention that is not causal, as of an encoder or to one, has no cache that grows, and is always left alone.
 
     Exact with ``rank: full`` and ``rope-dim: full``. Multi-head latent attention: DeepSeek-V2, arXiv 2405.04434;
     conversion: TransMLA, arXiv 2502.07864; the rest is on the pass's page of the documentation.
@@ -70,23 +72,42 @@ class GqaToMla(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when a layer has no latent form, or when the widths asked for do not fit it."""
-        if self.exact or not self._truncates(graph):
-            self._convert_exactly(graph, ctx)
-        else:
+        sites = self._causal(graph, ctx)
+        standard = [convertible(site) for site in sites]
+        if self._truncates(sites):
             from passes.gqa_to_mla.reduce import reduce_cache
 
-            reduce_cache(graph, ctx, self, self._compressible(graph, ctx))
+            reduce_cache(graph, ctx, self, self._compressible(sites, ctx))
+        elif all(isinstance(found, Convertible) for found in standard):
+            self._convert_exactly(graph, ctx, [found for found in standard if isinstance(found, Convertible)])
+        else:
+            from passes.gqa_to_mla.whole import convert_whole
+
+            convert_whole(graph, ctx, self._compressible(sites, ctx))
         graph.prune()
 
-    def _truncates(self, graph: Graph) -> bool:
-        """Whether the widths are less than the full ones anywhere (a number that is the full width is exact)."""
-        found = [convertible(site) for site in attention_sites(graph)]
-        shapes = [item.shape for item in found if isinstance(item, Convertible)]
-        full = [self.rank in (FULL, shape.rank) and self.rope_dim in (FULL, shape.rotary_dim) for shape in shapes]
-        return self.cache is not None or not full or not all(full)
+    def _causal(self, graph: Graph, ctx: Context) -> list[AttentionSite]:
+        """The attention whose cache grows with every token; any other beside it is left alone, whatever `layers` says.
 
-    def _convert_exactly(self, graph: Graph, ctx: Context) -> None:
-        sites = self._convertible(graph, ctx)
+        Raises PassError when there is none.
+        """
+        sites = attention_sites(graph)
+        if not any(site.causal for site in sites):
+            latent = bool(graph.nodes_named("latent_attention"))
+            raise _refused({site.scope: "it is not causal" for site in sites}, 0, latent)
+        for site in sites:
+            if not site.causal:
+                across = site.node.input(0).shape[2] != site.node.input(1).shape[2]
+                ctx.skipped(site.scope, "it attends to another sequence" if across else "it is not causal")
+        return [site for site in sites if site.causal]
+
+    def _truncates(self, sites: Sequence[AttentionSite]) -> bool:
+        """Whether the widths are less than the full ones anywhere (a number that is the full width is exact)."""
+        widths = [_full_widths(site) for site in sites]
+        full = [self.rank in (FULL, width[0]) and self.rope_dim in (FULL, width[1]) for width in widths if width]
+        return not self.exact and (self.cache is not None or not full or not all(full))
+
+    def _convert_exactly(self, graph: Graph, ctx: Context, sites: Sequence[Convertible]) -> None:
         biased_query = any(found.query.bias() is not None for found in sites)
         biased = biased_query or any(has_bias(found) for found in sites)
         tables: Tables = {}
@@ -94,33 +115,37 @@ class GqaToMla(Pass):
             convert(graph, found, rotary_table(graph, found, tables), biased, biased_query)
             _report(ctx, found)
 
-    def _convertible(self, graph: Graph, ctx: Context) -> list[Convertible]:
-        results = {site.scope: convertible(site) for site in attention_sites(graph)}
-        self._check(graph, ctx, {scope: item for scope, item in results.items() if isinstance(item, str)}, len(results))
-        return [item for item in results.values() if isinstance(item, Convertible)]
-
-    def _compressible(self, graph: Graph, ctx: Context) -> list[Source]:
-        results = {site.scope: compressible(site) for site in attention_sites(graph)}
-        self._check(graph, ctx, {scope: item for scope, item in results.items() if isinstance(item, str)}, len(results))
-        return [item for item in results.values() if isinstance(item, Source)]
-
-    def _check(self, graph: Graph, ctx: Context, reasons: dict[str, str], count: int) -> None:
-        """Refuse what cannot be converted, or report it as skipped."""
-        if len(reasons) == count or (reasons and self.layers == "all"):
-            latent = bool(graph.nodes_named("latent_attention"))
-            raise _refused(reasons, count - len(reasons), latent, "exact latent" if self.exact else "latent")
+    def _compressible(self, sites: Sequence[AttentionSite], ctx: Context) -> list[Source]:
+        """The sites that have a latent form; others are refused, or reported as skipped."""
+        results = {site.scope: compressible(site) for site in sites}
+        reasons = {scope: item for scope, item in results.items() if isinstance(item, str)}
+        if len(reasons) == len(results) or (reasons and self.layers == "all"):
+            raise _refused(reasons, len(results) - len(reasons), False)
         for scope, reason in reasons.items():
             ctx.skipped(scope, reason)
+        return [item for item in results.values() if isinstance(item, Source)]
 
 
-def _refused(reasons: dict[str, str], converted: int, latent: bool, form: str) -> PassError:
+def _full_widths(site: AttentionSite) -> tuple[int, int] | None:
+    """Rank and rotary width at which nothing is cut; None where there is no latent form."""
+    found = convertible(site)
+    if isinstance(found, Convertible):
+        return found.shape.rank, found.shape.rotary_dim
+    source = compressible(site)
+    if isinstance(source, str):
+        return None
+    rotary = 2 * source.pairs * source.groups
+    return source.cached - rotary, rotary
+
+
+def _refused(reasons: dict[str, str], converted: int, latent: bool) -> PassError:
     if not reasons:
         return PassError("the model's attention is latent already" if latent else "the model has no attention")
     scope, reason = next(iter(reasons.items()))
     count = len(reasons) - 1
     more = f" ({count} more {'layer has' if count == 1 else 'layers have'} none either)" if count else ""
     remedy = f"`layers: possible` converts the other {converted}, for which no stock class exists" if converted else ""
-    return PassError(f"the attention in {scope} has no {form} form: {reason}{more}", remedy=remedy)
+    return PassError(f"the attention in {scope} has no latent form: {reason}{more}", remedy=remedy)
 
 
 def _report(ctx: Context, found: Convertible) -> None:

@@ -63,7 +63,7 @@ class Truncation:
         latent, rotary = self._latent(build, source, layout, maps)
         query = self._query(build, source, layout, maps)
         up = self._param(build, "kv_up.weight", maps.up * self._factor(source))
-        scale = maps.query.shape[1] ** -0.5
+        scale = self._scale(source, maps)
         attrs = {"scale": scale, "causal": True, "window": source.site.window, "softcap": source.site.softcap}
         return self.graph.append("latent_attention", [query, latent, rotary, up], attrs, scope=node.scope, before=node)
 
@@ -73,6 +73,10 @@ class Truncation:
 
     def _factor(self, source: Source) -> float:
         return w.norm_constants(source.storage).factor if self.form.standard else 1.0
+
+    def _scale(self, source: Source, maps: LatentMaps) -> float:
+        """What scores are multiplied by: published classes take it from the width of their queries."""
+        return maps.query.shape[1] ** -0.5 if self.form.standard else source.site.scale
 
     def _table(self, source: Source, layout: Layout) -> Node:
         """The rotary table of the kept components, one for all layers that keep the same."""
@@ -123,7 +127,7 @@ class Truncation:
     def _query(self, build: Builder, source: Source, layout: Layout, maps: LatentMaps) -> Value:
         """The queries [B, H, T, n + R], the rotary part rotated."""
         width = maps.query.shape[1]
-        made = self._projected_query(build, source, maps.query * (source.site.scale * width**0.5))
+        made = self._projected_query(build, source, maps.query * (source.site.scale / self._scale(source, maps)))
         if not layout.rotary_dim:
             return made
         table = self._table(source, layout)
