@@ -155,7 +155,7 @@ def test_impossible_wishes_are_errors():
 
 
 def test_the_shared_first_factor_is_computed_once():
-    graph, report, _ = reduced("llama", keep=0.5, update=False)
+    graph, report, _ = reduced("llama", keep=0.5, update=False, share=True)
     shared = [item for item in report.rewritten if "q_proj_k_proj" in item.scope or "gate_proj_up_proj" in item.scope]
     names = {param.name for param in graph.params.values()}
     for item in shared:

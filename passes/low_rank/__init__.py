@@ -39,7 +39,7 @@ class LowRank(Pass):
     keep: Part = 1.0
     metric: Literal["loss", "input", "scaled", "plain"] = "loss"
     form: Literal["auto", "pair", "pivoted"] = "auto"
-    share: bool = True
+    share: bool = False
     ranks: Literal["measured", "uniform"] = "measured"
     update: bool = True
     bias: bool = True

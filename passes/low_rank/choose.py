@@ -12,6 +12,7 @@ from compiler.errors import PassError
 from passes.low_rank.places import Form, Place
 
 STEPS = 24  # ranks that a place may get
+WORTHWHILE = 0.97  # of a weight's numbers: factors that hold more than that are two products for nothing
 MOST = 48  # options that weights with one input may get between them
 
 
@@ -85,7 +86,7 @@ def _ways(group: Sequence[Place], costs: Costs, form: Form) -> list[_Way]:
 
 def _options(place: Place, costs: Costs, form: Form) -> list[_Way]:
     """Leave ``place`` alone, or one of some ranks that save numbers."""
-    largest = form.largest(place, place.full - 1)
+    largest = form.largest(place, WORTHWHILE * place.full)
     ranks = sorted({round(largest * step / STEPS) for step in range(1, STEPS + 1)} - {0})
     lost = torch.cat([costs[place].flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     return [

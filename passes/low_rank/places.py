@@ -41,7 +41,7 @@ class Place:
         if len(self.params) == 1:
             return self.params[0].name.removesuffix(".weight")
         parts = [param.name.removesuffix(".weight").rpartition(".") for param in self.params]
-        return f"{parts[0][0]}.{'_'.join(part[2] for part in parts)}"
+        return f"{parts[0][0]}.shared_{'_'.join(part[2] for part in parts)}"
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ class Writer:
 
     def _pair(self, place: Place, factors: Factors, bias: Tensor | None, users: list[list[Node]]) -> list[list[Value]]:
         first = self._param(place, "down.weight", factors.first, users[0][0])
-        hidden = {self._input(node): self._first(node, first, None) for nodes in users[:1] for node in nodes}
+        hidden = {node.input(0): self._first(place, node, first, None) for node in users[0]}
         made: list[list[Value]] = []
         start = 0
         for param, rows, nodes in zip(place.params, place.rows, users, strict=True):
             own, span = Place((param,)), slice(start, start + rows)
             second = self._param(own, "up.weight", factors.second[span], nodes[0], pointwise=True)
             shift = None if bias is None else self._param(own, "up.bias", bias[span], nodes[0])
-            made.append([self._second(node, hidden[self._input(node)], second, shift) for node in nodes])
+            made.append([self._second(own, node, hidden[node.input(0)], second, shift) for node in nodes])
             start += rows
         return made
 
@@ -57,14 +57,15 @@ class Writer:
         second = self._linear(place, "others", factors.second, biases[1], node, pointwise=True)
         joined: dict[Value, Value] = {}
         for node in users[0]:
-            pivots = self._first(node, *first)
-            others = self._second(node, pivots, *second)
-            joined[self._input(node)] = self._op(node, "concat", [pivots, others], axis=_axis(node))
+            pivots = self._first(place, node, *first)
+            others = self._second(place, node, pivots, *second)
+            joined[node.input(0)] = self._op(place, node, "concat", [pivots, others], axis=_axis(node))
         made: list[list[Value]] = []
         for param, order, nodes in zip(place.params, factors.order.split(list(place.rows)), users, strict=True):
-            index = self._param(Place((param,)), "order", order, nodes[0])
+            own = Place((param,))
+            index = self._param(own, "order", order, nodes[0])
             made.append(
-                [self._op(node, "take", [joined[self._input(node)], index], axis=_axis(node)) for node in nodes]
+                [self._op(own, node, "take", [joined[node.input(0)], index], axis=_axis(node)) for node in nodes]
             )
         return made
 
@@ -74,20 +75,17 @@ class Writer:
         made = self._param(place, f"{name}.weight", weight, node, pointwise=pointwise)
         return made, None if bias is None else self._param(place, f"{name}.bias", bias, node)
 
-    def _input(self, node: Node) -> Value:
-        return node.input(0)
+    def _first(self, place: Place, node: Node, weight: Param, bias: Param | None) -> Value:
+        return self._op(place, node, node.op.name, [node.input(0), weight, bias], **node.attrs)
 
-    def _first(self, node: Node, weight: Param, bias: Param | None) -> Value:
-        return self.graph.op(node.op.name, [node.input(0), weight, bias], node.attrs, scope=node.scope, before=node)
-
-    def _second(self, node: Node, x: Value, weight: Param, bias: Param | None) -> Value:
+    def _second(self, place: Place, node: Node, x: Value, weight: Param, bias: Param | None) -> Value:
         if node.op.name == "linear":
-            return self._op(node, "linear", [x, weight, bias])
+            return self._op(place, node, "linear", [x, weight, bias])
         ones, zeros = ((number,) * (weight.type.rank - 2) for number in (1, 0))
-        return self._op(node, "conv", [x, weight, bias], stride=ones, padding=zeros, dilation=ones)
+        return self._op(place, node, "conv", [x, weight, bias], stride=ones, padding=zeros, dilation=ones)
 
-    def _op(self, node: Node, name: str, inputs: list[Value | None], **attrs: object) -> Value:
-        return self.graph.op(name, inputs, attrs, scope=node.scope, before=node)
+    def _op(self, place: Place, node: Node, name: str, inputs: list[Value | None], **attrs: object) -> Value:
+        return self.graph.op(name, inputs, attrs, scope=place.name, before=node)
 
     def _param(self, place: Place, name: str, tensor: Tensor, node: Node, pointwise: bool = False) -> Param:
         """A parameter of the module of ``place``, with the shape of a kernel where ``node`` is a convolution."""
