@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.safetensors import emit
 from compiler.errors import PassError, SelectorError
+from compiler.evaluate import load_model
 from compiler.fidelity import Fidelity
 from compiler.frontend import capture
-from compiler.ir.execute import run
+from compiler.ir.execute import read_param, run
 from compiler.ir.facts import parameter_count
 from compiler.pipeline import Pipeline
+from compiler.target import emission_of
+from compiler.weights.expr import load
+from compiler.weights.spill import SpillSource
 from passes.low_rank import LowRank
 from passes.low_rank.choose import allocated, together, uniform
 from passes.low_rank.factor import Metric, best, root, spectrum
-from passes.low_rank.places import Form, places_of, sharing
+from passes.low_rank.places import Form, bias_of, places_of, sharing
+from passes.low_rank.rewrite import Writer
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 
@@ -28,7 +36,7 @@ def batches(name, count=6, tokens=24):
 
 
 def reduced(name, directory=None, **options):
-    """A family's graph after the pass, the pass's report, and the distance from the original on its calibration data."""
+    """A family's graph after the pass, the pass's report, and the distance from the original on calibration data."""
     graph, given = capture(FAMILIES[name].build()), batches(name)
     before = Fidelity(graph, given)
     pipeline = Pipeline([LowRank(**{"where": ["attention", "mlp"], **options})])
@@ -42,9 +50,7 @@ def moment(width, generator, *, rank=None):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(2, 24), columns=st.integers(2, 24), seed=st.integers(0, 2**16), diagonal=st.booleans()
-)
+@given(rows=st.integers(2, 24), columns=st.integers(2, 24), seed=st.integers(0, 2**16), diagonal=st.booleans())
 def test_more_rank_never_costs_more_and_the_spectrum_says_what_it_costs(rows, columns, seed, diagonal):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -57,7 +63,7 @@ def test_more_rank_never_costs_more_and_the_spectrum_says_what_it_costs(rows, co
         costs.append(metric.cost(weight - made[0].matrix()))
         torch.testing.assert_close(*(factors.matrix() for factors in made), rtol=1e-6, atol=1e-7)
         assert costs[-1] == pytest.approx(found.lost(rank), rel=1e-6, abs=FLOAT64 * whole)
-    assert all(after <= before + FLOAT64 * whole for before, after in zip(costs, costs[1:], strict=False))
+    assert all(after <= before + FLOAT64 * whole for before, after in pairwise(costs))
     assert costs[-1] <= FLOAT64 * whole
 
 
@@ -79,10 +85,14 @@ def test_no_other_matrix_of_the_rank_costs_less():
     assert metric.cost(weight - truncated) >= least
 
 
-@pytest.mark.parametrize("form", ["pair", "pivoted", "auto"])
 @pytest.mark.parametrize(
-    ("name", "where"),
-    [("llama", "linear"), ("gpt2", ["attention", "mlp"]), ("vit", ["linear", "conv"]), ("whisper", ["linear", "conv"])],
+    ("name", "where", "form"),
+    [
+        ("llama", "linear", "pair"),
+        ("gpt2", ["attention", "mlp"], "pivoted"),
+        ("vit", ["linear", "conv"], "auto"),
+        ("whisper", ["linear", "conv"], "pivoted"),
+    ],
 )
 def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name, where, form):
     options = {"where": where, "keep": 0.7, "form": form, "ranks": "uniform", "update": False, "metric": "input"}
@@ -98,7 +108,7 @@ def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name,
     assert run(graph, batches(name)[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "vit", "whisper", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "vit", "whisper", "mixtral"])
 def test_what_is_chosen_is_no_further_than_the_same_part_of_each(name):
     _, report, distance = reduced(name, keep=0.75, update=False)
     chosen = [trial for trial in report.trials if trial.chosen]
@@ -154,21 +164,48 @@ def test_impossible_wishes_are_errors():
         reduced("llama", keep=0.01)
 
 
-def test_the_shared_first_factor_is_computed_once():
-    graph, report, _ = reduced("llama", keep=0.5, update=False, share=True)
-    shared = [item for item in report.rewritten if "q_proj_k_proj" in item.scope or "gate_proj_up_proj" in item.scope]
-    names = {param.name for param in graph.params.values()}
-    for item in shared:
-        assert any(name.startswith(item.scope) for name in names)
+class Silent:
+    """A context that nobody reads."""
+
+    def skipped(self, scope, reason):
+        pass
+
+
+@pytest.mark.parametrize(("name", "form"), [("llama", "pivoted"), ("gpt2", "pair")])
+def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(name, form, tmp_path):
+    """Of full rank, factors of query, key and value together compute what these did; transformers loads them."""
+    family = FAMILIES[name]
+    graph = capture(family.build())
+    inputs = family.inputs()
+    before = run(graph, inputs)["logits"]
+    params = [param for param in graph.params.values() if "attn" in param.name and param.type.rank == 2]
+    spill = SpillSource()
+    graph.sources["spill"] = spill
+
+    def keep(name, tensor):
+        key = spill.add(name, tensor)
+        return load("spill", key, spill.types[key])
+
+    for group in sharing(places_of(graph, Silent(), params)):
+        place = together(group)
+        weight = torch.cat([read_param(graph, param).double() for param in place.params])
+        ones = Metric((torch.ones(place.height, dtype=torch.float64),), torch.ones(place.columns, dtype=torch.float64))
+        factors = best(weight, ones, min(weight.shape), form == "pivoted", torch.float32)
+        biases = [bias_of(param) for param in place.params]
+        bias = torch.cat([read_param(graph, one).double() for one in biases]) if all(biases) else None
+        Writer(graph, keep).write(place, factors, bias)
+    after = run(graph, inputs)["logits"]
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-4
+    firsts = [param for param in graph.params if ".down.weight" in param or ".pivots.weight" in param]
+    assert len(firsts) == len({param.rpartition(".")[0] for param in firsts}) == 2 * 2
+    emit(emission_of(graph, "generated"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs).logits
+    assert float((found - after).abs().max() / after.abs().max()) < 1e-5
 
 
 def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
     graph = capture(FAMILIES["llama"].build())
-
-    class Silent:
-        def skipped(self, scope, reason):
-            pass
-
     params = [param for param in graph.params.values() if param.name.endswith("proj.weight")]
     places = places_of(graph, Silent(), params)
     groups = sharing(places)
