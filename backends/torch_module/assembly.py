@@ -10,7 +10,7 @@ from typing import Any
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import names_in, wrapped
 from backends.torch_module.module import ClassWriter, Model
-from backends.torch_module.program import Body
+from backends.torch_module.program import Body, Extras
 from backends.torch_module.rendering import environment, field_of, render
 from compiler.ir.graph import Graph, Node, Param
 
@@ -29,6 +29,7 @@ HELPERS = (
     "full_attention",
     "eager_attention",
     "latent_attention",
+    "cross_states",
     "gelu_tanh",
     "run_experts",
     "run_clamped_experts",
@@ -49,11 +50,14 @@ NEEDS = {
     "gelu_tanh": (),
 }
 OUTPUTS = {
+    "BaseModelOutput",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
     "CausalLMOutputWithPast",
     "ImageClassifierOutput",
     "MaskedLMOutput",
+    "Seq2SeqLMOutput",
+    "Seq2SeqModelOutput",
     "SequenceClassifierOutput",
 }
 DOCS = {
@@ -61,6 +65,7 @@ DOCS = {
     "attention": "Attention to the tokens before.",
     "experts": "Experts, of which each token visits some.",
     "embedding": "From tokens or places in the input to vectors.",
+    "take": "From tokens or places in the input to vectors.",
     "conv": "From pixels or frames to vectors.",
     "topk": "Chooses experts for each token.",
     "linear": "Feed-forward, for each token by itself.",
@@ -173,7 +178,9 @@ class Assembly:
             done.append(module)
             layer = module.first.path.rpartition(".")[2].isdigit()
             base = "GradientCheckpointingLayer" if layer else "nn.Module"
-            found.append("\n".join(ClassWriter(self.model, module).source(base, _doc(module, layer))))
+            found.append(
+                "\n".join(ClassWriter(self.model, module).source(base, _doc(module, layer, self.model.extras)))
+            )
         return found
 
     def bare_classes(self) -> str:
@@ -209,12 +216,14 @@ def _from_config(path: str) -> bool:
     return path.endswith(".inv_freq")
 
 
-def _doc(module: ModuleClass, layer: bool) -> str:
+def _doc(module: ModuleClass, layer: bool, extras: Extras) -> str:
     if layer:
         return f"One layer of the stack; {len(module.bodies)} of them."
     nodes = [item for item in module.first.items if isinstance(item, Node)]
     found = next((doc for op, doc in DOCS.items() if any(node.op.name == op for node in nodes)), "")
     if module.first.loops():
         return "The layers, one after another."
+    if any(node in extras.crossing for node in nodes):
+        return "Attention to what the encoder makes, whose keys and values are made once."
     ahead = any(node.op.name == "attention" and not node.attr("causal") for node in nodes)
     return "Attention among tokens." if ahead else found or "A part of the model that only has parts."

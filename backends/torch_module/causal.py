@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
+from backends.torch_module.caches import CACHE_LAYERS, cache_context, cache_kinds
 from backends.torch_module.code import names_in
 from backends.torch_module.model_code import TopWriter, without_calls
 from backends.torch_module.module import Model
@@ -14,13 +15,6 @@ from backends.torch_module.program import ATTENTION, Body, Loop
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value
-
-CACHE_LAYERS = {
-    "window": "SlidingLayer",
-    "latent window": "SlidingLatentLayer",
-    "rounded": "RoundedLatentLayer",
-    "rounded window": "SlidingRoundedLatentLayer",
-}
 
 
 class CausalAssembly(Assembly):
@@ -108,36 +102,8 @@ class CausalAssembly(Assembly):
         return leaf.path if leaf else ""
 
     def helper_context(self) -> dict[str, Any]:
-        kinds = self._cache_kinds()
+        context = cache_context(self.graph, self.model.cache_bits)
+        kinds = cache_kinds(self.graph, self.model.cache_bits)
         self.model.helpers |= {name for kind, name in CACHE_LAYERS.items() if kind in kinds}
-        softcap = any(node.attr("softcap") for node in self.graph.nodes_named("latent_attention"))
-        self.model.helpers |= {"eager_attention", "allowed"} if softcap else set()
-        return {
-            "latent_softcap": softcap,
-            "cache_doc": self._cache_doc(),
-            "cache_kinds": kinds,
-            "cache_bits": self.model.cache_bits,
-            "rank": self._rank_of_layer(),
-        }
-
-    def _cache_kinds(self) -> list[str]:
-        """What layers of the cache there may be."""
-        latent = {bool(node.attr("window")) for node in self.graph.nodes_named("latent_attention")}
-        plain = {bool(node.attr("window")) for node in self.graph.nodes_named("attention")}
-        kinds = ["window"] if True in latent | plain else []
-        kinds += ["rounded"] if self.model.cache_bits and False in latent else []
-        kinds += ["rounded window"] if self.model.cache_bits and True in latent else []
-        kinds += ["latent window"] if True in latent else []
-        kinds += ["plain window"] if True in plain else []
-        return kinds or ["full"]
-
-    def _rank_of_layer(self) -> str:
-        """What is true of layers with a latent, as code; "" where all layers have one."""
-        mixed = self.graph.nodes_named("attention") and self.graph.nodes_named("latent_attention")
-        return "config.kv_lora_rank[index]" if mixed else ""
-
-    def _cache_doc(self) -> str:
-        latent = bool(self.graph.nodes_named("latent_attention"))
-        plain = bool(self.graph.nodes_named("attention"))
-        held = " or ".join([*(["keys and values"] if plain else []), *(["latents and rotary keys"] if latent else [])])
-        return f"Past tokens' {held}; of layers with a window only those within it."
+        self.model.helpers |= {"eager_attention", "allowed"} if context["latent_softcap"] else set()
+        return context

@@ -21,6 +21,9 @@ WORDS = {
     "attn": "Attention",
     "attention": "Attention",
     "self_attention": "Attention",
+    "SelfAttention": "Attention",
+    "encoder_attn": "CrossAttention",
+    "EncDecAttention": "CrossAttention",
     "mlp": "MLP",
     "feed_forward": "MLP",
     "experts": "Experts",
@@ -49,7 +52,7 @@ def classes_of(model: Body, layout: Layout, extras: Extras) -> dict[str, ModuleC
         module = by_key.setdefault(key, ModuleClass(""))
         module.bodies.append(body)
         found[body.path] = module
-    _give_names(list(by_key.values()))
+    _give_names(list(by_key.values()), layout)
     return found
 
 
@@ -76,7 +79,7 @@ def _key(body: Body, classes: dict[str, ModuleClass], layout: Layout, extras: Ex
         items.append((_what(item, body.path, classes, layout), read))
         for value in outputs_of(item):
             numbers[value] = len(numbers)
-    return repr((_place(body.path), inputs, items, [numbers[value] for value in body.outputs]))
+    return repr((layout.part(body.path), _place(body.path), inputs, items, [numbers[value] for value in body.outputs]))
 
 
 def _what(item: Item, path: str, classes: dict[str, ModuleClass], layout: Layout) -> Any:
@@ -113,14 +116,16 @@ def operations(body: Body) -> Iterator[Node]:
         yield from (item for item in inner.items if isinstance(item, Node))
 
 
-def _give_names(classes: list[ModuleClass]) -> None:
+def _give_names(classes: list[ModuleClass], layout: Layout) -> None:
     by_base: dict[str, list[ModuleClass]] = {}
     for module in classes:
         path = module.first.path
-        others = {_place(other.first.path) for other in classes if _base_name(other.first.path) == _base_name(path)}
+        part = layout.part(path)
+        beside = [other.first.path for other in classes if layout.part(other.first.path) == part]
+        others = {_place(other) for other in beside if _base_name(other) == _base_name(path)}
         outer = path.split(".")[-2:-1] if len(others) > 1 and not path.rpartition(".")[2].isdigit() else []
         outer = [_base_name(name) for name in outer if not name.isdigit()]
-        by_base.setdefault("".join([*outer, _base_name(path)]), []).append(module)
+        by_base.setdefault("".join([part.capitalize(), *outer, _base_name(path)]), []).append(module)
     for base, same in by_base.items():
         prefixes = [_prefix(module, same) for module in same]
         for index, module in enumerate(same):

@@ -27,7 +27,8 @@ class Context:
 
     ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation and ``held`` the
     parameters it has, ``size`` a number that may differ between instances, ``helper`` a function of the module,
-    ``arguments`` and ``loop`` say how submodules and stacks are called.
+    ``arguments`` and ``loop`` say how submodules and stacks are called, ``cache`` which part of the cache is for
+    the attention of tokens to those before.
     """
 
     parameter: Callable[[Param], str]
@@ -38,6 +39,7 @@ class Context:
     arguments: Callable[[Call], list[Value | None]]
     loop: Callable[[Loop, dict[Value, str]], list[str]]
     rotation: str
+    cache: str
     extras: Extras
 
 
@@ -154,13 +156,37 @@ class Forward:
         first, second = (1, 2)
         key, value = node.input(first), node.optional_input(second)
         self._name(node.input(0), index)
+        if node in self.context.extras.crossing:
+            self._cross(index, node)
+            return
         names = self._name(key, index), self._name(value, index) if value else "_"
         if latent and self.context.rotation:
             self.lines.append(f"{names[0]} = {self.context.rotation}({names[0]})")
         stored = names[1] if value else f"{names[0]}[..., :0]"
         if self.context.extras.cache in self.context.extras.read_by(node):
-            update = f"past_key_values.update({names[0]}, {stored}, self.layer_idx)"
+            update = f"past_key_values.{self.context.cache}update({names[0]}, {stored}, self.layer_idx)"
             self.lines += ["if past_key_values is not None:", f"    {names[0]}, {names[1]} = {update}"]
+
+    def _cross(self, index: int, node: Node) -> None:
+        """Keys and values of another sequence are made once; the cache has them for all later tokens."""
+        made: list[str] = []
+        for value in node.inputs[1:3]:
+            assert value is not None  # attention has keys and values
+            code = self.pending.pop(value, None)
+            if code is not None:
+                self.names[value] = self._free(value, index - 1)
+                made.append(f"    {self.names[value]} = {code.text}")
+        names = ", ".join(self.names[value] for value in node.inputs[1:3] if value is not None)
+        states = f"{self.context.helper('cross_states')}(past_key_values, self.layer_idx)"
+        self.lines += [
+            f"states = {states}",
+            "if states is None:",
+            *made,
+            "    if past_key_values is not None:",
+            f"        past_key_values.cross_attention_cache.update({names}, self.layer_idx)",
+            "else:",
+            f"    {names} = states",
+        ]
 
     def _bind(
         self, index: int, outputs: list[Value], values: Sequence[Value], build: Callable[[Sequence[Code]], Code]

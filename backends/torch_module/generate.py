@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from backends.torch_module.assembly import Generated
 from backends.torch_module.causal import CausalAssembly
 from backends.torch_module.classes import classes_of
 from backends.torch_module.code import camel, identifier
 from backends.torch_module.encoder import EncoderAssembly, add_masks, ending
-from backends.torch_module.layout import layout_of
+from backends.torch_module.layout import layout_of, parent
 from backends.torch_module.module import Model
+from backends.torch_module.pair import (
+    DECODER,
+    PairAssembly,
+    add_extras,
+    decoded,
+    is_paired,
+    named_parts,
+    part_in,
+    parts_of,
+)
 from backends.torch_module.prepare import prepared
 from backends.torch_module.program import ATTENTION, Call, Extras, Loop, program_of
 from backends.torch_module.sizes import sizes_of
@@ -22,16 +33,18 @@ __all__ = ["Generated", "generate"]
 
 
 def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
-    """The files for ``graph``, a causal language model. Raises TargetError when something in it has no code.
+    """The files for ``graph``. Raises TargetError when something in it has no code.
 
     ``cache_bits`` 8 or 4 rounds what latent attention caches. Reads no weight but rotary frequencies.
     """
     if cache_bits and not graph.nodes_named("latent_attention"):
         raise TargetError("a cache of fewer bits is for latent attention, of which the model has none")
+    if is_paired(graph):
+        return _pair(graph, cache_bits)
     if not _continues(graph):
         return _encoder(graph)
     graph = prepared(graph, _tokens(graph))
-    _check_by_token(graph)
+    _check_by_token(graph, "input_ids", graph.nodes)
     nodes, extras = list(graph.nodes), Extras()
     _add_extras(nodes, extras)
     body_path = _body_path(graph)
@@ -47,7 +60,7 @@ def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
         raise TargetError("a generated module is made of one stack of layers; this model has another structure")
     classes = classes_of(program, layout, extras)
     prefix, name = _names(graph)
-    sizes = sizes_of(graph, layout, len(loops[0].layers))
+    sizes = sizes_of(graph, layout, {"": len(loops[0].layers)})
     stacks = {f"{inner.path}.{loop.name}": loop for loop in loops}
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits)
     return CausalAssembly(graph, model, name, program, inner, loops[0]).generated()
@@ -72,10 +85,33 @@ def _encoder(graph: Graph) -> Generated:
         raise TargetError(f"a generated module has one stack of layers; this model has {len(stacks)}")
     (loop,) = stacks.values()
     prefix, name = _names(graph)
-    sizes = sizes_of(graph, layout, len(loop.layers))
+    sizes = sizes_of(graph, layout, {"": len(loop.layers)})
     sizes.everywhere.setdefault("hidden_size", loop.entering.shape[-1])
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources)
     return EncoderAssembly(graph, model, name, program).generated()
+
+
+def _pair(graph: Graph, cache_bits: int) -> Generated:
+    graph = prepared(graph, DECODER)
+    _check_by_token(graph, DECODER, decoded(graph))
+    nodes, extras, parts = list(graph.nodes), Extras(), parts_of(graph)
+    add_extras(graph, extras)
+    body_path = parent(next(iter(parts)))
+    layout = layout_of(graph, body_path, nodes)
+    paths = named_parts(layout, parts, body_path)
+    program = program_of(graph, nodes, layout, extras)
+    inner = next(item.body for item in program.items if isinstance(item, Call) and item.name == "model")
+    encoder, decoder = (part_in(inner, paths[word]) for word in ("encoder", "decoder"))
+    extras.named[encoder.body.outputs[0]] = "encoder_hidden_states"
+    classes = classes_of(program, layout, extras)
+    prefix, name = _names(graph)
+    both = {"encoder": encoder, "decoder": decoder}
+    sizes = sizes_of(graph, layout, {word: len(part.loop.layers) for word, part in both.items()})
+    source = graph.origin.config or {}
+    sizes.everywhere |= {name: source[name] for name in PLACES if isinstance(source.get(name), int)}
+    stacks = {f"{part.body.path}.{part.loop.name}": part.loop for part in both.values()}
+    model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits, paired=True)
+    return PairAssembly(graph, model, name, program, inner, encoder, decoder).generated()
 
 
 def _tokens(graph: Graph) -> str:
@@ -92,14 +128,16 @@ def _tokens(graph: Graph) -> str:
     return "input_ids"
 
 
+PLACES = ("max_source_positions", "max_target_positions")
+
 MIXES = frozenset({"conv", "cumsum", "pad", "arange"})
 """Operations that no token can do by itself, whatever their axes."""
 
 
-def _check_by_token(graph: Graph) -> None:
-    """Only attention looks at other tokens: a cache holds nothing else. Raises TargetError."""
-    length = graph.inputs["input_ids"].shape[1]
-    for node in graph.nodes:
+def _check_by_token(graph: Graph, tokens: str, nodes: Iterable[Node]) -> None:
+    """Of ``nodes`` only attention looks at other ``tokens``: a cache holds nothing else. Raises TargetError."""
+    length = graph.inputs[tokens].shape[1]
+    for node in nodes:
         if node.op.name in MIXES or any(value.shape[axis] == length for value, axis in _axes(node)):
             raise TargetError(f"`{node.op.name}` looks at other tokens, which a cache does not hold", where=node.scope)
 

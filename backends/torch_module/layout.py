@@ -54,11 +54,17 @@ class Leaf:
 
 @dataclass
 class Layout:
-    """The tree of modules. ``bare`` are the paths of parameters that no leaf holds."""
+    """The tree of modules. ``bare`` are the paths of parameters that no leaf holds; ``parts`` the words for modules
+    with a stack of layers each, by path, where there are several."""
 
     leaves: dict[Node, Leaf] = field(default_factory=dict[Node, Leaf])
     bare: dict[Param, str] = field(default_factory=dict[Param, str])
     container: dict[Node, str] = field(default_factory=dict[Node, str])
+    parts: dict[str, str] = field(default_factory=dict[str, str])
+
+    def part(self, path: str) -> str:
+        """The word for the part that ``path`` lies in: "encoder", "decoder" or ""."""
+        return next((word for prefix, word in self.parts.items() if below(path, prefix)), "")
 
     def named(self) -> dict[str, Param]:
         """Every attribute that holds a parameter, tied ones under each of their names, in order of first use."""
@@ -115,6 +121,8 @@ def _leaf_path(node: Node, weight: Param, parts: dict[Param, set[str]]) -> str:
     if node.op.name == "rope_table":
         own = layer_of(node.scope) is not None and layer_of(name) is None
         return join(node.scope, "rotary_emb") if own else _rotary_path(name)
+    if layer_of(name) is not None and layer_of(node.scope) is None:  # it stands before the stack now
+        return join(node.scope, name.removesuffix(".weight").rpartition(".")[2])
     whole = re.fullmatch(r"(.+)\.weight", name)
     if whole:
         return whole[1]

@@ -23,13 +23,15 @@ ORDER = (
     "input_ids",
     "pixel_values",
     "hidden_states",
+    "encoder_hidden_states",
     "cos",
     "sin",
     "position_ids",
     "attention_mask",
+    "encoder_attention_mask",
     "past_key_values",
 )
-TYPES = {"past_key_values": "Cache | None", "attention_mask": "torch.Tensor | None"}
+TYPES = {"attention_mask": "torch.Tensor | None", "encoder_attention_mask": "torch.Tensor | None"}
 OPERAND_SIZES = {
     ("experts", 3): ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
     ("experts", 4): ("num_experts", "hidden_size", "moe_intermediate_size"),
@@ -45,7 +47,8 @@ Argument = tuple[str, Value | None]
 
 @dataclass
 class Model:
-    """Everything about one generated model that its classes share. ``helpers`` collects what they use."""
+    """Everything about one generated model that its classes share. ``paired`` models are an encoder and a decoder;
+    ``helpers`` collects what classes use."""
 
     prefix: str
     layout: Layout
@@ -55,6 +58,7 @@ class Model:
     stacks: dict[str, Loop]
     sources: Mapping[str, Source]
     cache_bits: int = 0
+    paired: bool = False
     helpers: set[str] = field(default_factory=set[str])
 
     def arguments(self, body: Body) -> list[Argument]:
@@ -88,6 +92,7 @@ class ClassWriter:
     def __init__(self, model: Model, module: ModuleClass) -> None:
         self.model = model
         self.module = module
+        self.part = model.layout.part(module.first.path)
         self.layered = any(layer_of(body.path) is not None for body in module.bodies)
         self.attributes: dict[str, str] = {}
         if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
@@ -119,10 +124,16 @@ class ClassWriter:
         forward = Forward(body, names, self.context())
         lines = forward.statements()
         results = ", ".join(forward.result(value) for value in body.outputs)
-        shown = [f"{name}: {_annotation(name)}" for name, _ in arguments]
+        shown = [f"{name}: {self._annotation(name)}" for name, _ in arguments]
         returned = "torch.Tensor" if len(body.outputs) == 1 else "tuple[torch.Tensor, ...]"
         head = call(4, "def forward(", ["self", *shown], f") -> {returned}:")
         return [*head, *(f"        {line}" for line in lines), f"        return {results}"]
+
+    def _annotation(self, name: str) -> str:
+        base = name.rstrip("0123456789").rstrip("_")
+        if base == "past_key_values":
+            return "EncoderDecoderCache | None" if self.model.paired else "Cache | None"
+        return TYPES.get(base, "torch.Tensor")
 
     def context(self) -> Context:
         self.child_of: dict[str, Leaf] = {}
@@ -135,6 +146,7 @@ class ClassWriter:
             arguments=lambda item: [value for _, value in self.model.arguments(item.body)],
             loop=self.loop_lines,
             rotation=self.rotation,
+            cache="self_attention_cache." if self.model.paired else "",
             extras=self.model.extras,
         )
 
@@ -161,7 +173,7 @@ class ClassWriter:
         distinct = list(dict.fromkeys(rows))
         for layer, row in zip(loop.layers, rows, strict=True):
             self.model.sizes.note("layer_inputs", layer.path, distinct.index(row))
-        self.attributes["layer_inputs"] = "config.layer_inputs"
+        self.attributes["layer_inputs"] = self._list("layer_inputs")
         end = "," if len(labels) == 1 else ""
         return [
             *call(0, "choices = (", [f"({', '.join(row)}{end})" for row in distinct]),
@@ -209,7 +221,7 @@ class ClassWriter:
         if expression is None and len(set(values.values())) == 1:
             self.attributes["scaling"] = repr(next(iter(values.values())))
         else:
-            self.attributes["scaling"] = self.model.sizes.reference(expression or self._own(values, "attention_scale"))
+            self.attributes["scaling"] = self._reference(expression or self._own(values, "attention_scale"))
         return "self.scaling"
 
     def _attribute(self, values: dict[str, Any], hints: tuple[str, ...], word: str) -> str:
@@ -218,14 +230,23 @@ class ClassWriter:
             return str(next(iter(values.values())))
         expression = expression or self._own(values, word)
         name = expression if expression.isidentifier() else word
-        self.attributes[name] = self.model.sizes.reference(expression)
+        self.attributes[name] = self._reference(expression)
         return f"self.{name}"
+
+    def _reference(self, expression: str) -> str:
+        return self.model.sizes.reference(expression, self.part)
+
+    def _list(self, name: str) -> str:
+        """An entry of the config that has something for each layer of the part that this class is in."""
+        return f"config.{self.part}_{name}" if self.part else f"config.{name}"
 
     def _own(self, values: dict[str, Any], word: str) -> str:
         """A new quantity for numbers that no expression of known ones gives."""
         sizes = self.model.sizes
         word = identifier(word)
-        name = next(n for n in (word, *(f"{word}_{i}" for i in range(2, 99))) if not _known(sizes, n))
+        name = next(
+            n for n in (word, *(f"{word}_{i}" for i in range(2, 99))) if not _known(sizes, sizes.known(n, self.part))
+        )
         for path, value in values.items():
             sizes.note(name, path, value)
         return name
@@ -250,11 +271,12 @@ class ClassWriter:
         classes = _distinct(self.model, loop)
         prefix = self.model.prefix
         if len(classes) == 1:
-            layer = f"{prefix}{classes[0].name}(config, layer_idx) for layer_idx in range(config.num_hidden_layers)"
+            count = self._reference("num_hidden_layers")
+            layer = f"{prefix}{classes[0].name}(config, layer_idx) for layer_idx in range({count})"
             return [f"        self.{loop.name} = nn.ModuleList({layer})"]
         entries = [f'"{module.name}": {prefix}{module.name}' for module in classes]
         lines = call(8, "kinds = {", entries, "}")
-        layer = "kinds[kind](config, layer_idx) for layer_idx, kind in enumerate(config.layer_kinds)"
+        layer = f"kinds[kind](config, layer_idx) for layer_idx, kind in enumerate({self._list('layer_kinds')})"
         for body in loop.layers:
             self.model.sizes.note("layer_kinds", body.path, self.model.classes[body.path].name)
         return [*lines, f"        self.{loop.name} = nn.ModuleList({layer})"]
@@ -262,7 +284,7 @@ class ClassWriter:
     def _children(self) -> Iterator[list[str]]:
         if self.rotation:
             self.model.helpers |= {"LatentRotation", "pack", "unpack"}
-            rank = self.model.sizes.reference("kv_lora_rank")
+            rank = self._reference("kv_lora_rank")
             yield [f"        {self.rotation} = {self.model.prefix}LatentRotation({rank})"]
         done: set[str] = set()
         for index, item in enumerate(self._items()):
@@ -319,7 +341,7 @@ class ClassWriter:
             return str(next(iter(values.values())))
         param = self._items_param(self.module.first, index, position)
         word = "_".join(param.name.split(".")[-3:-1]) + f"_size_{axis}"
-        return self.model.sizes.reference(expression or self._own(values, word))
+        return self._reference(expression or self._own(values, word))
 
     def _constructed(self, index: int, leaf: Leaf) -> tuple[str, list[str]]:
         """The class of a leaf and its arguments."""
@@ -356,7 +378,7 @@ class ClassWriter:
             self.model.sizes.note(name, body.path, values.float().tolist())
         scale = node.attr("scale")
         shown = [f"scale={scale}"] if scale != 1.0 else []
-        return [self.model.sizes.reference(name), *shown]
+        return [self._reference(name), *shown]
 
     def _convolution(self, leaf: Leaf, node: Node) -> tuple[str, list[str]]:
         rows, inner, *kernel = leaf.weights["weight"].type.static_shape
@@ -384,11 +406,6 @@ def _named_in(names: Mapping[Value, str], value: Value | None) -> str:
 
 def _plain(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else str(values)
-
-
-def _annotation(name: str) -> str:
-    base = name.rstrip("0123456789").rstrip("_")
-    return TYPES.get(base, "torch.Tensor")
 
 
 def _number_at(item: Item, name: str, place: int | None) -> Any:

@@ -37,6 +37,8 @@ def _known(value: Value, extras: Extras) -> str:
         return "past_key_values"
     if value in extras.masks.values():
         return "attention_mask"
+    if value in extras.named:
+        return extras.named[value]
     if value.node is not None and value.node.op.name == "rope_table":
         return ("cos", "sin")[value.node.outputs.index(value)]
     return value.name if value.node is None else ""
@@ -44,7 +46,7 @@ def _known(value: Value, extras: Extras) -> str:
 
 def suggestion(value: Value, body: Body, extras: Extras) -> list[str]:
     """Names for ``value`` within ``body``, the best first."""
-    purpose = _purpose(value, body, 0)
+    purpose = extras.named.get(value) or _purpose(value, body, 0)
     made = _made_by(value, body, extras)
     if purpose == "query" and value.node is not None and value.node.op.name == "slice":
         rotated = any(user.op.name == "rope" for user in value.users)

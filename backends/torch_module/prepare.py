@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from backends.torch_module.positions import positions
+from backends.torch_module.relative import by_position, hoist
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import Layer, layer_of, subgraph
 from compiler.ir.types import TensorType
@@ -17,7 +18,9 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
     """A copy of ``graph``; for a model that goes on from a cache of ``tokens`` (an input [B, T]) with the further input
     ``position_ids``."""
     copy = _copied(graph)
+    hoist(copy)
     if tokens:
+        by_position(copy, tokens)
         counted = positions(copy, tokens)
         given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
         for value in counted:

@@ -23,11 +23,17 @@ NOTHING = TensorType(torch.bool, ())
 
 @dataclass
 class Extras:
-    """Values that only the generated module has: the cache, and a mask for each window (0: none)."""
+    """Values that only the generated module has: the cache, and a mask for each window (0: none).
+
+    ``named`` are further values that modules hand down under names of their own, ``crossing`` the attention to another
+    sequence, whose keys and values do not change from token to token.
+    """
 
     cache: Value = field(default_factory=lambda: Value("past_key_values", NOTHING))
     masks: dict[int, Value] = field(default_factory=dict[int, Value])
     of_node: dict[Node, list[Value]] = field(default_factory=dict[Node, list[Value]])
+    named: dict[Value, str] = field(default_factory=dict[Value, str])
+    crossing: set[Node] = field(default_factory=set[Node])
 
     def read_by(self, node: Node) -> list[Value]:
         """Everything that ``node`` reads besides parameters."""

@@ -41,6 +41,8 @@ COMMON = (
     "2 * moe_intermediate_size",
     "num_experts",
     "max_position_embeddings",
+    "max_source_positions",
+    "max_target_positions",
 )
 BY_ROLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention.query": (
@@ -69,11 +71,14 @@ BY_ROLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass
 class Sizes:
-    """``everywhere`` are quantities of the whole model, ``by_layer`` those of one layer, by name and layer number."""
+    """``everywhere`` are quantities of the whole model, ``by_layer`` those of one layer, by name and layer number.
+
+    Names of ``by_layer`` begin with the part of the model that the layers are of; ``layers`` says how many each has.
+    """
 
     layout: Layout
     roles: dict[Param, set[str]]
-    layers: int
+    layers: Mapping[str, int]
     everywhere: dict[str, Any] = field(default_factory=dict[str, Any])
     by_layer: dict[str, dict[int, Any]] = field(default_factory=dict[str, dict[int, Any]])
 
@@ -83,22 +88,28 @@ class Sizes:
         if layer is None:
             self.everywhere.setdefault(name, value)
         else:
-            self.by_layer.setdefault(name, {}).setdefault(layer.index, value)
+            self.by_layer.setdefault(_of(self.layout.part(path), name), {}).setdefault(layer.index, value)
 
     def at(self, path: str) -> dict[str, Any]:
         """The quantities that hold at ``path``."""
-        layer = layer_of(path)
-        local = {name: found[layer.index] for name, found in self.by_layer.items() if layer and layer.index in found}
-        return {**self.everywhere, **local}
+        layer, start = layer_of(path), _of(self.layout.part(path), "")
+        found = {name: values for name, values in self.by_layer.items() if name.startswith(start)}
+        local = {name: values[layer.index] for name, values in found.items() if layer and layer.index in values}
+        return {**self.everywhere, **{name.removeprefix(start): value for name, value in local.items()}}
 
     def varies(self, name: str) -> bool:
         """Whether the config has a list of ``name``, an entry for each layer."""
         found = self.by_layer.get(name, {})
         return name not in self.everywhere and len({repr(value) for value in found.values()}) > 1
 
-    def reference(self, expression: str) -> str:
-        """An expression of quantities as code within ``__init__(self, config, layer_idx)``."""
-        return re.sub(r"[a-z_]\w*", lambda found: self._name(found[0]), expression)
+    def reference(self, expression: str, part: str = "") -> str:
+        """An expression of quantities as code within ``__init__(self, config, layer_idx)`` of a class of ``part``."""
+        return re.sub(r"[a-z_]\w*", lambda found: self._name(self.known(found[0], part)), expression)
+
+    def known(self, name: str, part: str) -> str:
+        """What the config calls the quantity ``name`` of ``part``."""
+        own = _of(part, name)
+        return own if own in self.by_layer or own in self.everywhere else name
 
     def _name(self, name: str) -> str:
         return f"config.{name}[layer_idx]" if self.varies(name) else f"config.{name}"
@@ -117,10 +128,15 @@ class Sizes:
         for name, values in self.by_layer.items():
             if self.varies(name):
                 none = type(next(iter(values.values())))()  # 0 or [] for a layer that has no such thing
-                found[name] = [values.get(index, none) for index in range(self.layers)]
+                part = next((part for part in self.layers if name.startswith(_of(part, ""))), "")
+                found[name] = [values.get(index, none) for index in range(self.layers[part])]
             else:
                 found.setdefault(name, next(iter(values.values())))
         return found
+
+
+def _of(part: str, name: str) -> str:
+    return f"{part}_{name}" if part else name
 
 
 def likely(role_names: set[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -158,21 +174,21 @@ def _combined(op: ast.operator, a: Number, b: Number) -> Number:
     return a * b if isinstance(op, ast.Mult) else a**b
 
 
-def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
-    """The quantities that attention, MLPs, experts and tables of the graph show."""
+def sizes_of(graph: Graph, layout: Layout, layers: Mapping[str, int]) -> Sizes:
+    """The quantities that attention, MLPs, experts and tables of the graph show. ``layers`` are counts by part."""
     sizes = Sizes(layout, roles(graph), layers)
     where = layout.container
-    for node in graph.nodes_named("embedding")[:1]:
+    for node in _of_tokens(graph)[:1]:
         rows, width = node.input(0).type.static_shape
         sizes.everywhere |= {"vocab_size": rows, "hidden_size": width}
-    sizes.everywhere["num_hidden_layers"] = layers
+    sizes.everywhere |= {_of(part, "num_hidden_layers"): count for part, count in layers.items()}
     for site in attention_sites(graph):
         _note(sizes, where.get(site.node), num_attention_heads=site.heads, num_key_value_heads=site.groups)
         _note(sizes, where.get(site.node), head_dim=site.head_dim)
         if site.value_dim != site.head_dim:
             _note(sizes, where.get(site.node), v_head_dim=site.value_dim)
     latents = latent_sites(graph)
-    for site in attention_sites(graph) if latents else []:
+    for site in [site for site in attention_sites(graph) if site.causal] if latents else []:
         _note(sizes, where.get(site.node), kv_lora_rank=0)  # tells the cache that it holds keys and values
     for latent in latents:
         _note(sizes, where.get(latent.node), num_attention_heads=latent.heads, kv_lora_rank=latent.rank)
@@ -191,6 +207,12 @@ def sizes_of(graph: Graph, layout: Layout, layers: int) -> Sizes:
     for name in sizes.by_layer:
         sizes.everywhere.pop(name, None)  # of a part beside the layers, which is no quantity of the model
     return sizes
+
+
+def _of_tokens(graph: Graph) -> list[Node]:
+    """Tables of vectors, those first whose rows the model's input picks."""
+    given = set(graph.inputs.values())
+    return sorted(graph.nodes_named("embedding"), key=lambda node: node.input(1) not in given)
 
 
 def _note_heads(sizes: Sizes, node: Node) -> None:
