@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from compiler.errors import PassError
 from compiler.frontend.capture import capture
 from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph, Value
-from compiler.pipeline import Report
+from compiler.pipeline import Pipeline, Report
 from compiler.target import emission_of
+from passes.gqa_to_mla import GqaToMla
 from tests.families import FAMILIES
 from tests.test_gqa_to_mla import VOCABULARY, Decoder
 from tests.truncation import batches, first_output, reduced, relative_square, token_ids
@@ -53,3 +55,10 @@ def test_a_plan_and_a_run_with_one_rotary_pair_agree_on_the_class():
         reduced(graph, batches(2), planned=planned, rank=14, rope_dim=2)
         classes.append(emission_of(graph).architecture)
     assert classes[0] == classes[1]
+
+
+def test_numbers_that_are_the_full_widths_need_no_calibration_and_a_plan_asks_for_it_where_they_are_not():
+    Pipeline([GqaToMla(rank=32, rope_dim=32)]).run(Decoder().graph, planned=True)
+    assert not GqaToMla(rank=16).calibrated
+    with pytest.raises(PassError, match="this needs calibration data"):
+        Pipeline([GqaToMla(rank=16)]).run(Decoder().graph, planned=True)
