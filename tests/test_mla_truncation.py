@@ -27,9 +27,10 @@ from passes.gqa_to_mla.latent import Analysis, LatentMaps, Layout, largest_rank,
 from passes.gqa_to_mla.lowrank import LatentPair, Side, solve
 from passes.gqa_to_mla.moments import Moments, measure
 from passes.gqa_to_mla.refit import refitted
-from passes.gqa_to_mla.rotary import keep_best, pair_rows
-from passes.gqa_to_mla.source import Source, compressible
+from passes.gqa_to_mla.rotary import keep_best
+from passes.gqa_to_mla.source import Source, compressible, pair_rows
 from passes.gqa_to_mla.truncate import Form, form_of
+from passes.gqa_to_mla.turns import RIDGE
 from tests.families import FAMILIES
 from tests.test_gqa_to_mla import SHAPES, VOCABULARY, Decoder
 from tests.truncation import (
@@ -188,11 +189,6 @@ def test_the_components_are_another_basis_of_the_keys(name, analysed):
         assert (product - torch.eye(groups, dtype=product.dtype)).abs().le(1e-9).all()
         assert (parts.loss >= 0).all()
         assert (parts.loss.diff(dim=1) <= 0).all(), "components are ordered by their loss"
-        assert (parts.phasor.abs() <= scale_of(one.source) * (1 + 1e-5)).all()
-
-
-def scale_of(source: Source) -> float:
-    return source.table.attr("scale") ** 2 if source.table is not None else 1.0
 
 
 # the low-rank latent
@@ -317,7 +313,8 @@ def defined_moments(source: Source, samples: list[dict[str, Tensor]], weight: Te
     columns = weight.double().reshape(-1, heads, source.value_dim)
     norms, width = columns.square().sum((0, 2)), source.cached
     double = {"dtype": torch.float64}
-    phasor, total = torch.zeros(heads, source.pairs, dtype=torch.complex128), torch.zeros(heads, **double)
+    turned: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(heads)]
+    total = torch.zeros(heads, **double)
     queries, collision = torch.zeros(heads, source.head_dim, source.head_dim, **double), torch.zeros(heads, **double)
     keys, values, key_mean = (torch.zeros(*shape, **double) for shape in ((width, width), (width, width), (width,)))
     tokens = 0
@@ -342,9 +339,12 @@ def defined_moments(source: Source, samples: list[dict[str, Tensor]], weight: Te
                 values += norms[head] * torch.outer(mean, mean)
                 keys += (w[:, None] * y[near]).T @ y[near]
                 key_mean += w @ y[near]
-                phasor[head] += (w[:, None] * seen["angle"][s] * seen["angle"][near].conj()).sum(0)
+                product = complex_heads(source, query) * complex_heads(source, seen["k"][group, near]).conj()
+                turned[head].append((w, product, product * seen["angle"][s] * seen["angle"][near].conj()))
+    constants = [nearest_constants(*map(torch.cat, zip(*own, strict=True))) for own in turned]
     return Moments(
-        phasor=torch.view_as_real(phasor / total[:, None]),
+        phasor=torch.view_as_real(torch.stack([constant for constant, _ in constants])),
+        frozen=torch.stack([missed for _, missed in constants]),
         queries=queries / tokens,
         keys=keys / total.sum(),
         key_mean=key_mean / total.sum(),
@@ -352,6 +352,18 @@ def defined_moments(source: Source, samples: list[dict[str, Tensor]], weight: Te
         outputs=torch.einsum("xhi,xhj->hij", columns, columns),
         collision=collision / tokens,
     )
+
+
+def nearest_constants(w: Tensor, u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the score's products u and rotated r [N, pairs], the ridge least squares for c in Re(u c) = Re(r)."""
+    size = (w[:, None] * u.abs().square()).sum(0)
+    mean = (w[:, None] * u.conj() * r).sum(0) / size
+    rows = torch.stack((u.real, -u.imag), -1)
+    gram = torch.einsum("n,npi,npj->pij", w, rows, rows) + RIDGE * size[:, None, None] * torch.eye(2)
+    right = torch.einsum("n,npi,np->pi", w, rows, r.real) + RIDGE * size[:, None] * torch.view_as_real(mean)
+    constant = torch.view_as_complex(torch.linalg.solve(gram, right).contiguous())
+    missed = (w[:, None] * ((u * constant).real - r.real).square()).sum(0)
+    return constant, missed / (w[:, None] * r.real.square()).sum(0)
 
 
 MEASURED = {

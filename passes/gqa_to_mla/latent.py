@@ -10,8 +10,8 @@ from torch import Tensor
 
 from passes.gqa_to_mla.lowrank import ROUNDS, LatentPair, Side, solve
 from passes.gqa_to_mla.moments import Moments, output_energy
-from passes.gqa_to_mla.rotary import Components, components, pair_rows
-from passes.gqa_to_mla.source import Source
+from passes.gqa_to_mla.rotary import Components, components
+from passes.gqa_to_mla.source import Source, pair_rows
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from compiler.calibrate import Stage, quick_products
 from compiler.ir.ops.nn import attention_mask
 from passes.gqa_to_mla.source import Source
+from passes.gqa_to_mla.turns import Turns
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -25,7 +26,8 @@ TINY = torch.finfo(torch.float64).tiny
 class Moments:
     """Means over calibration tokens, float64. A token has Y = g (d + v) numbers: keys before rotation, then values.
 
-    ``phasor`` [H, pairs, 2]: the mean of scale^2 exp(i w (s - t)) under the weights w[s, t], with the table's scale.
+    ``phasor`` [H, pairs, 2]: the complex number that best stands for the rotation of a pair under the weights w[s, t],
+    and ``frozen`` [H, pairs] the part of the rotated scores' energy that it misses.
     ``queries`` [H, d, d]: E[w[s] q[s] q[s]^T] with w[s] the sum over t of w[s, t].
     ``keys`` [Y, Y]: the second moment of a token's numbers under the weight that its key has; ``key_mean`` [Y].
     ``values`` [Y, Y]: E[m m^T] of the heads' means m[s] = sum over t of a[s, t] y[t], heads weighted by |W|^2.
@@ -34,6 +36,7 @@ class Moments:
     """
 
     phasor: Tensor
+    frozen: Tensor
     queries: Tensor
     keys: Tensor
     key_mean: Tensor
@@ -98,8 +101,8 @@ class _Sums:
         width = source.groups * (d + v)
         columns = weight.float().reshape(-1, heads, v).permute(1, 0, 2)
         self._outputs = columns.transpose(1, 2) @ columns
-        self._phasor = torch.zeros(heads, source.pairs, 2, dtype=torch.float64)
-        self._weight = torch.zeros(heads, dtype=torch.float64)
+        self._turns = Turns(source)
+        self._weight = torch.zeros((), dtype=torch.float64)
         self._queries = torch.zeros(heads, d, d, dtype=torch.float64)
         self._keys = torch.zeros(width, width, dtype=torch.float64)
         self._key_mean = torch.zeros(width, dtype=torch.float64)
@@ -118,18 +121,19 @@ class _Sums:
             weights = self._weights(attention, slope, seen.value[group], own)
             weight_of_key += weights.sum((0, 1))
             self._add_queries(own, weights.sum(-1), seen.query[own])
-            self._add_phasor(own, weights, seen.table)
+            self._turns.add(own, weights, seen.query[own], seen.key[group], seen.table)
             self._add_values(own, attention, numbers)
             self._collision[own] += (attention * attention).sum((1, 2)).double()
         self._add_keys(weight_of_key, numbers)
         self._tokens += tokens
 
     def finish(self) -> Moments:
-        # a head that the output projection drops has no weight
-        weight, norms = self._weight.clamp_min(TINY), self._outputs.diagonal(dim1=1, dim2=2).sum().double()
-        total = weight.sum()
+        # what the output projection drops has no weight
+        total, norms = self._weight.clamp_min(TINY), self._outputs.diagonal(dim1=1, dim2=2).sum().double()
+        phasor, frozen = self._turns.fitted()
         return Moments(
-            phasor=self._phasor / weight[:, None, None],
+            phasor=phasor,
+            frozen=frozen,
             queries=self._queries / self._tokens,
             keys=self._keys / total,
             key_mean=self._key_mean / total,
@@ -162,17 +166,8 @@ class _Sums:
         return distance.clamp_(min=0).mul_(sensitivity).mul_(sensitivity)
 
     def _add_queries(self, own: slice, weight: Tensor, query: Tensor) -> None:
-        self._weight[own] += weight.sum(-1).double()
+        self._weight += weight.sum().double()
         self._queries[own] += ((weight[..., None] * query).transpose(1, 2) @ query).double()
-
-    def _add_phasor(self, own: slice, weights: Tensor, table: tuple[Tensor, ...]) -> None:
-        """exp(i w (s - t)) is exp(i w s) times the conjugate of exp(i w t)."""
-        if not table:
-            return
-        cos, sin = table
-        over_cos, over_sin = weights @ cos, weights @ sin
-        self._phasor[own, :, 0] += (cos * over_cos + sin * over_sin).sum(1).double()
-        self._phasor[own, :, 1] += (sin * over_cos - cos * over_sin).sum(1).double()
 
     def _add_values(self, own: slice, attention: Tensor, numbers: Tensor) -> None:
         norms = self._outputs[own].diagonal(dim1=1, dim2=2).sum(1).sqrt()

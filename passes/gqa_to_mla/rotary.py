@@ -3,7 +3,8 @@
 Per rotary pair the g key heads give g complex numbers, all turned by the same angle. Any complex combination of them is
 turned alike, so a change of basis is exact; the basis here is the one in which the first components carry most of what
 rotation is good for. A component that stays takes two cached numbers and keeps its frequency. For one that does not,
-the rotation between query and key is replaced by its mean under the attention, one complex number a head and pair.
+the rotation between query and key is replaced by the complex number that best stands for it under the attention, one a
+head and pair.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from passes.gqa_to_mla.moments import Moments
-from passes.gqa_to_mla.source import Source
+from passes.gqa_to_mla.source import Source, pair_rows
 
 TINY = 1e-6
 
@@ -41,10 +42,9 @@ def components(source: Source, moments: Moments, energy: float) -> Components:
     real, imaginary = pair_rows(source)
     keys = _complex_covariance(moments.keys, source, real, imaginary)
     phasor = torch.complex(moments.phasor[..., 0], moments.phasor[..., 1])
-    frozen = 1 - (phasor.abs() / _gain(source)) ** 2
     diagonal = moments.queries.diagonal(dim1=1, dim2=2)
     scale = source.site.scale * _gain(source)
-    weight = (diagonal[:, real] + diagonal[:, imaginary]) * frozen.clamp_min(0) * scale**2
+    weight = (diagonal[:, real] + diagonal[:, imaginary]) * moments.frozen * scale**2
     shared = weight.reshape(source.groups, source.heads // source.groups, source.pairs).sum(1).T
     size = shared.mean(1, keepdim=True).clamp_min(torch.finfo(shared.dtype).tiny)
     # of a pair's mean, so that keys and queries keep their scale, whatever dtype holds them
@@ -71,12 +71,6 @@ def _complex_covariance(moment: Tensor, source: Source, real: Tensor, imaginary:
     return torch.complex(
         block(real, real) + block(imaginary, imaginary), block(imaginary, real) - block(real, imaginary)
     )
-
-
-def pair_rows(source: Source) -> tuple[Tensor, Tensor]:
-    """Where a head has the real and the imaginary numbers of its pairs, int64 [pairs] each."""
-    pairs = torch.arange(source.pairs)
-    return (2 * pairs, 2 * pairs + 1) if source.interleaved else (pairs, pairs + source.pairs)
 
 
 def keep_best(losses: Sequence[Tensor], count: int) -> list[int]:

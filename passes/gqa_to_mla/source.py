@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from compiler.ir.facts import AttentionSite
 from compiler.ir.graph import Node, Param, Value
@@ -149,3 +150,9 @@ def _projections(site: AttentionSite) -> tuple[Projection, Projection, Projectio
         return None
     same = len({part.linear.input(0) for part in (query, key, value)}) == 1
     return (query, key, value) if same else None
+
+
+def pair_rows(source: Source) -> tuple[Tensor, Tensor]:
+    """Where a head has the real and the imaginary numbers of its pairs, int64 [pairs] each."""
+    pairs = torch.arange(source.pairs)
+    return (2 * pairs, 2 * pairs + 1) if source.interleaved else (pairs, pairs + source.pairs)

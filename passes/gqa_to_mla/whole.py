@@ -43,6 +43,7 @@ def _maps(source: Source, layout: Layout) -> LatentMaps:
     heads, d, v, numbers = source.heads, source.head_dim, source.value_dim, source.cached
     alike = Moments(
         phasor=torch.zeros(heads, source.pairs, 2, dtype=torch.float64),
+        frozen=torch.ones(heads, source.pairs, dtype=torch.float64),
         queries=_identities(heads, d),
         keys=_identities(1, numbers)[0],
         key_mean=torch.zeros(numbers, dtype=torch.float64),
