@@ -15,8 +15,8 @@ from compiler.weights.source import MemorySource
 def latent_graph(
     graph: Graph, ranks: Sequence[int], pairs: Sequence[int], *, normed: bool = False, seed: int = 5
 ) -> Graph:
-    """``graph`` with latent attention of ranks r and 2 * pairs rotary elements (0: none), one for each attention that is
-    causal; -1 leaves one as it is. The latents go through a norm when ``normed``. Changes ``graph``.
+    """``graph`` with latent attention of ranks r and 2 * pairs rotary elements (0: none), one for each causal
+    attention; -1 leaves one as it is. The latents go through a norm when ``normed``. Changes ``graph``.
     """
     builder = _Builder(graph, torch.Generator().manual_seed(seed))
     sites = [site for site in attention_sites(graph) if site.causal]

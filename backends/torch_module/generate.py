@@ -16,11 +16,11 @@ from backends.torch_module.pair import (
     DECODER,
     PairAssembly,
     add_extras,
-    decoded,
     is_paired,
     named_parts,
     part_in,
     parts_of,
+    written,
 )
 from backends.torch_module.prepare import prepared
 from backends.torch_module.program import ATTENTION, Call, Extras, Loop, program_of
@@ -93,7 +93,7 @@ def _encoder(graph: Graph) -> Generated:
 
 def _pair(graph: Graph, cache_bits: int) -> Generated:
     graph = prepared(graph, DECODER)
-    _check_by_token(graph, DECODER, decoded(graph))
+    _check_by_token(graph, DECODER, written(graph))
     nodes, extras, parts = list(graph.nodes), Extras(), parts_of(graph)
     add_extras(graph, extras)
     body_path = parent(next(iter(parts)))

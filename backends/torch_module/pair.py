@@ -17,7 +17,7 @@ from backends.torch_module.program import ATTENTION, NOTHING, Body, Call, Extras
 from backends.torch_module.relative import KEYS, QUERIES, biases
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
-from compiler.ir.graph import Graph, Node, Value
+from compiler.ir.graph import Graph, Node, Value, ancestors
 from compiler.ir.layers import layer_of
 
 DECODER = "decoder_input_ids"
@@ -37,6 +37,14 @@ def decoded(graph: Graph) -> list[Node]:
             reached.update(node.outputs)
             found.append(node)
     return found
+
+
+def written(graph: Graph) -> list[Node]:
+    """The operations of the decoder that are done for every token: all but the biases, which follow from places."""
+    length, reached = graph.inputs[DECODER].shape[1], set(decoded(graph))
+    apart = {node for bias in biases(graph, causal=True) for node in ancestors([bias])}
+    made = [node for node in graph.nodes if any(length in output.shape for output in node.outputs)]
+    return [*reached, *(node for node in made if node not in reached | apart)]
 
 
 def add_extras(graph: Graph, extras: Extras) -> None:

@@ -14,7 +14,8 @@ MAKERS = frozenset({"arange", "full", "reshape", "expand", "cumsum", "sub", "add
 
 
 def positions(graph: Graph, tokens: str) -> set[Value]:
-    """The int64 values [B, T] or [1, T] that hold 0, 1, 2, ... in every row, whatever B and T are.
+    """The int64 values [B, T] or [1, T] that hold 0, 1, 2, ... in every row, whatever B and T are, and those [T] that
+    pick rows of tables.
 
     ``tokens`` names an input [B, T], whose shape the others follow.
     """
@@ -24,9 +25,18 @@ def positions(graph: Graph, tokens: str) -> set[Value]:
     for node in graph.nodes:
         if node.op.name in MAKERS and all(value in constant for value in node.inputs):
             constant.update(node.outputs)
-            if node.output.type.dtype == torch.int64 and node.output.shape in ((batch, length), (1, length)):
+            shapes = ((batch, length), (1, length), *([(length,)] if _picks(node.output) else []))
+            if node.output.type.dtype == torch.int64 and node.output.shape in shapes:
                 found |= {node.output} if _counts(graph, node.output, tokens) else set()
     return found
+
+
+def _picks(value: Value) -> bool:
+    """Whether ``value`` does nothing but pick rows of tables."""
+    return bool(value.users) and all(
+        user.op.name in ("embedding", "take") and user.input(1) is value and not user.attrs.get("axis", 0)
+        for user in value.users
+    )
 
 
 def _counts(graph: Graph, value: Value, tokens: str) -> bool:

@@ -24,12 +24,22 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
         counted = positions(copy, tokens)
         given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
         for value in counted:
-            copy.replace(value, given)
+            _take_over(copy, value, given)
     _sort_tables(copy)
     _own_tables(copy)
     _join_split_heads(copy)
     copy.prune()
     return copy
+
+
+def _take_over(graph: Graph, counted: Value, given: Value) -> None:
+    """Let ``given`` [B, T] stand for ``counted``; what picks rows by [T] picks them for every sample then."""
+    if counted.type.rank > 1:
+        graph.replace(counted, given)
+        return
+    for user in list(counted.users):
+        picked = graph.op(user.op.name, [user.input(0), given], user.attrs, scope=user.scope, before=user)
+        graph.replace(user.output, picked)
 
 
 def _copied(graph: Graph) -> Graph:

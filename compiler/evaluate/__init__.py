@@ -22,7 +22,7 @@ from compiler.datafiles import fingerprint
 from compiler.errors import DataError
 from compiler.evaluate.data import data_windows
 from compiler.evaluate.decode import pieces, prompt_ids, timed
-from compiler.evaluate.inputs import Window, is_causal, is_paired, random_ids, random_windows
+from compiler.evaluate.inputs import Window, is_causal, is_paired, position_limit, random_windows
 from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.evaluate.metrics import METRICS, Estimate, Scored, Sums, alone, check_names, choose
 from compiler.evaluate.texts import TextData
@@ -307,16 +307,21 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cache_size(model: Any) -> CacheSize | None:
-    """Sizes of the tensors in the cache after reading ``CACHE_LENGTH`` tokens; None without a growing cache."""
-    if not is_causal(model):
+    """Sizes of the tensors in the cache after reading ``CACHE_LENGTH`` tokens, or as many as the model takes.
+
+    Of an encoder-decoder what the decoder keeps of its own tokens. None without a growing cache.
+    """
+    if not is_causal(model) and not is_paired(model):
         return None
-    ids = random_ids(model, CACHE_LENGTH, torch.Generator().manual_seed(0))[None]
+    length = min(CACHE_LENGTH, position_limit(model) or CACHE_LENGTH)
+    (window,) = random_windows(model, 1, length, seed=0)
     with torch.inference_mode():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    layers = getattr(cache, "layers", ())
+        cache = model(**{name: _cast(value, model.dtype) for name, value in window.arguments.items()}, use_cache=True)
+    cache = cache.past_key_values
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
     values = sum(tensor.numel() for tensor in tensors)
-    return CacheSize(values / CACHE_LENGTH, sum(_live_bytes(tensors)) / CACHE_LENGTH)
+    return CacheSize(values / length, sum(_live_bytes(tensors)) / length)
 
 
 def _live_bytes(tensors: Sequence[Tensor]) -> list[int]:
