@@ -24,7 +24,7 @@ from passes.low_rank import LowRank
 from passes.low_rank.choose import allocated, together, uniform
 from passes.low_rank.factor import Metric, best, root, spectrum
 from passes.low_rank.places import Form, bias_of, places_of, sharing
-from passes.low_rank.rewrite import Writer
+from passes.low_rank.rewrite import stored, write
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 
@@ -156,12 +156,15 @@ def test_what_cannot_be_factorised_is_said():
 
 
 def test_impossible_wishes_are_errors():
-    with pytest.raises(SelectorError):
-        reduced("llama", where="router", keep=0.5)
-    with pytest.raises(PassError, match="none of the selected weights can be factorised"):
-        reduced("mixtral", where="experts", keep=0.5)
-    with pytest.raises(PassError, match="leaves less than a rank of 1"):
-        reduced("llama", keep=0.01)
+    wishes = [
+        ("llama", {"where": "router", "keep": 0.5}, SelectorError, "selects nothing|matches nothing|no weight"),
+        ("mixtral", {"where": "experts", "keep": 0.5}, PassError, "none of the selected weights can be factorised"),
+        ("llama", {"where": "mlp", "keep": 0.01}, PassError, "leaves less than a rank of 1"),
+    ]
+    for name, options, kind, reason in wishes:
+        graph = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
+        with pytest.raises(kind, match=reason):
+            Pipeline([LowRank(**options)]).run(graph, planned=True)
 
 
 class Silent:
@@ -193,7 +196,7 @@ def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(
         factors = best(weight, ones, min(weight.shape), form == "pivoted", torch.float32)
         biases = [bias_of(param) for param in place.params]
         bias = torch.cat([read_param(graph, one).double() for one in biases]) if all(biases) else None
-        Writer(graph, keep).write(place, factors, bias)
+        write(graph, place, stored(keep, place, factors, bias))
     after = run(graph, inputs)["logits"]
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
     firsts = [param for param in graph.params if ".down.weight" in param or ".pivots.weight" in param]

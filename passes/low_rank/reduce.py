@@ -1,8 +1,9 @@
-"""The pass: measure, choose ranks, factorise."""
+"""The pass: measure, choose ranks, factorise, and keep what is nearest to the original."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,34 +17,34 @@ from passes.low_rank.choose import Choice, Costs, Ranked, allocated, together, u
 from passes.low_rank.factor import Factors, best, spectrum
 from passes.low_rank.metrics import Batches, Metrics, measured
 from passes.low_rank.places import Form, Place, bias_of, places_of, sharing
-from passes.low_rank.rewrite import Writer
-from passes.low_rank.update import factorise_in_order
+from passes.low_rank.rewrite import Stored, stored, write
+from passes.low_rank.update import factorised_in_order
 
 if TYPE_CHECKING:
     from passes.low_rank import LowRank
 
 CHOICE_TOKENS = 2048
 
+Made = dict[Ranked, Stored]
+
 
 def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]) -> None:
     """Factorise ``params`` of ``graph`` as ``options`` say."""
     places = places_of(graph, ctx, params)
     form = Form(options.form, options.bias)
-    batches = ctx.calibration() if options.calibrated else []
+    even = uniform(places, form, options.keep)
+    costs: Costs = {}
     if ctx.planned:
-        choice = uniform(places, form, options.keep)
-        _report(ctx, form, places, choice, {})
-        for ranked in choice:
-            Writer(graph, ctx.spill).write(ranked.place, *_planned(ranked, form))
-        return
-    metrics = measured(graph, ctx, places, options, batches)
-    groups = sharing(places) if options.share else [[place] for place in places]
-    costs = _costs(metrics, groups)
-    choice = _choose(graph, ctx, options, metrics, groups, costs, batches)
-    _report(ctx, form, places, choice, costs)
-    if options.update:
-        choice = factorise_in_order(graph, ctx, metrics, form, choice, batches)
-    factorise(Writer(graph, ctx.spill), metrics, form, choice)
+        made = {ranked: _planned(ctx, ranked, form) for ranked in even}
+    else:
+        batches = ctx.calibration() if options.calibrated else []
+        metrics = measured(graph, ctx, places, options, batches)
+        groups = sharing(places) if options.share else [[place] for place in places]
+        costs = _costs(metrics, groups)
+        made = _nearest(_Search(graph, ctx, options, metrics, form, batches), even, groups, costs)
+    _report(ctx, form, places, tuple(made), costs)
+    for ranked, factors in made.items():
+        write(graph, ranked.place, factors)
 
 
 def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
@@ -53,43 +54,66 @@ def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
     return {place: spectrum(metrics.weight(place), metrics.of(place)).costs for place in places}
 
 
-def _choose(
-    graph: Graph,
-    ctx: Context,
-    options: LowRank,
-    metrics: Metrics,
-    groups: Sequence[Sequence[Place]],
-    costs: Costs,
-    batches: Batches,
-) -> Choice:
-    form = Form(options.form, options.bias)
-    even = uniform([place for group in groups for place in group], form, options.keep)
-    if options.ranks == "uniform":
-        return even
-    fidelity = Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
-    found: dict[str, tuple[float, Choice]] = {}
-    for what, choice in (("the same part of each", even), ("shared out", allocated(groups, costs, form, options.keep))):
-        trial = copy_of(graph)
-        factorise(Writer(trial, ctx.spill), metrics, form, choice)
-        found[what] = fidelity.distance(trial), choice
-    best = min(found, key=lambda what: found[what][0])
-    for what, (distance, _) in found.items():
-        ctx.tried(what, distance, what == best)
-    return found[best][1]
+@dataclass(frozen=True)
+class _Search:
+    """What it takes to try factors on a copy of the graph."""
+
+    graph: Graph
+    ctx: Context
+    options: LowRank
+    metrics: Metrics
+    form: Form
+    batches: Batches
+
+    def factorised(self, choice: Choice) -> Made:
+        return {ranked: _factorised(self.metrics, self.form, ranked) for ranked in choice}
+
+    def updated(self, made: Made) -> Made:
+        """The same ranks, factorised in order; weights with several uses keep the factors they have."""
+        return made | factorised_in_order(self.graph, self.metrics, self.form, made, self.batches)
 
 
-def factorise(writer: Writer, metrics: Metrics, form: Form, choice: Sequence[Ranked]) -> None:
-    """Put the best factors of the chosen ranks in the place of every chosen weight."""
-    for ranked in choice:
-        place, rank = ranked.place, ranked.rank
-        weight, bias = metrics.weight(place), metrics.bias(place)
-        factors = best(weight, metrics.of(place), rank, form.pivoted(place, rank), place.params[0].storage)
-        if form.bias:
-            bias = (weight - factors.matrix()) @ metrics.mean(place) + (0 if bias is None else bias)
-        writer.write(place, factors, bias)
+def _nearest(search: _Search, even: Choice, groups: Sequence[Sequence[Place]], costs: Costs) -> Made:
+    """The factors, of those that the options allow, that bring the whole model nearest to the original."""
+    options = search.options
+    tries: dict[str, Callable[[Made], Made]] = {"the same part of each": lambda _: search.factorised(even)}
+    if options.ranks == "measured":
+        shared_out = allocated(groups, costs, search.form, options.keep)
+        tries["shared out by cost"] = lambda _: search.factorised(shared_out)
+    if options.update:
+        tries["factorised in order"] = search.updated
+    if len(tries) == 1:
+        return search.factorised(even)
+    fidelity = Fidelity(search.graph, spread(search.batches, CHOICE_TOKENS, 1))
+    found: dict[str, tuple[float, Made]] = {}
+    nearest: Made = {}
+    for what, attempt in tries.items():
+        made = attempt(nearest)
+        found[what] = _distance(search.graph, made, fidelity), made
+        nearest = min(found.values(), key=lambda one: one[0])[1]
+    for what, (distance, made) in found.items():
+        search.ctx.tried(what, distance, made is nearest)
+    return nearest
 
 
-def _planned(ranked: Ranked, form: Form) -> tuple[Factors, Tensor | None]:
+def _distance(graph: Graph, made: Made, fidelity: Fidelity) -> float:
+    trial = copy_of(graph)
+    for ranked, factors in made.items():
+        write(trial, ranked.place, factors)
+    return fidelity.distance(trial)
+
+
+def _factorised(metrics: Metrics, form: Form, ranked: Ranked) -> Stored:
+    """The best factors of the rank, and a bias that keeps the mean of outputs where the form has one."""
+    place, rank = ranked.place, ranked.rank
+    weight, bias = metrics.weight(place), metrics.bias(place)
+    factors = best(weight, metrics.of(place), rank, form.pivoted(place, rank), place.params[0].storage)
+    if form.bias:
+        bias = (weight - factors.matrix()) @ metrics.mean(place) + (0 if bias is None else bias)
+    return stored(metrics.ctx.spill, place, factors, bias)
+
+
+def _planned(ctx: Context, ranked: Ranked, form: Form) -> Stored:
     """Factors of the right shapes, and a bias where there will be one, without values."""
     place, rank = ranked.place, ranked.rank
 
@@ -97,26 +121,25 @@ def _planned(ranked: Ranked, form: Form) -> tuple[Factors, Tensor | None]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     biased = form.bias or any(bias_of(param) for param in place.params)
-    bias = empty(place.height) if biased else None
-    if form.pivoted(place, rank):
-        order = empty(place.height, dtype=torch.int64)
-        return Factors(empty(rank, place.columns), empty(place.height - rank, rank), order), bias
-    return Factors(empty(rank, place.columns), empty(place.height, rank)), bias
+    pivots = rank if form.pivoted(place, rank) else 0
+    order = empty(place.height, dtype=torch.int64) if pivots else None
+    factors = Factors(empty(rank, place.columns), empty(place.height - pivots, rank), order)
+    return stored(ctx.spill, place, factors, empty(place.height) if biased else None)
 
 
 def _report(ctx: Context, form: Form, places: Sequence[Place], choice: Choice, costs: Costs) -> None:
-    chosen = {param: ranked for ranked in choice for param in ranked.place.params}
+    chosen = {param for ranked in choice for param in ranked.place.params}
     for ranked in choice:
         place, rank = ranked.place, ranked.rank
         kind = "pivoted" if form.pivoted(place, rank) else "a pair"
-        numbers = {"predicted_loss": float(costs[place][rank:].sum())} if costs else {}
+        predicted = {"predicted_loss": float(costs[place][rank:].sum())} if costs else {}
         ctx.rewrote(
             place.name,
             f"[{place.height}, {place.columns}] by rank {rank}, {kind}",
             rank=rank,
             parameters_before=place.full,
             parameters_after=form.size(place, rank),
-            **numbers,
+            **predicted,
         )
     for place in places:
         if place.params[0] not in chosen:

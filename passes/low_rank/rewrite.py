@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.weights.expr import Expr
+from compiler.weights.ops.basic import reshape, slice
 from passes.low_rank.factor import Factors
 from passes.low_rank.places import Place
 
@@ -16,97 +18,125 @@ Keep = Callable[[str, Tensor], Expr]
 
 
 @dataclass(frozen=True)
-class Writer:
-    """Writes factors into ``graph``, which may be a copy of the one whose parameters places name."""
+class Stored:
+    """The factors of a place as they are kept. ``bias`` [rows]: of outputs, or of pivots and then of the others."""
+
+    first: Expr
+    second: Expr
+    order: Expr | None
+    bias: Expr | None
+
+
+def stored(keep: Keep, place: Place, factors: Factors, bias: Tensor | None) -> Stored:
+    """``factors``, which have their dtype, and the outputs' ``bias`` (float64 [rows]), kept."""
+    if bias is not None and factors.order is not None:
+        bias = _placed(factors, factors.order, bias)
+    storage = place.params[0].storage
+    return Stored(
+        keep(f"{place.name}.first", factors.first.to(storage)),
+        keep(f"{place.name}.second", factors.second.to(storage)),
+        None if factors.order is None else keep(f"{place.name}.order", factors.order),
+        None if bias is None else keep(f"{place.name}.bias", bias.to(storage)),
+    )
+
+
+def _placed(factors: Factors, order: Tensor, bias: Tensor) -> Tensor:
+    """What is added to the pivots, and to the others, which are made of pivots with their bias."""
+    placed = bias[order.argsort()]
+    first, second = placed.split([len(factors.first), len(factors.second)])
+    return torch.cat([first, second - factors.second.double() @ first])
+
+
+def write(graph: Graph, place: Place, made: Stored) -> None:
+    """Let every product with the weights of ``place`` go through its factors.
+
+    ``graph`` may be a copy of the one whose parameters ``place`` names.
+    """
+    params = [graph.params[param.name] for param in place.params]
+    users = [list(param.users) for param in params]
+    writer = _Writer(graph, place, made, users)
+    values = writer.pair() if made.order is None else writer.pivoted(made.order)
+    for nodes, results in zip(users, values, strict=True):
+        for node, value in zip(nodes, results, strict=True):
+            graph.replace(node.output, value)
+            graph.erase(node)
+    graph.prune()
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """``users`` are the products with each weight of the place."""
 
     graph: Graph
-    keep: Keep
+    place: Place
+    made: Stored
+    users: list[list[Node]]
 
-    def write(self, place: Place, factors: Factors, bias: Tensor | None) -> None:
-        """Let every product with the weights of ``place`` go through ``factors``. ``bias`` [rows] is added."""
-        write = self._pair if factors.order is None else self._pivoted
-        params = [self.graph.params[param.name] for param in place.params]
-        users = [list(param.users) for param in params]
-        made = write(place, factors, bias, users)
-        for nodes, values in zip(users, made, strict=True):
-            for node, value in zip(nodes, values, strict=True):
-                self.graph.replace(node.output, value)
-                self.graph.erase(node)
-        self.graph.prune()
+    def pair(self) -> list[list[Value]]:
+        made = self.made
+        first = self._weight(self.place, "down", made.first, window=True)
+        hidden = {node.input(0): self._first(node, first, None) for node in self.users[0]}
+        results: list[list[Value]] = []
+        for own, start, stop, nodes in self._members():
+            second = self._weight(own, "up", slice(made.second, 0, start, stop))
+            bias = None if made.bias is None else self._bias(own, "up", made.bias, start, stop)
+            results.append([self._second(own, node, hidden[node.input(0)], second, bias) for node in nodes])
+        return results
 
-    def _pair(self, place: Place, factors: Factors, bias: Tensor | None, users: list[list[Node]]) -> list[list[Value]]:
-        first = self._param(place, "down.weight", factors.first, users[0][0])
-        hidden = {node.input(0): self._first(place, node, first, None) for node in users[0]}
-        made: list[list[Value]] = []
-        start = 0
-        for param, rows, nodes in zip(place.params, place.rows, users, strict=True):
-            own, span = Place((param,)), slice(start, start + rows)
-            second = self._param(own, "up.weight", factors.second[span], nodes[0], pointwise=True)
-            shift = None if bias is None else self._param(own, "up.bias", bias[span], nodes[0])
-            made.append([self._second(own, node, hidden[node.input(0)], second, shift) for node in nodes])
-            start += rows
-        return made
-
-    def _pivoted(
-        self, place: Place, factors: Factors, bias: Tensor | None, users: list[list[Node]]
-    ) -> list[list[Value]]:
-        assert factors.order is not None
-        biases = (None, None) if bias is None else _biases(factors, bias)
-        node = users[0][0]
-        first = self._linear(place, "pivots", factors.first, biases[0], node)
-        second = self._linear(place, "others", factors.second, biases[1], node, pointwise=True)
+    def pivoted(self, order: Expr) -> list[list[Value]]:
+        made, rank, height = self.made, self.made.first.shape[0], self.place.height
+        first = self._weight(self.place, "pivots", made.first, window=True)
+        second = self._weight(self.place, "others", made.second)
+        shifts: tuple[Param | None, Param | None] = (None, None)
+        if made.bias is not None:
+            parts = (("pivots", 0, rank), ("others", rank, height))
+            shifts = tuple(self._bias(self.place, name, made.bias, *span) for name, *span in parts)
         joined: dict[Value, Value] = {}
-        for node in users[0]:
-            pivots = self._first(place, node, *first)
-            others = self._second(place, node, pivots, *second)
-            joined[node.input(0)] = self._op(place, node, "concat", [pivots, others], axis=_axis(node))
-        made: list[list[Value]] = []
-        for param, order, nodes in zip(place.params, factors.order.split(list(place.rows)), users, strict=True):
-            own = Place((param,))
-            index = self._param(own, "order", order, nodes[0])
-            made.append(
-                [self._op(own, node, "take", [joined[node.input(0)], index], axis=_axis(node)) for node in nodes]
-            )
-        return made
+        for node in self.users[0]:
+            pivots = self._first(node, first, shifts[0])
+            others = self._second(self.place, node, pivots, second, shifts[1])
+            joined[node.input(0)] = self._op(self.place, node, "concat", [pivots, others], axis=_axis(node))
+        return [self._ordered(order, joined, *member) for member in self._members()]
 
-    def _linear(
-        self, place: Place, name: str, weight: Tensor, bias: Tensor | None, node: Node, pointwise: bool = False
-    ) -> tuple[Param, Param | None]:
-        made = self._param(place, f"{name}.weight", weight, node, pointwise=pointwise)
-        return made, None if bias is None else self._param(place, f"{name}.bias", bias, node)
+    def _ordered(
+        self, order: Expr, joined: dict[Value, Value], own: Place, start: int, stop: int, nodes: list[Node]
+    ) -> list[Value]:
+        """The outputs of one weight of the place, each taken from where it stands."""
+        index = self.graph.add_param(f"{own.name}.order", slice(order, 0, start, stop))
+        return [self._op(own, node, "take", [joined[node.input(0)], index], axis=_axis(node)) for node in nodes]
 
-    def _first(self, place: Place, node: Node, weight: Param, bias: Param | None) -> Value:
-        return self._op(place, node, node.op.name, [node.input(0), weight, bias], **node.attrs)
+    def _members(self) -> list[tuple[Place, int, int, list[Node]]]:
+        """Every weight as a place of its own, its first and last row + 1, and the products with it."""
+        stops = [sum(self.place.rows[: index + 1]) for index in range(len(self.users))]
+        owns = [Place((param,)) for param in self.place.params]
+        spans = zip(owns, self.place.rows, stops, self.users, strict=True)
+        return [(own, stop - rows, stop, nodes) for own, rows, stop, nodes in spans]
 
-    def _second(self, place: Place, node: Node, x: Value, weight: Param, bias: Param | None) -> Value:
+    def _first(self, node: Node, weight: Param, bias: Param | None) -> Value:
+        return self._op(self.place, node, node.op.name, [node.input(0), weight, bias], **node.attrs)
+
+    def _second(self, own: Place, node: Node, x: Value, weight: Param, bias: Param | None) -> Value:
         if node.op.name == "linear":
-            return self._op(place, node, "linear", [x, weight, bias])
+            return self._op(own, node, "linear", [x, weight, bias])
         ones, zeros = ((number,) * (weight.type.rank - 2) for number in (1, 0))
-        return self._op(place, node, "conv", [x, weight, bias], stride=ones, padding=zeros, dilation=ones)
+        return self._op(own, node, "conv", [x, weight, bias], stride=ones, padding=zeros, dilation=ones)
 
-    def _op(self, place: Place, node: Node, name: str, inputs: list[Value | None], **attrs: object) -> Value:
-        return self.graph.op(name, inputs, attrs, scope=place.name, before=node)
+    def _op(self, own: Place, node: Node, name: str, inputs: list[Value | None], **attrs: object) -> Value:
+        return self.graph.op(name, inputs, attrs, scope=own.name, before=node)
 
-    def _param(self, place: Place, name: str, tensor: Tensor, node: Node, pointwise: bool = False) -> Param:
-        """A parameter of the module of ``place``, with the shape of a kernel where ``node`` is a convolution."""
-        storage = place.params[0].storage
-        if node.op.name == "conv" and tensor.ndim == 2:
-            window = (1,) * (node.input(1).type.rank - 2) if pointwise else node.input(1).shape[2:]
-            tensor = tensor.reshape(len(tensor), -1, *(int(size) for size in window))
-        name = f"{place.name}.{name}"
-        if not tensor.is_floating_point():
-            return self.graph.add_param(name, self.keep(name, tensor))
-        return self.graph.add_param(name, self.keep(name, tensor.to(storage)), storage)
+    def _weight(self, own: Place, name: str, expr: Expr, window: bool = False) -> Param:
+        """A matrix of the module of ``own``, or a kernel of its window or of 1 where the place is a convolution."""
+        node = self.users[0][0]
+        if node.op.name == "conv":
+            kernel = node.input(1).shape
+            sizes = [int(size) for size in kernel[1:]] if window else [expr.shape[1], *(1 for _ in kernel[2:])]
+            expr = reshape(expr, (expr.shape[0], *sizes))
+        return self.graph.add_param(f"{own.name}.{name}.weight", expr)
+
+    def _bias(self, own: Place, name: str, expr: Expr, start: int, stop: int) -> Param:
+        return self.graph.add_param(f"{own.name}.{name}.bias", slice(expr, 0, start, stop))
 
 
 def _axis(node: Node) -> int:
     """The axis of outputs."""
     return 1 if node.op.name == "conv" else node.output.type.rank - 1
-
-
-def _biases(factors: Factors, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the pivots, and to the others, which are made of pivots with their bias."""
-    assert factors.order is not None
-    placed = bias[factors.order.argsort()]
-    first, second = placed[: len(factors.first)], placed[len(factors.first) :]
-    return first, second - factors.second.double() @ first

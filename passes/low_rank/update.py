@@ -7,7 +7,7 @@ update of SVD-LLM (arXiv 2403.07378), taken to its optimum for both factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,12 @@ from compiler.fidelity import spread
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
 from compiler.moments import Moments
-from compiler.pipeline import Context
 from compiler.products import entering
-from passes.low_rank.choose import Choice, Ranked
+from passes.low_rank.choose import Ranked
 from passes.low_rank.factor import best
 from passes.low_rank.metrics import Batches, Metrics
 from passes.low_rank.places import Form
-from passes.low_rank.rewrite import Writer
+from passes.low_rank.rewrite import Stored, stored, write
 
 UPDATE_TOKENS = 16384
 RIDGE = 1e-3
@@ -72,24 +71,23 @@ class _Paired:
         return torch.linalg.solve(second + ridge, cross + ridge, left=False)
 
 
-def factorise_in_order(
-    graph: Graph, ctx: Context, metrics: Metrics, form: Form, choice: Choice, batches: Batches
-) -> list[Ranked]:
-    """Factorise what was chosen, stage by stage. Returns what was not: weights that are used more than once."""
-    writer, given = Writer(graph, ctx.spill), spread(batches, UPDATE_TOKENS)
+def factorised_in_order(
+    graph: Graph, metrics: Metrics, form: Form, choice: Iterable[Ranked], batches: Batches
+) -> dict[Ranked, Stored]:
+    """The factors of what is chosen in ``graph``, made stage by stage on a copy; not of weights with several uses."""
     left = [ranked for ranked in choice if all(len(param.users) == 1 for param in ranked.place.params)]
-    rest = [ranked for ranked in choice if ranked not in left]
-    original = copy_of(graph)
-    for theirs, ours in zip(sweep(original, given), sweep(graph, given), strict=True):
-        for group in _by_input(ours, left):
-            paired = _observed(original, theirs, ours, group[0])
+    made: dict[Ranked, Stored] = {}
+    trial, given = copy_of(graph), spread(batches, UPDATE_TOKENS)
+    for theirs, ours in zip(sweep(graph, given), sweep(trial, given), strict=True):
+        for group in _by_input(theirs, left):
+            paired = _observed(theirs, ours, group[0], trial)
             for ranked in group:
-                _factorise(writer, metrics, form, ranked, paired)
-                left.remove(ranked)
+                made[ranked] = _factorised(metrics, form, ranked, paired)
+                write(trial, ranked.place, made[ranked])
             ours.refresh()
-        if not left:
+        if len(made) == len(left):
             break
-    return rest
+    return made
 
 
 def _by_input(stage: Stage, choice: Sequence[Ranked]) -> list[list[Ranked]]:
@@ -104,30 +102,28 @@ def _by_input(stage: Stage, choice: Sequence[Ranked]) -> list[list[Ranked]]:
 
 
 def _node(ranked: Ranked) -> Node:
+    """The one product with the first weight of a place."""
     return next(iter(ranked.place.params[0].users))
 
 
-def _observed(original: Graph, theirs: Stage, ours: Stage, ranked: Ranked) -> _Paired:
+def _observed(theirs: Stage, ours: Stage, ranked: Ranked, trial: Graph) -> _Paired:
     """What the place of ``ranked`` reads in both graphs."""
-    param = ranked.place.params[0]
-    there = original.params[param.name]
-    nodes = next(iter(there.users)), _node(ranked)
+    params = ranked.place.params[0], trial.params[ranked.place.params[0].name]
+    nodes = [next(iter(param.users)) for param in params]
     paired = _Paired.of(ranked.place.columns)
     values = (stage.values([node.input(0)]) for stage, node in zip((theirs, ours), nodes, strict=True))
     for known in zip(*values, strict=True):
-        (_, x), (_, y) = (
-            next(iter(entering(node, own, one))) for node, own, one in zip(nodes, (there, param), known, strict=True)
-        )
+        (_, x), (_, y) = (next(iter(entering(*one))) for one in zip(nodes, params, known, strict=True))
         with quick_products():
             paired.add(x, y)
     return paired
 
 
-def _factorise(writer: Writer, metrics: Metrics, form: Form, ranked: Ranked, paired: _Paired) -> None:
+def _factorised(metrics: Metrics, form: Form, ranked: Ranked, paired: _Paired) -> Stored:
     place, rank = ranked.place, ranked.rank
     weight, bias, inputs = metrics.weight(place), metrics.bias(place), paired.inputs()
     wanted = weight @ paired.fit(form.bias)
     factors = best(wanted, metrics.given(place, inputs), rank, form.pivoted(place, rank), place.params[0].storage)
     if form.bias:
         bias = weight @ paired.mean_x() - factors.matrix() @ inputs.mean + (0 if bias is None else bias)
-    writer.write(place, factors, bias)
+    return stored(metrics.ctx.spill, place, factors, bias)
