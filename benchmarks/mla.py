@@ -127,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=int, nargs="+", default=[256, 192, 128], help="values per token and layer")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, "ours"], default=DEFAULT, metavar="METHOD")
     parser.add_argument("--ours", type=json.loads, action="append", help="options of gqa-to-mla, as JSON")
+    parser.add_argument("--emit", type=json.loads, help="options of ours' emitted safetensors, as JSON")
     parser.add_argument("--ours-length", type=int, default=2048, help="tokens in a calibration window of ours")
     parser.add_argument("--texts", nargs="+", choices=[*TEXTS], default=[*TEXTS], metavar="TEXT")
     parser.add_argument("--windows", type=int, default=16, help="windows of each text")
@@ -229,7 +230,7 @@ def our_row(
         "model": str(model),
         "calibration": {"data": str(text), "samples": samples, "length": length, "seed": seed},
         "passes": [{"gqa-to-mla": setting}],
-        "emit": ["safetensors"],
+        "emit": [{"safetensors": options.emit}] if options.emit else ["safetensors"],
     }
     out = windows.folder / f"ours-{options.name or 'latest'}"
     path = out.with_suffix(".json")
@@ -276,8 +277,11 @@ def keep_logits(model: Any, text: Path) -> list[float]:
 
 
 def next_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits for the tokens of ``ids`` [length] but the first: float32 [length - 1, vocabulary]."""
-    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    """Logits for the tokens of ``ids`` [length] but the first: float32 [length - 1, vocabulary].
+
+    A cache that rounds is on: what it rounds then changes the logits of the same pass.
+    """
+    return model(input_ids=ids[None], use_cache=bool(getattr(model.config, "cache_bits", 0))).logits[0, :-1].float()
 
 
 @torch.inference_mode()
