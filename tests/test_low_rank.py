@@ -67,6 +67,12 @@ def test_more_rank_never_costs_more_and_the_spectrum_says_what_it_costs(rows, co
     assert costs[-1] <= FLOAT64 * whole
 
 
+def test_moments_that_are_no_numbers_are_an_error_and_singular_ones_are_not():
+    assert root(torch.ones(3, 3, dtype=torch.float64), 0.0).isfinite().all()
+    with pytest.raises(PassError, match="no finite numbers"):
+        root(torch.full((2, 2), torch.nan, dtype=torch.float64), 1e-3)
+
+
 def test_no_other_matrix_of_the_rank_costs_less():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 9, generator=generator, dtype=torch.float64)

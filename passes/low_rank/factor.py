@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.errors import PassError
+
 INPUT_RIDGE = 1e-5  # of the mean energy, so that what calibration never saw does not come for free
 GRADIENT_RIDGE = 1e-2
 ROUNDING = 1e-12
@@ -61,15 +63,17 @@ def _solved(block: Tensor, part: Tensor) -> Tensor:
 
 
 def root(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of a moment [n, n], ``ridge`` of its mean diagonal added; the root of a diagonal [n]."""
+    """The Cholesky factor of a moment [n, n], ``ridge`` of its mean diagonal added; the root of a diagonal [n].
+
+    Rounding can leave eigenvalues further below zero than the ridge lifts them: it then grows. Raises PassError when
+    the moment holds what is no number.
+    """
+    if not matrix.isfinite().all():
+        raise PassError("calibration gives values that are no finite numbers", remedy="check the model and its data")
     if matrix.ndim == 1:
         return (matrix + ridge * _mean(matrix)).sqrt()
-    while True:  # rounding can leave eigenvalues further below zero than the ridge lifts them
-        shifted = matrix + ridge * _mean(matrix.diagonal()) * torch.eye(len(matrix), dtype=matrix.dtype)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return factor
-        ridge *= 10
+    factor, failed = torch.linalg.cholesky_ex(matrix + ridge * _mean(matrix.diagonal()) * torch.eye(len(matrix)))
+    return root(matrix, 10 * max(ridge, ROUNDING)) if failed else factor
 
 
 def _mean(diagonal: Tensor) -> float:
@@ -142,8 +146,11 @@ def pivoted(left: Tensor, right: Tensor, metric: Metric, dtype: torch.dtype) -> 
 def _pivots(left: Tensor, seen: Tensor) -> Tensor:
     """The numbers of all rows of U V: first those that span the outputs, in the order of an LU decomposition."""
     outputs = left @ root(seen @ seen.T, ROUNDING)
-    places, _, _ = torch.linalg.lu(outputs)
-    return places.argmax(0)
+    _, swaps = torch.linalg.lu_factor(outputs)
+    order = list(range(len(left)))
+    for row, other in enumerate(swaps.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return torch.tensor(order)
 
 
 def _refitted(left: Tensor, right: Tensor, first: Tensor, metric: Metric) -> Tensor:

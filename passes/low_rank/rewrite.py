@@ -89,8 +89,10 @@ class _Writer:
         second = self._weight(self.place, "others", made.second)
         shifts: tuple[Param | None, Param | None] = (None, None)
         if made.bias is not None:
-            parts = (("pivots", 0, rank), ("others", rank, height))
-            shifts = tuple(self._bias(self.place, name, made.bias, *span) for name, *span in parts)
+            shifts = (
+                self._bias(self.place, "pivots", made.bias, 0, rank),
+                self._bias(self.place, "others", made.bias, rank, height),
+            )
         joined: dict[Value, Value] = {}
         for node in self.users[0]:
             pivots = self._first(node, first, shifts[0])
