@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.safetensors.emission import Proposal, Refusal, missing_names
+from backends.safetensors.targets.sizes import smaller_config
 from backends.safetensors.targets.target import Target
 from backends.safetensors.unify import Mismatch
-from compiler.ir.facts import mlp_sites
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint, bind
 from compiler.weights.expr import Expr, load
 
 NAME = "same family"
-INNER = "intermediate_size"
 RUNTIME = ("auto_map", "quantization_config", "_name_or_path", "experts_implementation", "_experts_implementation")
 
 
@@ -59,7 +58,7 @@ def _has_head(config: Mapping[str, Any], architecture: str) -> bool:
 
 
 def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
-    """The source's config, and where its MLPs have another width now, that config with this width."""
+    """The source's config, before it that config with the sizes that the graph has now where these differ."""
     config = source_config(graph)
     if config is None or graph.origin.architecture is None:
         return Refusal(NAME, "the source is no transformers model")
@@ -71,13 +70,10 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
     tied = (graph.origin.config or config).get("tie_word_embeddings")
     if tied and not shares_embedding(graph) and _has_head(config, graph.origin.architecture):
         config["tie_word_embeddings"] = False
-    configs = [config, *_resized(graph, config)]
+    resized = smaller_config(graph, config)
+    said = any(config.get(name) is not None for name in config if resized[name] != config[name])
+    configs = [resized, config] if said else [config, *([resized] if resized != config else [])]
     return tuple(Proposal(graph.origin.architecture, config, unused=unused) for config in configs)
-
-
-def _resized(graph: Graph, config: dict[str, Any]) -> list[dict[str, Any]]:
-    widths = {site.up.output.shape[-1] for site in mlp_sites(graph)} - {config.get(INNER)}
-    return [{**config, INNER: widths.pop()}] if len(widths) == 1 and INNER in config else []
 
 
 TARGET = Target(NAME, propose)

@@ -1,0 +1,81 @@
+"""Structured pruning: smaller dense models, from the coupling groups of the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from compiler.errors import PassError
+from compiler.ir.graph import Graph
+from compiler.ir.select import Selector
+from compiler.pipeline import Context, Pass
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=2)]
+Kind = Literal["channels", "groups", "heads", "experts", "layers"]
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove whole dimensions of the model, so that ``keep`` of the parameters that ``where`` selects remain.
+
+    ``what``, one or several: `channels` (inside of MLPs, experts and convolutions), `groups` (key/value heads with
+    their query heads: the cache shrinks too), `heads` (query heads, as many in each group), `experts` (with the
+    router's rows) and `layers`. ``keep`` may also be the number that remains of each place (1152 channels). Channels
+    remain in multiples of ``align``.
+
+    ``score`` says what goes first. `loss`: what removal costs the model in nats, 1/2 tr(M E C E^T) with the second
+    moments C of what enters and M of the loss's gradient at what leaves the projection that reads the dimension, whose
+    other columns make up for the loss as well as they can (optimal brain surgeon). `magnitude`: norms of weights.
+    `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP).
+
+    ``sizes: by-layer`` shares the parameters out by predicted cost where that is measured to be better; no stock class
+    holds sizes that differ between layers. ``refit`` then fits each reading projection to what the original model
+    computes, by least squares in the order of computation. Nothing is trained.
+
+    Exact with ``keep: 100%``. What cannot be pruned is reported with the reason.
+    """
+
+    what: Kind | tuple[Kind, ...] = "channels"
+    where: Selector = ("attention", "mlp", "experts", "conv")
+    skip: tuple[str, ...] = ()
+    keep: Part | Count = 1.0
+    align: Annotated[int, Field(ge=1)] = 64
+    score: Literal["loss", "magnitude", "activation", "fluctuation"] = "loss"
+    sizes: Literal["uniform", "by-layer"] = "uniform"
+    refit: bool = True
+
+    exact_when: ClassVar = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        if self.keep > 1 and (len(self.kinds) > 1 or self.sizes == "by-layer"):
+            raise PassError(
+                "a number of what remains is the same for each place, and of one kind",
+                option="keep",
+                remedy="write a part, such as `keep: 80%`",
+            )
+        if self.sizes == "by-layer" and self.score != "loss":
+            raise PassError(
+                f"`score: {self.score}` does not compare between layers",
+                option="sizes",
+                remedy="leave `score` out, or `sizes`",
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.what,) if isinstance(self.what, str) else tuple(dict.fromkeys(self.what))
+
+    @property
+    def calibrated(self) -> bool:
+        return not self.exact and (self.score != "magnitude" or self.refit or "layers" in self.kinds)
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        """Raises PassError when nothing of the kinds asked for can be pruned, or so little cannot be kept."""
+        params = ctx.select(self.where, skip=self.skip)
+        if self.exact:
+            return
+        from passes.prune.reduce import reduce
+
+        reduce(graph, ctx, self, params)

@@ -1,0 +1,68 @@
+"""How many indices of every place remain: alike in all places of a kind, or by predicted cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from compiler.allocate import Option, allocate
+from compiler.errors import PassError
+from passes.prune.places import Place
+from passes.prune.ranking import Ranking
+
+Counts = dict[Place, int]
+
+
+def options(place: Place, align: int) -> list[int]:
+    """The numbers of indices that may remain, from all down: of channels multiples of ``align``."""
+    step = align if place.kind == "channels" else 1
+    return [place.size, *(n for n in range(place.size - 1, place.least - 1, -1) if n % step == 0)]
+
+
+def uniform(places: Sequence[Place], rankings: Mapping[Place, Ranking], align: int, budget: float) -> Counts:
+    """As many in all places of a kind and size, the predicted loss being least; without rankings the nearest to even.
+
+    ``budget`` is how many numbers the places may hold. Raises PassError when that cannot be reached.
+    """
+    alike: dict[tuple[str, int], list[Place]] = {}
+    for place in places:
+        alike.setdefault((place.kind, place.size), []).append(place)
+    classes = list(alike.values())
+    best: tuple[float, float, tuple[int, ...]] | None = None
+    for counts in product(*(options(own[0], align) for own in classes)):
+        numbers = sum(count * place.cost for own, count in zip(classes, counts, strict=True) for place in own)
+        if numbers <= budget:
+            pairs = [(place, count) for own, count in zip(classes, counts, strict=True) for place in own]
+            loss = sum(_loss(place, count, rankings) for place, count in pairs)
+            best = min(best or (loss, -numbers, counts), (loss, -numbers, counts))
+    if best is None:
+        raise _too_little(places, align)
+    return {place: count for own, count in zip(classes, best[2], strict=True) for place in own}
+
+
+def by_layer(places: Sequence[Place], rankings: Mapping[Place, Ranking], align: int, budget: float) -> Counts:
+    """The least predicted loss within ``budget``. Raises PassError when that cannot be reached."""
+    numbers = [options(place, align) for place in places]
+    ways = [
+        [Option(count * place.cost, float(rankings[place].losses[count])) for count in own]
+        for place, own in zip(places, numbers, strict=True)
+    ]
+    if sum(own[-1].cost for own in ways) > budget:
+        raise _too_little(places, align)
+    chosen = allocate(ways, budget)
+    return {place: own[index] for place, own, index in zip(places, numbers, chosen, strict=True)}
+
+
+def _loss(place: Place, count: int, rankings: Mapping[Place, Ranking]) -> float:
+    """The predicted loss; where none is known, the square of what goes, so that all kinds lose alike."""
+    predicted = float(rankings[place].losses[count]) if place in rankings else 0.0
+    gone = 1 - count / place.size
+    return predicted or place.cost * place.size * gone**2 * 1e-12
+
+
+def _too_little(places: Sequence[Place], align: int) -> PassError:
+    return PassError(
+        "that is less than what must remain of these dimensions",
+        option="keep",
+        remedy=f"keep more, add kinds to `what`, or lower `align` ({align})",
+    )

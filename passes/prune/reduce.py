@@ -1,0 +1,222 @@
+"""The pass: measure, rank, choose how much of what remains, cut, refit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compiler.errors import PassError
+from compiler.fidelity import Fidelity, spread
+from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.ir.layers import copy_of
+from compiler.moments import measure
+from compiler.pipeline import Context
+from passes.prune.choose import Counts, by_layer, options, uniform
+from passes.prune.cut import cut
+from passes.prune.depth import Block, blocks_of, losses, take_out
+from passes.prune.places import Place, matching, measurable, places_of
+from passes.prune.ranking import Ranking
+from passes.prune.refit import refit, writers
+from passes.prune.scores import Scores
+
+if TYPE_CHECKING:
+    from passes.prune import Prune
+
+GRADIENT_TOKENS = 12288
+PROBE_TOKENS = 1024
+REFIT_TOKENS = 24576
+HELD_EVERY = 16
+"""Of the samples one in so many is for choices; nothing else sees it."""
+
+Batches = Sequence[Mapping[str, Tensor]]
+Rankings = dict[Place, Ranking]
+Share = Callable[[Sequence[Place], Mapping[Place, Ranking], int, float], Counts]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What remains of every place, and the layers that go."""
+
+    counts: Counts
+    gone: tuple[Block, ...] = ()
+
+
+def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -> None:
+    """Prune ``graph`` as ``wanted`` says, counting the numbers of ``params``."""
+    places = places_of(graph, ctx, wanted.kinds, params)
+    blocks = blocks_of(graph, ctx) if "layers" in wanted.kinds else []
+    if not places and not blocks:
+        raise PassError("the model has nothing of the kinds in `what`", option="what")
+    batches = ctx.calibration() if wanted.calibrated else []
+    train, held = _divided(batches)
+    scores = _scores(graph, ctx, wanted, places, train)
+    rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
+    alone = losses(graph, blocks, spread(held, PROBE_TOKENS)) if held and blocks else dict.fromkeys(blocks, 0.0)
+    choice = _choose(graph, ctx, wanted, params, rankings, alone, scores, held)
+    original = copy_of(graph)
+    same = dict(zip(graph.nodes, original.nodes, strict=True))
+    _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
+    _report(ctx, places, rankings, choice, alone)
+    if wanted.refit and train and not ctx.planned:
+        _refit(graph, original, same, ctx, params, train, held)
+
+
+def _divided(batches: Batches) -> tuple[Batches, Batches]:
+    """Samples to measure on, and those to choose by. Raises PassError when there are too few."""
+    if batches and len(batches) < 2:
+        raise PassError("pruning needs two samples of calibration data", remedy="raise `samples` of `calibration`")
+    step = min(HELD_EVERY, len(batches)) or 1
+    held = [batch for index, batch in enumerate(batches) if index % step == step - 1]
+    return [batch for index, batch in enumerate(batches) if index % step != step - 1], held
+
+
+def _scores(graph: Graph, ctx: Context, wanted: Prune, places: Sequence[Place], train: Batches) -> Scores:
+    readers = measurable(graph, places)
+    if not train or not readers:
+        return Scores(ctx, "magnitude", None)
+    gradients = spread(train, GRADIENT_TOKENS) if wanted.score == "loss" else ()
+    return Scores(ctx, wanted.score, measure(graph, readers, train, ctx.progress, gradients=gradients))
+
+
+def _unmeasured(place: Place) -> Ranking:
+    return Ranking(tuple(range(place.size)), torch.zeros(place.size + 1))
+
+
+def _choose(
+    graph: Graph,
+    ctx: Context,
+    wanted: Prune,
+    params: Sequence[Param],
+    rankings: Rankings,
+    alone: Mapping[Block, float],
+    scores: Scores,
+    held: Batches,
+) -> Choice:
+    if wanted.keep > 1:
+        return Choice(_counted(rankings, int(wanted.keep), wanted.align))
+    found = {"uniform": _shallower(wanted, params, rankings, alone, uniform)}
+    if wanted.sizes == "by-layer":
+        found["by layer"] = _shallower(wanted, params, rankings, alone, by_layer)
+    if ctx.planned or not held or len(found) == 1:
+        return list(found.values())[-1]
+    fidelity = Fidelity(graph, held)
+    distances = {
+        name: fidelity.distance(_trial(graph, ctx, choice, rankings, scores)) for name, choice in found.items()
+    }
+    best = min(found, key=lambda name: distances[name])
+    for name, distance in distances.items():
+        ctx.tried(f"sizes {name}", distance, name == best)
+    return found[best]
+
+
+def _counted(rankings: Rankings, count: int, align: int) -> Counts:
+    """``count`` everywhere. Raises PassError where that is more than there is, or not to be had."""
+    for place in rankings:
+        if count not in options(place, align):
+            raise PassError(
+                f"{place.name} cannot keep {count} of its {place.size} {place.kind}",
+                option="keep",
+                remedy=f"choose from {', '.join(map(str, options(place, align)[:6]))} ...",
+            )
+    return dict.fromkeys(rankings, count)
+
+
+def _shallower(
+    wanted: Prune, params: Sequence[Param], rankings: Rankings, alone: Mapping[Block, float], share: Share
+) -> Choice:
+    """The number of layers to take out whose predicted loss, with that of the places then left, is least."""
+    order = sorted(alone, key=lambda block: alone[block])
+    found: list[tuple[float, Choice]] = []
+    failed: PassError | None = None
+    for count in range(max(1, len(order))):
+        gone = tuple(order[:count])
+        lost = frozenset(param for block in gone for param in block.params)
+        left = {place: ranking for place, ranking in rankings.items() if not lost & place.params.keys()}
+        rest = sum(param.type.numel for param in params if param not in lost) - _held(left)
+        try:
+            counts = share(list(left), left, wanted.align, wanted.keep * sum(p.type.numel for p in params) - rest)
+        except PassError as error:
+            failed = error
+            continue
+        loss = sum(float(left[place].losses[kept]) for place, kept in counts.items())
+        found.append((loss + sum(alone[block] for block in gone), Choice(counts, gone)))
+        if not any(alone.values()):
+            break
+    if not found:
+        raise failed or PassError("nothing would remain", option="keep")
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _held(rankings: Rankings) -> int:
+    return sum(place.cost * place.size for place in rankings)
+
+
+def _trial(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores) -> Graph:
+    """A pruned copy of ``graph``, not refitted."""
+    trial = copy_of(graph)
+    there = matching(trial, rankings)
+    counts = {there[place]: count for place, count in choice.counts.items()}
+    cut(trial, ctx, counts, {there[place]: ranking for place, ranking in rankings.items()}, scores)
+    values = dict(zip(_values(graph), _values(trial), strict=True))
+    take_out(trial, [replace(block, enters=values[block.enters], leaves=values[block.leaves]) for block in choice.gone])
+    return trial
+
+
+def _values(graph: Graph) -> list[Value]:
+    return [*graph.inputs.values(), *(value for node in graph.nodes for value in node.outputs)]
+
+
+def _apply(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores | None) -> None:
+    cut(graph, ctx, choice.counts, rankings, scores)
+    take_out(graph, choice.gone)
+
+
+def _refit(
+    graph: Graph,
+    original: Graph,
+    same: Mapping[Node, Node],
+    ctx: Context,
+    params: Sequence[Param],
+    train: Batches,
+    held: Batches,
+) -> None:
+    """Refit what writes to the residual stream, and keep that if the model is nearer to the original by it."""
+    chosen = {param for param in writers(graph.nodes) if param in set(params)}
+    before = {param: param.expr for param in chosen}
+    fidelity = Fidelity(original, held)
+    was = fidelity.distance(graph)
+    refit(graph, original, same, ctx, chosen, spread(train, REFIT_TOKENS))
+    now = fidelity.distance(graph)
+    ctx.tried("as it is cut", was, was <= now)
+    ctx.tried("refitted", now, now < was)
+    if was <= now:
+        for param, expr in before.items():
+            param.expr = expr
+        ctx.skipped("", f"refitting is undone: {was:.4g} from the original without it, {now:.4g} with it")
+
+
+def _report(
+    ctx: Context, places: Sequence[Place], rankings: Rankings, choice: Choice, alone: Mapping[Block, float]
+) -> None:
+    for block in choice.gone:
+        ctx.rewrote(block.scope, "taken out", predicted_loss=alone[block])
+    lost = {param for block in choice.gone for param in block.params}
+    for place in places:
+        if lost & place.params.keys():
+            continue
+        kept = choice.counts[place]
+        if kept == place.size:
+            ctx.skipped(place.name, f"keeps all {kept} {place.kind}")
+            continue
+        ctx.rewrote(
+            place.name,
+            f"{kept} of {place.size} {place.kind}",
+            kept=kept,
+            parameters_before=place.cost * place.size,
+            parameters_after=place.cost * kept,
+            predicted_loss=float(rankings[place].losses[kept]),
+        )
