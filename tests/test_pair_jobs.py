@@ -1,4 +1,4 @@
-"""The whole job on an encoder-decoder: calibrated on recordings, written with its own code, compared with the original."""
+"""The whole job on an encoder-decoder: calibrated on recordings, written with its own code, and measured."""
 
 from __future__ import annotations
 
