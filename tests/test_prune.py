@@ -17,6 +17,7 @@ from passes.prune.refit import _Sums, fitted
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
 from tests.families import FAMILIES
 from tests.removed import value
+from tests.test_removal import Convolutional
 
 
 def batches(name: str, count: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -88,6 +89,18 @@ def test_a_fit_is_kept_only_if_it_is_better_on_what_it_did_not_see():
     right.add(x, x @ weight.float().T, torch.ones(50, 1))
     kept, before, after = fitted(weight, noise, right)
     assert kept is weight and before == after
+
+
+def test_channels_of_a_convolutional_net_are_pruned_by_what_they_cost():
+    torch.manual_seed(0)
+    given = [{"image": torch.randn(2, 3, 12, 12)} for _ in range(4)]
+    graph = capture(Convolutional().eval(), inputs=given[0])
+    before = parameter_count(graph)
+    step = Prune(what="channels", where=("conv", "linear"), keep=0.8, align=2)
+    (entry,) = Pipeline([step]).run(graph, calibration=lambda _: given).passes
+    assert parameter_count(graph) < 0.82 * before
+    assert any("conv" not in done.scope and "channels" in done.what for done in entry.rewritten)
+    assert torch.isfinite(run(graph, given[0])["output"]).all()
 
 
 # --- the pass ------------------------------------------------------------------------------------------------
@@ -244,7 +257,7 @@ def test_experts_that_go_are_those_whose_tokens_are_masked_away():
     family = FAMILIES["qwen3_moe"]
     graph = capture(family.build(layers=1))
     masked = capture(family.build(layers=1))
-    Pipeline([Prune(what="experts", keep=0.8, refit=False)]).run(graph, calibration=lambda _: batches("qwen3_moe"))
+    Pipeline([Prune(what="experts", keep=3, refit=False)]).run(graph, calibration=lambda _: batches("qwen3_moe"))
     (site,) = expert_sites(masked)
     rows = value(graph, expert_sites(graph)[0].router.input(1))
     all_rows = value(masked, site.router.input(1))

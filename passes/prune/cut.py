@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compiler.ir.coupling import CouplingGroup
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
 from compiler.removal import remove, reorder
@@ -19,19 +18,16 @@ from passes.prune.scores import Scores, bias_of
 
 def cut(graph: Graph, ctx: Context, counts: Counts, rankings: Mapping[Place, Ranking], scores: Scores | None) -> None:
     """Leave of every place ``counts``. ``scores`` say how readers make up for what goes; without, nothing does."""
-    kept = {place: rankings[place].kept(count) for place, count in counts.items() if count < place.size}
-    made: dict[Param, Tensor] = {}
-    for place, indices in kept.items():
-        made.update(_restored(ctx, place, indices, scores) if scores is not None else {})
+    for place, count in counts.items():
+        if count == place.size:
+            continue
+        kept = rankings[place].kept(count)
+        made = _restored(ctx, place, kept, scores) if scores is not None else {}
         if place.outer is not None:
             reorder(place.outer, place.group, rankings[place].rows or _as_they_are(place))
-    remove(graph, {place.group: indices for place, indices in kept.items() if place.kind != "experts"})
-    for param, tensor in made.items():
-        param.expr = ctx.spill(param.name, tensor.reshape(param.type.static_shape).to(param.storage))
-    numbered: dict[CouplingGroup, list[int]] = {
-        group: indices for place, indices in kept.items() if place.kind == "experts" for group in place.groups
-    }
-    remove(graph, numbered, numbered=True)
+        remove(graph, dict.fromkeys(place.groups, kept), numbered=place.kind == "experts")
+        for param, tensor in made.items():
+            param.expr = ctx.spill(param.name, tensor.reshape(param.type.static_shape).to(param.storage))
 
 
 def _as_they_are(place: Place) -> list[list[int]]:

@@ -186,6 +186,9 @@ def _refit(
 ) -> None:
     """Refit what writes to the residual stream, and keep that if the model is nearer to the original by it."""
     chosen = {param for param in writers(graph.nodes) if param in set(params)}
+    if not chosen:
+        ctx.skipped("", "nothing is refitted: no linear map writes straight to the residual stream")
+        return
     before = {param: param.expr for param in chosen}
     fidelity = Fidelity(original, held)
     was = fidelity.distance(graph)

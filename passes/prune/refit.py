@@ -102,7 +102,8 @@ def _refit(graph: Graph, ctx: Context, node: Node, before: Node, ours: Stage, th
     pairs = zip(theirs.values([goal]), ours.values(wanted), strict=True)
     for index, (there, here) in enumerate(pairs):
         target = there[goal]
-        scale = target.flatten(0, -2).norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+        norm = target.flatten(0, -2).norm(dim=1, keepdim=True)
+        scale = torch.where(norm > 0, norm.reciprocal(), 0)
         rest = target - offset - (here[stream] if stream is not None else 0)
         part = sums[1] if index % UNSEEN_EVERY == UNSEEN_EVERY - 1 else sums[0]
         part.add(here[node.input(0)].flatten(0, -2), rest.flatten(0, -2), scale)

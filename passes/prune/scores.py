@@ -112,5 +112,5 @@ def _by_column(reader: Reader, score: str) -> Tensor:
 
 def _energy(weight: Tensor, member: Member, size: int) -> Tensor:
     """The squares of ``weight`` summed for each index of a group, float64 [size]."""
-    rows = weight.double().square().movedim(member.axis, 0).flatten(1).sum(1)
+    rows = weight.double().square().movedim(member.axis, 0).reshape(weight.shape[member.axis], -1).sum(1)
     return rows.reshape(-1, size, member.stride).sum((0, 2))
