@@ -16,7 +16,7 @@ from compiler.ir.graph import Graph
 from compiler.target import emission_of
 from tests.families import FAMILIES, VOCABULARY
 from tests.latent import latent_graph
-from tests.test_generated import GOLDEN, NEW_TOKENS, error, tolerance, written
+from tests.test_generated import GOLDEN, NEW_TOKENS, error, tolerance
 
 START = 1
 TRANSLATORS = {
@@ -78,11 +78,26 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """``made(kind)`` is a graph of ``KINDS``, and the directory of its generated checkpoint."""
+    known = {}
+
+    def make(kind: str):
+        if kind not in known:
+            directory = tmp_path_factory.mktemp("pair")
+            graph = graph_of(*KINDS[kind])
+            emit(emission_of(graph, "generated"), graph.sources, directory)
+            known[kind] = graph, directory
+        return known[kind]
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_generated_encoder_decoder_computes_and_writes_as_its_graph(kind, tmp_path):
-    name, ranks = KINDS[kind]
-    graph, inputs = graph_of(name, ranks), inputs_of(name)
-    model, given = written(graph, tmp_path / "model"), encoded(inputs)
+def test_a_generated_encoder_decoder_computes_and_writes_as_its_graph(kind, made, tmp_path):
+    (graph, directory), inputs = made(kind), inputs_of(KINDS[kind][0])
+    model, given = load_model(directory, trust_remote_code=True), encoded(inputs)
     with torch.no_grad():
         found = model(**inputs)
     for output, value in run(graph, inputs).items():
@@ -96,20 +111,20 @@ def test_a_generated_encoder_decoder_computes_and_writes_as_its_graph(kind, tmp_
 
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
-def test_beams_are_those_of_the_stock_class(name, tmp_path):
-    original = FAMILIES[name].build(3, layers=2)
-    model = written(capture(original), tmp_path / "model")
+def test_beams_are_those_of_the_stock_class(name, made):
+    """By the generation that all models have: Whisper's own puts its prompt before."""
     given = encoded(inputs_of(name))
     options = {"num_beams": 3, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
+    models = FAMILIES[name].build(3, layers=3), load_model(made(name)[1], trust_remote_code=True)
     plain = transformers.GenerationMixin.generate
-    theirs = plain(original, **given, **options, decoder_start_token_id=START)
-    assert torch.equal(plain(model, **given, **options, decoder_start_token_id=START), theirs)
+    theirs, ours = (plain(model, **given, **options, decoder_start_token_id=START) for model in models)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_padding_is_not_seen(name, tmp_path):
+def test_padding_is_not_seen(name, made):
     """Of the encoder on the right, of the decoder on the left."""
-    model, inputs = written(graph_of(name), tmp_path / "model"), inputs_of(name)
+    model, inputs = load_model(made(name)[1], trust_remote_code=True), inputs_of(name)
     source, ids = inputs["input_ids"], inputs["decoder_input_ids"]
     longer = torch.cat((source, source[:, :3]), 1)
     seen = torch.cat((torch.ones_like(source), torch.zeros_like(source[:, :3])), 1)
@@ -123,8 +138,8 @@ def test_padding_is_not_seen(name, tmp_path):
     assert error(padded[:, 2:], alone) <= 1e-5
 
 
-def test_the_decoder_caches_latents_and_the_encoders_keys_once(tmp_path):
-    model, inputs = written(graph_of("whisper", (12, -1, 8)), tmp_path / "model"), inputs_of("whisper")
+def test_the_decoder_caches_latents_and_the_encoders_keys_once(made):
+    model, inputs = load_model(made("whisper, latents")[1], trust_remote_code=True), inputs_of("whisper")
     size = cache_size(model)
     assert size is not None and size.values_per_token == 12 + 2 * 48 + 8
     with torch.no_grad():
@@ -151,9 +166,8 @@ def test_a_cache_of_few_bits(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["t5", "whisper, latents"])
-def test_it_learns_from_labels(kind, tmp_path):
-    name, ranks = KINDS[kind]
-    model, inputs = written(graph_of(name, ranks), tmp_path / "model").train(), inputs_of(name)
+def test_it_learns_from_labels(kind, made):
+    model, inputs = load_model(made(kind)[1], trust_remote_code=True).train(), inputs_of(KINDS[kind][0])
     labels = inputs["decoder_input_ids"]
     before = torch.cat((torch.full_like(labels[:, :1], model.config.decoder_start_token_id), labels[:, :-1]), 1)
     found = model(**encoded(inputs), labels=labels)
