@@ -104,7 +104,7 @@ def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name,
     options = {"where": where, "keep": 0.7, "form": form, "ranks": "uniform", "update": False, "metric": "input"}
     graph, report, _ = reduced(name, **options)
     planned = capture(FAMILIES[name].build())
-    Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
+    assert Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: []).read_weights
     assert parameter_count(planned) == parameter_count(graph)
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
     before = sum(item.numbers["parameters_before"] for item in report.rewritten)

@@ -114,11 +114,12 @@ def _factorised(metrics: Metrics, form: Form, ranked: Ranked) -> Stored:
 
 
 def _planned(ctx: Context, ranked: Ranked, form: Form) -> Stored:
-    """Factors of the right shapes, and a bias where there will be one, without values."""
+    """Factors of the right shapes, and a bias where there will be one, without values: what is read has none."""
     place, rank = ranked.place, ranked.rank
+    weight = ctx.read(place.params[0])
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return weight.new_empty(shape, dtype=dtype)
 
     biased = form.bias or any(bias_of(param) for param in place.params)
     pivots = rank if form.pivoted(place, rank) else 0
