@@ -58,7 +58,7 @@ def _has_head(config: Mapping[str, Any], architecture: str) -> bool:
 
 
 def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
-    """The source's config, before it that config with the sizes that the graph has now where these differ."""
+    """The source's config, and after it that config with the sizes that the graph has now where these differ."""
     config = source_config(graph)
     if config is None or graph.origin.architecture is None:
         return Refusal(NAME, "the source is no transformers model")
@@ -71,8 +71,7 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
     if tied and not shares_embedding(graph) and _has_head(config, graph.origin.architecture):
         config["tie_word_embeddings"] = False
     resized = smaller_config(graph, config)
-    said = any(config.get(name) is not None for name in config if resized[name] != config[name])
-    configs = [resized, config] if said else [config, *([resized] if resized != config else [])]
+    configs = [config] if resized == config else [config, resized]
     return tuple(Proposal(graph.origin.architecture, config, unused=unused) for config in configs)
 
 
