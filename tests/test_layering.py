@@ -23,7 +23,8 @@ ALLOWED = {
     "compiler.frontend": ("compiler.ir", "compiler.rewrite", "compiler.weights"),
     "passes": (
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibrate",
-        "compiler.allocate", "compiler.fidelity", "compiler.instrument", "compiler.removal", "compiler.moments", "compiler.products",
+        "compiler.allocate", "compiler.fidelity", "compiler.instrument", "compiler.removal", "compiler.moments",
+        "compiler.products",
     ),
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),

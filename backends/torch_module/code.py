@@ -64,9 +64,10 @@ def wrapped(line: str) -> list[str]:
         return [keyword, *wrapped(f"{space}    {value}"), f"{space})"]
     inner = line[opening + 1 : -1]
     whole = f"{space}    {inner}"
-    if len(whole) <= LIMIT:
-        return [line[: opening + 1], whole, f"{space}{line[-1]}"]
     clauses, arguments = _parts(inner, " for "), _parts(inner, ", ")
+    listed = line[opening] in "[{" and not re.search(r"[\w\])]$", line[:opening]) and len(clauses) == 1 < len(arguments)
+    if len(whole) <= LIMIT and not listed:
+        return [line[: opening + 1], whole, f"{space}{line[-1]}"]
     parts = clauses if len(clauses) > 1 else arguments
     ends = "," if len(clauses) == 1 and len(arguments) > 1 else ""
     body = [piece for part in parts for piece in wrapped(f"{space}    {part}{ends}")]

@@ -1,6 +1,6 @@
 """Configuration of CompressedT5, generated from the graph of a compressed T5ForConditionalGeneration.
 
-For the code of modeling_compressed_t5.py with the digest e8fa0912613271c0.
+For the code of modeling_compressed_t5.py with the digest e1c2a5450d8458a4.
 """
 
 from transformers import PreTrainedConfig

@@ -534,8 +534,8 @@ class CompressedT5ForConditionalGeneration(CompressedT5PreTrainedModel, Generati
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss; they are the decoder's input too,
-        one place later, where ``decoder_input_ids`` is not given."""
+        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss; they are the decoder's input
+        too, one place later, where ``decoder_input_ids`` is not given."""
         if decoder_input_ids is None and labels is not None:
             start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
             before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)

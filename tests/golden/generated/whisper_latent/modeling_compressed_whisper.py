@@ -394,7 +394,9 @@ class CompressedWhisperPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     supports_gradient_checkpointing = True
     _no_split_modules = [
-        "CompressedWhisperDecoderLayer", "CompressedWhisperEncoderLayer", "CompressedWhisperLatentDecoderLayer"
+        "CompressedWhisperDecoderLayer",
+        "CompressedWhisperEncoderLayer",
+        "CompressedWhisperLatentDecoderLayer",
     ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -545,8 +547,8 @@ class CompressedWhisperForConditionalGeneration(CompressedWhisperPreTrainedModel
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss; they are the decoder's input too,
-        one place later, where ``decoder_input_ids`` is not given."""
+        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss; they are the decoder's input
+        too, one place later, where ``decoder_input_ids`` is not given."""
         if decoder_input_ids is None and labels is not None:
             start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
             before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)
