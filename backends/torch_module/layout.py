@@ -121,7 +121,7 @@ def _leaf_path(node: Node, weight: Param, parts: dict[Param, set[str]]) -> str:
     if node.op.name == "rope_table":
         own = layer_of(node.scope) is not None and layer_of(name) is None
         return join(node.scope, "rotary_emb") if own else _rotary_path(name)
-    if layer_of(name) is not None and layer_of(node.scope) is None:  # it stands before the stack now
+    if layer_of(parent(name)) is not None and layer_of(node.scope) is None:  # it stands before the stack now
         return join(node.scope, name.removesuffix(".weight").rpartition(".")[2])
     whole = re.fullmatch(r"(.+)\.weight", name)
     if whole:

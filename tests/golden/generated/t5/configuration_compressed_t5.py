@@ -1,6 +1,6 @@
 """Configuration of CompressedT5, generated from the graph of a compressed T5ForConditionalGeneration.
 
-For the code of modeling_compressed_t5.py with the digest e1c2a5450d8458a4.
+For the code of modeling_compressed_t5.py with the digest 228c715071bbf16f.
 """
 
 from transformers import PreTrainedConfig

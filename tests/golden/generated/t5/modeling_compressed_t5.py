@@ -117,7 +117,7 @@ def cross_states(cache: EncoderDecoderCache | None, layer_idx: int) -> tuple[tor
     layers = cache.cross_attention_cache.layers if cache is not None else []
     if layer_idx >= len(layers):
         return None
-    key, value = layers[layer_idx].keys, layers[layer_idx].values
+    key, value = (getattr(layers[layer_idx], name, None) for name in ("keys", "values"))
     return None if key is None or value is None else (key, value)
 
 
@@ -479,11 +479,12 @@ class CompressedT5Model(CompressedT5PreTrainedModel):
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         """Args: ``attention_mask`` [batch, length] is 0 where a token of the encoder is padding."""
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask)
+        encoded = encoder_outputs
+        if encoded is None:
+            encoded = self.encoder(input_ids, attention_mask=attention_mask)
         outputs = self.decoder(
             decoder_input_ids,
-            encoder_outputs[0],
+            encoded[0],
             attention_mask=decoder_attention_mask,
             encoder_attention_mask=attention_mask,
             position_ids=decoder_position_ids,
@@ -493,7 +494,7 @@ class CompressedT5Model(CompressedT5PreTrainedModel):
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
-            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_last_hidden_state=encoded[0],
         )
 
 

@@ -1,6 +1,6 @@
 """Configuration of CompressedWhisper, generated from the graph of a compressed WhisperForConditionalGeneration.
 
-For the code of modeling_compressed_whisper.py with the digest b7c6b5d47a6e8e6b.
+For the code of modeling_compressed_whisper.py with the digest 993a1ec70607051d.
 """
 
 from dataclasses import field
