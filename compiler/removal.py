@@ -1,4 +1,4 @@
-"""Make a graph smaller: remove indices of coupling groups, or whole steps of the residual stream.
+"""Make a graph smaller: remove indices of coupling groups; find the residual stream that layers may leave.
 
 Weights become lazy selections of what they were; types and attributes that hold sizes follow. Nothing is read.
 """
@@ -90,15 +90,6 @@ def reorder(outer: CouplingGroup, inner: CouplingGroup, order: Sequence[Sequence
             for p in range(member.stride)
         ]
         member.param.expr = index(member.param.expr, member.axis, places)
-
-
-def bypass(graph: Graph, step: Node) -> None:
-    """Take a step of the residual stream, ``add(stream, change)``, out of the graph: the stream goes on as it came.
-
-    The stream is the operand that the other one is made of.
-    """
-    graph.replace(step.output, stream_of(step))
-    graph.prune()
 
 
 def stream_of(step: Node) -> Value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -272,3 +274,15 @@ def test_experts_that_go_are_those_whose_tokens_are_masked_away():
     after = next(iter(scored.users))
     masked.set_input(after, 0, masked.op("add", [scored, param], scope=after.scope, before=after))
     assert distance(run(graph, family.inputs()), run(masked, family.inputs())) <= TOLERANCE
+
+
+def test_many_kinds_of_sizes_are_shared_out_without_trying_all_combinations():
+    widths = [96, 112, 128, 144, 160, 176]
+    layers: list[torch.nn.Module] = []
+    for before, after in pairwise([8, *widths, 8]):
+        layers += [torch.nn.Linear(before, after), torch.nn.GELU()]
+    graph = capture(torch.nn.Sequential(*layers[:-1]).eval(), inputs={"input": torch.randn(4, 8)})
+    Pipeline([Prune(where="linear", keep=0.5, align=1, score="magnitude", refit=False)]).run(graph)
+    left = sum(param.type.numel for param in graph.params.values() if param.type.rank == 2)
+    full = sum(a * b for a, b in pairwise([8, *widths, 8]))
+    assert 0.45 * full < left <= 0.5 * full

@@ -29,10 +29,10 @@ class GqaToMla(Pass):
     to split it. Without either, nothing is cut and the result computes what the source did.
 
     What is cut: of the rotary components of the keys, ``rope-dim`` / 2 stay, with their frequencies as they were; for
-    the others the rotation between query and key becomes its mean under the attention. They and the values share the
-    latent, a low-rank map chosen by what its errors would change behind the output projection. ``refit`` then fits
-    that projection to what the original attention yields from the same inputs. All of it follows from calibration
-    data; nothing is trained.
+    the others a constant stands for the rotation between query and key, fitted by least squares. They and the values
+    share the latent, a low-rank map chosen by what its errors would change behind the output projection. ``refit``
+    then fits that projection to what the original attention yields from the same inputs. All of it follows from
+    calibration data; nothing is trained.
 
     ``ranks: by-layer`` gives layers that matter more, by measurement, more of the same ``cache``; no stock class holds
     that. ``layers: possible`` leaves layers that have no latent form as they are, which no stock class can hold.

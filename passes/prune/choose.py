@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
@@ -27,30 +26,29 @@ def uniform(places: Sequence[Place], rankings: Mapping[Place, Ranking], align: i
     alike: dict[tuple[str, int], list[Place]] = {}
     for place in places:
         alike.setdefault((place.kind, place.size), []).append(place)
-    classes = list(alike.values())
-    best: tuple[float, float, tuple[int, ...]] | None = None
-    for counts in product(*(options(own[0], align) for own in classes)):
-        numbers = sum(count * place.cost for own, count in zip(classes, counts, strict=True) for place in own)
-        if numbers <= budget:
-            pairs = [(place, count) for own, count in zip(classes, counts, strict=True) for place in own]
-            loss = sum(_loss(place, count, rankings) for place, count in pairs)
-            best = min(best or (loss, -numbers, counts), (loss, -numbers, counts))
-    if best is None:
-        raise _too_little(places, align)
-    return {place: count for own, count in zip(classes, best[2], strict=True) for place in own}
+    return _shared(list(alike.values()), rankings, align, budget)
 
 
 def by_layer(places: Sequence[Place], rankings: Mapping[Place, Ranking], align: int, budget: float) -> Counts:
     """The least predicted loss within ``budget``. Raises PassError when that cannot be reached."""
-    numbers = [options(place, align) for place in places]
+    return _shared([[place] for place in places], rankings, align, budget)
+
+
+def _shared(classes: Sequence[Sequence[Place]], rankings: Mapping[Place, Ranking], align: int, budget: float) -> Counts:
+    """A number for all places of each class."""
+    numbers = [options(own[0], align) for own in classes]
     ways = [
-        [Option(count * place.cost, float(rankings[place].losses[count])) for count in own]
-        for place, own in zip(places, numbers, strict=True)
+        [Option(count * sum(p.cost for p in own), sum(_loss(p, count, rankings) for p in own)) for count in counts]
+        for own, counts in zip(classes, numbers, strict=True)
     ]
     if sum(own[-1].cost for own in ways) > budget:
-        raise _too_little(places, align)
-    chosen = allocate(ways, budget)
-    return {place: own[index] for place, own, index in zip(places, numbers, chosen, strict=True)}
+        raise PassError(
+            "that is less than what must remain of these dimensions",
+            option="keep",
+            remedy=f"keep more, add kinds to `what`, or lower `align` ({align})",
+        )
+    chosen = allocate(ways, budget) if ways else []
+    return {place: counts[index] for own, counts, index in zip(classes, numbers, chosen, strict=True) for place in own}
 
 
 def _loss(place: Place, count: int, rankings: Mapping[Place, Ranking]) -> float:
@@ -58,11 +56,3 @@ def _loss(place: Place, count: int, rankings: Mapping[Place, Ranking]) -> float:
     predicted = float(rankings[place].losses[count]) if place in rankings else 0.0
     gone = 1 - count / place.size
     return predicted or place.cost * place.size * gone**2 * 1e-12
-
-
-def _too_little(places: Sequence[Place], align: int) -> PassError:
-    return PassError(
-        "that is less than what must remain of these dimensions",
-        option="keep",
-        remedy=f"keep more, add kinds to `what`, or lower `align` ({align})",
-    )
