@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
+from compiler.ir.graph import Param
 from passes.prune.places import Place
 from passes.prune.ranking import Ranking
 
@@ -49,6 +50,28 @@ def _shared(classes: Sequence[Sequence[Place]], rankings: Mapping[Place, Ranking
         )
     chosen = allocate(ways, budget) if ways else []
     return {place: counts[index] for own, counts, index in zip(classes, numbers, chosen, strict=True) for place in own}
+
+
+def within(share: Callable[[float], Counts], params: Collection[Param], budget: float, most: float) -> Counts:
+    """What ``share`` makes of ``budget``, or of less, such that at most ``most`` numbers of ``params`` remain.
+
+    A weight that loses along both axes saves less than both places count, so the first budget may be too large.
+    """
+    counts = share(budget)
+    while (found := numbers(params, counts)) > most:
+        budget -= max(found - most, 1.0)
+        counts = share(budget)
+    return counts
+
+
+def numbers(params: Collection[Param], counts: Mapping[Place, int]) -> float:
+    """How many numbers of ``params`` remain."""
+    left = {param: float(param.type.numel) for param in params}
+    for place, count in counts.items():
+        for param in place.params:
+            if param in left:
+                left[param] *= count / place.size
+    return sum(left.values())
 
 
 def _loss(place: Place, count: int, rankings: Mapping[Place, Ranking]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.moments import measure
 from compiler.pipeline import Context
-from passes.prune.choose import Counts, by_layer, options, uniform
+from passes.prune.choose import Counts, by_layer, options, uniform, within
 from passes.prune.cut import cut
 from passes.prune.depth import Block, blocks_of, losses, take_out
 from passes.prune.places import Place, matching, measurable, places_of
@@ -136,9 +137,11 @@ def _shallower(
         gone = tuple(order[:count])
         lost = frozenset(param for block in gone for param in block.params)
         left = {place: ranking for place, ranking in rankings.items() if not lost & place.params.keys()}
-        rest = sum(param.type.numel for param in params if param not in lost) - _held(left)
+        remaining = [param for param in params if param not in lost]
+        most = wanted.keep * sum(param.type.numel for param in params)
+        rest = sum(param.type.numel for param in remaining) - _held(left)
         try:
-            counts = share(list(left), left, wanted.align, wanted.keep * sum(p.type.numel for p in params) - rest)
+            counts = within(partial(share, list(left), left, wanted.align), remaining, most - rest, most)
         except PassError as error:
             failed = error
             continue
