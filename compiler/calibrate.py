@@ -22,25 +22,6 @@ from compiler.ir.layers import segments
 
 
 @dataclass
-class SecondMoment:
-    """Sum of x xᵀ over all vectors seen, in float64, because eigenvalues of it follow. ``total`` is [width, width]."""
-
-    total: Tensor
-    count: int = 0
-
-    def add(self, vectors: Tensor) -> None:
-        """Add ``vectors`` [..., width]."""
-        rows = vectors.reshape(-1, vectors.shape[-1]).double()
-        self.total += rows.T @ rows
-        self.count += len(rows)
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x xᵀ], float64 [width, width]."""
-        return self.total / self.count
-
-
-@dataclass
 class _Batch:
     """The live values of one calibration batch, and the sizes of its symbolic dims."""
 
@@ -68,20 +49,6 @@ class Stage:
         """Run the stage on every batch; ``see`` gets every value that enters it or is computed in it."""
         for batch in self._run(see=see):
             del batch
-
-    def second_moments(self, values: Sequence[Value]) -> dict[Value, SecondMoment]:
-        """The second moments of ``values``, each [..., width] and entering the stage or computed in it."""
-        moments: dict[Value, SecondMoment] = {}
-
-        def see(value: Value, tensor: Tensor) -> None:
-            if value in wanted:
-                width = tensor.shape[-1]
-                moment = moments.setdefault(value, SecondMoment(torch.zeros(width, width, dtype=torch.float64)))
-                moment.add(tensor)
-
-        wanted = set(values)
-        self.observe(see)
-        return moments
 
     def values(self, wanted: Sequence[Value]) -> Iterator[dict[Value, Tensor]]:
         """Per batch, the values in ``wanted``, which enter the stage or are computed in it; no further node is run."""

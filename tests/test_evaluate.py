@@ -320,21 +320,6 @@ def test_a_sweep_feeds_the_next_layer_with_the_rewritten_one():
     assert all(torch.equal(a, b) for a, b in zip(entered, rewritten, strict=True))
 
 
-def test_second_moments_are_of_all_vectors_in_float64():
-    graph, _ = stack()
-    inputs = batches(graph)
-    for stage in sweep(graph, inputs):
-        if stage.scope == "layers.3":
-            x = stage.nodes[0].input(0)
-            moment = stage.second_moments([x])[x]
-    seen = []
-    for batch in inputs:
-        run(graph, batch, observe=lambda v, t: seen.append(t) if v is x else None)
-    rows = torch.cat(seen).reshape(-1, 8).double()
-    assert moment.count == len(rows)
-    assert torch.allclose(moment.mean, rows.T @ rows / len(rows), rtol=1e-12)
-
-
 def test_a_text_cannot_calibrate_a_model_of_images():
     graph = Graph("images")
     graph.add_input("pixel_values", TensorType(torch.float32, ("B", 3, 32, 32)))
