@@ -25,6 +25,7 @@ from passes.low_rank.choose import allocated, together, uniform
 from passes.low_rank.factor import Metric, best, root, spectrum
 from passes.low_rank.places import Form, bias_of, places_of, sharing
 from passes.low_rank.rewrite import stored, write
+from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 
@@ -211,6 +212,21 @@ def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(
     with torch.no_grad():
         found = load_model(tmp_path, trust_remote_code=True)(**inputs).logits
     assert float((found - after).abs().max() / after.abs().max()) < 1e-5
+
+
+WRITTEN = ["llama", "gemma3", "phi3", "mixtral", "gpt2", "modernbert", "vit", "whisper", "t5"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_the_defaults_select_is_written_as_code_that_computes_the_same(name, tmp_path):
+    """Heads, parts of fused weights, layers that differ: also where frequencies or names of modules differ by layer."""
+    inputs = FAMILIES[name].inputs()
+    graph = capture(FAMILIES[name].build())
+    Pipeline([LowRank(keep=0.7, update=False)]).run(graph, calibration=lambda _: batches(name, 2))
+    emit(emission_of(graph, "auto"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE
 
 
 def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():

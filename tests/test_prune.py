@@ -7,12 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compiler.errors import PassError, SelectorError
+from backends.safetensors import emit, require
+from compiler.errors import PassError, SelectorError, TargetError
+from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
 from compiler.moments import Moments
 from compiler.pipeline import Pipeline
+from compiler.target import emission_of
 from passes.prune import Prune
 from passes.prune.ranking import Reader, inputs, restored, surgeon
 from passes.prune.refit import _Sums, fitted
@@ -286,3 +289,20 @@ def test_many_kinds_of_sizes_are_shared_out_without_trying_all_combinations():
     left = sum(param.type.numel for param in graph.params.values() if param.type.rank == 2)
     full = sum(a * b for a, b in pairwise([8, *widths, 8]))
     assert 0.45 * full < left <= 0.5 * full
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "whisper"])
+def test_sizes_by_layer_are_written_as_code_that_computes_the_same(name, tmp_path):
+    job = Pruned(name, tmp_path, keep=0.8, sizes="by-layer", refit=False)
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(found, job.outputs()) < TOLERANCE
+
+
+def test_a_class_that_cannot_run_with_the_sizes_is_refused_and_code_written(tmp_path):
+    job = Pruned("modernbert", tmp_path, what="heads", keep=0.8, refit=False)
+    with pytest.raises(TargetError, match="no stock model class"):
+        require(job.graph)
+    assert emission_of(job.graph, "auto").files

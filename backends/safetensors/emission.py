@@ -16,7 +16,7 @@ from backends.safetensors.assemble import assemble
 from backends.safetensors.compressed import quantization_config
 from backends.safetensors.parts import as_dequantize, stored_parts
 from backends.safetensors.unify import Mismatch, unify
-from compiler.errors import TargetError
+from compiler.errors import CaptureError, TargetError
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
@@ -134,7 +134,10 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     from compiler.weights.checkpoint import unbind
 
     config = config_from_dict(proposal.config)
-    captured = _captured(config, proposal.architecture, graph)
+    try:
+        captured = _captured(config, proposal.architecture, graph)
+    except CaptureError as error:
+        return Refusal(target, f"its class does not run with these sizes: {error.cause}")
     found = unify(captured, graph)
     if isinstance(found, Mismatch):
         return Refusal(target, found.reason)

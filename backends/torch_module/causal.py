@@ -8,7 +8,7 @@ from typing import Any
 from backends.torch_module.assembly import Assembly
 from backends.torch_module.caches import CACHE_LAYERS, cache_context, cache_kinds
 from backends.torch_module.code import names_in
-from backends.torch_module.model_code import TopWriter, without_calls
+from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
 from backends.torch_module.prepare import POSITIONS
 from backends.torch_module.program import ATTENTION, Body, Loop
@@ -54,7 +54,7 @@ class CausalAssembly(Assembly):
         lines, result = body.statements()
         self.model.helpers |= {"Cache", "causal_mask"}
         before = self._before(lines)
-        head = TopWriter(self.model, without_calls(self.program), {self.inner.outputs[0]: "hidden_states"})
+        head = TopWriter(self.model, without_call(self.program, "model"), {self.inner.outputs[0]: "hidden_states"})
         head_lines, head_result = head.statements()
         body_init, head_init = body.init_statements(), head.init_statements()
         return render(

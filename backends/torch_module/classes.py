@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -126,11 +127,13 @@ def _give_names(classes: list[ModuleClass], layout: Layout) -> None:
         outer = path.split(".")[-2:-1] if len(others) > 1 and not path.rpartition(".")[2].isdigit() else []
         outer = [_base_name(name) for name in outer if not name.isdigit()]
         by_base.setdefault("".join([part.capitalize(), *outer, _base_name(path)]), []).append(module)
-    for base, same in by_base.items():
-        prefixes = [_prefix(module, same) for module in same]
-        for index, module in enumerate(same):
-            number = prefixes[:index].count(prefixes[index])
-            module.name = f"{prefixes[index]}{base}{number + 1 if number else ''}"
+    stems = [(module, f"{_prefix(module, same)}{base}") for base, same in by_base.items() for module in same]
+    free = {stem for _, stem in stems}
+    taken: set[str] = set()
+    for module, stem in stems:
+        numbered = (f"{stem}{number}" for number in count(2))
+        module.name = stem if stem not in taken else next(n for n in numbered if n not in free | taken)
+        taken.add(module.name)
 
 
 def _place(path: str) -> str:

@@ -52,11 +52,7 @@ def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
     program = program_of(graph, nodes, layout, extras)
     inner = next((item.body for item in program.items if isinstance(item, Call) and item.name == "model"), None)
     loops = [item for item in inner.items if isinstance(item, Loop)] if inner else []
-    if (
-        inner is None
-        or len(loops) != 1
-        or any(isinstance(item, Call) and item.name != "model" for item in program.items)
-    ):
+    if inner is None or len(loops) != 1:
         raise TargetError("a generated module is made of one stack of layers; this model has another structure")
     classes = classes_of(program, layout, extras)
     prefix, name = _names(graph)

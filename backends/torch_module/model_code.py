@@ -102,6 +102,6 @@ def _reads(layer: Body, table: Node) -> bool:
     return any(value in layer.inputs for value in table.outputs)
 
 
-def without_calls(body: Body) -> Body:
-    """``body`` without the submodules that it calls: what a template calls itself."""
-    return replace(body, items=[item for item in body.items if not isinstance(item, Call)])
+def without_call(body: Body, name: str) -> Body:
+    """``body`` without the submodule ``name``, which a template calls itself."""
+    return replace(body, items=[item for item in body.items if not isinstance(item, Call) or item.name != name])

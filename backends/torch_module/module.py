@@ -12,11 +12,10 @@ from backends.torch_module.forward import Context, Forward
 from backends.torch_module.layout import Layout, Leaf, below
 from backends.torch_module.names import argument_name
 from backends.torch_module.program import Body, Call, Extras, Item, Loop
-from backends.torch_module.sizes import Sizes, likely
+from backends.torch_module.sizes import Sizes, frequencies_name, likely
 from compiler.errors import TargetError
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.layers import layer_of
-from compiler.weights.evaluate import evaluate
 from compiler.weights.source import Source
 
 ORDER = (
@@ -367,18 +366,14 @@ class ClassWriter:
                 return "nn.LayerNorm", [self._dimension(index, 1, 0, ()), f"eps={node.attr('eps')}", *bias]
             case "rope_table":
                 self.model.helpers.add("RotaryEmbedding")
-                return f"{self.model.prefix}RotaryEmbedding", self._rotary(index, leaf, node)
+                return f"{self.model.prefix}RotaryEmbedding", self._rotary(leaf, node)
             case _:
                 return self._convolution(leaf, node)
 
-    def _rotary(self, index: int, leaf: Leaf, node: Node) -> list[str]:
-        name = leaf.name.replace("rotary_emb", "rope_frequencies")
-        for body in self.module.bodies:
-            (values,) = evaluate([self._items_param(body, index, 1).expr], self.model.sources)
-            self.model.sizes.note(name, body.path, values.float().tolist())
+    def _rotary(self, leaf: Leaf, node: Node) -> list[str]:
         scale = node.attr("scale")
         shown = [f"scale={scale}"] if scale != 1.0 else []
-        return [self._reference(name), *shown]
+        return [self._reference(frequencies_name(leaf)), *shown]
 
     def _convolution(self, leaf: Leaf, node: Node) -> tuple[str, list[str]]:
         rows, inner, *kernel = leaf.weights["weight"].type.static_shape

@@ -10,7 +10,7 @@ from backends.torch_module.assembly import Assembly
 from backends.torch_module.caches import CACHE_LAYERS, cache_context, cache_kinds
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
-from backends.torch_module.model_code import TopWriter, without_calls
+from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
 from backends.torch_module.prepare import POSITIONS
 from backends.torch_module.program import ATTENTION, NOTHING, Body, Call, Extras, Loop
@@ -135,7 +135,7 @@ class PairAssembly(Assembly):
         decoder, decoder_lines, decoder_result = self._written(self.decoder, self._decoder_names())
         self.model.helpers |= {"Cache", "causal_mask"}
         hidden = {self.decoder.body.outputs[0]: "hidden_states"}
-        head = TopWriter(self.model, without_calls(self.program), hidden)
+        head = TopWriter(self.model, without_call(self.program, "model"), hidden)
         head_lines, results = head.all_statements({"logits": self.graph.outputs["logits"]})
         tokens = self.main_input == "input_ids"
         return render(

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.torch_module.layout import Layout
+from backends.torch_module.layout import Layout, Leaf
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
 from compiler.ir.sites import attention_sites, expert_sites, latent_sites, mlp_sites
+from compiler.weights.evaluate import evaluate
 
 Number = int | float
 
@@ -104,7 +105,7 @@ class Sizes:
 
     def reference(self, expression: str, part: str = "") -> str:
         """An expression of quantities as code within ``__init__(self, config, layer_idx)`` of a class of ``part``."""
-        return re.sub(r"[a-z_]\w*", lambda found: self._name(self.known(found[0], part)), expression)
+        return re.sub(r"[A-Za-z_]\w*", lambda found: self._name(self.known(found[0], part)), expression)
 
     def known(self, name: str, part: str) -> str:
         """What the config calls the quantity ``name`` of ``part``."""
@@ -206,7 +207,21 @@ def sizes_of(graph: Graph, layout: Layout, layers: Mapping[str, int]) -> Sizes:
         _note(sizes, where.get(mlp.down), intermediate_size=mlp.down.input(0).shape[-1])
     for name in sizes.by_layer:
         sizes.everywhere.pop(name, None)  # of a part beside the layers, which is no quantity of the model
+    _note_frequencies(sizes, graph)
     return sizes
+
+
+def frequencies_name(leaf: Leaf) -> str:
+    """What the config calls the frequencies of a rotary table."""
+    return leaf.name.replace("rotary_emb", "rope_frequencies")
+
+
+def _note_frequencies(sizes: Sizes, graph: Graph) -> None:
+    for node in graph.nodes_named("rope_table"):
+        leaf, param = sizes.layout.leaves.get(node), node.input(1)
+        if leaf is not None and isinstance(param, Param):
+            (values,) = evaluate([param.expr], graph.sources)
+            sizes.note(frequencies_name(leaf), leaf.path, values.float().tolist())
 
 
 def _of_tokens(graph: Graph) -> list[Node]:

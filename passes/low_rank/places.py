@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,9 +40,15 @@ class Place:
     def name(self) -> str:
         """The module that holds the factors: the weight's own, or one named after all of those that share."""
         if len(self.params) == 1:
-            return self.params[0].name.removesuffix(".weight")
-        parts = [param.name.removesuffix(".weight").rpartition(".") for param in self.params]
+            return _module(self.params[0].name)
+        parts = [_module(param.name).rpartition(".") for param in self.params]
         return f"{parts[0][0]}.shared_{'_'.join(part[2] for part in parts)}"
+
+
+def _module(name: str) -> str:
+    """The module of a weight; of a part of a fused one (`qkv.weight.1`), one beside it (`qkv_1`)."""
+    part = re.fullmatch(r"(.+?)(?:\.weight)?\.(\d+)", name)
+    return f"{part[1]}_{part[2]}" if part else name.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
