@@ -9,7 +9,7 @@ from compiler.errors import CheckpointError, OpError
 from compiler.ir.types import TensorType
 from compiler.weights.evaluate import evaluate, reads, working_set
 from compiler.weights.expr import apply, load, loads
-from compiler.weights.ops import basic, take
+from compiler.weights.ops import basic, sparse, take
 from compiler.weights.ops.quant import pack_bits, quantise
 from compiler.weights.source import MemorySource
 
@@ -236,3 +236,40 @@ def test_what_does_not_fit_is_an_error(build, reason):
 def test_reads_are_checked_against_the_source(expr, reason):
     with pytest.raises(CheckpointError, match=reason):
         evaluate([expr], SOURCES)
+
+
+SPARSE_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", SPARSE_DTYPES, ids=str)
+@given(lead=st.integers(0, 2), columns=st.integers(1, 20), kept=st.integers(0, 20), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_sparse_weights_unpack_to_the_last_bit_also_in_parts(dtype, lead, columns, kept, seed):
+    """``lead``: the number of leading axes along which as many elements remain everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 3, columns)
+    parts = torch.rand(shape, generator=generator).flatten(lead)
+    mask = torch.zeros(parts.shape, dtype=torch.bool)
+    count = min(kept, parts.shape[-1])
+    mask.scatter_(-1, parts.argsort(-1)[..., :count], True)
+    dense = torch.randn(shape, generator=generator).mul(mask.view(shape)).to(dtype)
+    flat = dense.float().view_as(mask)[mask]  # torch picks no float8
+    values = flat.to(dtype).view(*parts.shape[:lead], count)
+    tensors = {"mask": sparse.packed(mask.view(shape)), "values": values}
+    leaves = [load("model", name, TensorType(t.dtype, tuple(t.shape))) for name, t in tensors.items()]
+    expr = sparse.scatter(*leaves, columns)
+    sources = {"model": MemorySource(tensors)}
+    (whole,) = evaluate([expr], sources)
+    assert expr.type == TensorType(dtype, shape) == TensorType(whole.dtype, tuple(whole.shape))
+    assert torch.equal(whole.float(), dense.float())
+    for axis, size in enumerate(shape):
+        (part,) = evaluate([take(expr, axis, size // 2, size)], sources)
+        assert torch.equal(part.float(), dense.float().narrow(axis, size // 2, size - size // 2))
+
+
+def test_a_mask_that_does_not_go_with_its_values_is_an_error():
+    mask, values = basic.full((2, 3, 1), 0, torch.uint8), basic.full((3, 4), 0.0)
+    with pytest.raises(OpError, match="leading axes"):
+        sparse.scatter(mask, values, 8)
+    with pytest.raises(OpError, match="9 columns"):
+        sparse.scatter(mask, basic.full((4,), 0.0), 9)

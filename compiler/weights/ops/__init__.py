@@ -41,9 +41,9 @@ class WeightOp:
 
 @cache
 def _table() -> dict[str, WeightOp]:
-    from compiler.weights.ops import basic, quant
+    from compiler.weights.ops import basic, quant, sparse
 
-    return {op.name: op for op in (*basic.OPS, *quant.OPS)}
+    return {op.name: op for op in (*basic.OPS, *quant.OPS, *sparse.OPS)}
 
 
 def weight_op(name: str) -> WeightOp:
