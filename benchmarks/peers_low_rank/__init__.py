@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.decoders import linears
+
 Scale = Callable[[Tensor, Tensor], Tensor]
-
-
-def decoder_linears(model: Any) -> dict[str, nn.Linear]:
-    return {name: part for name, part in model.base_model.layers.named_modules() if isinstance(part, nn.Linear)}
 
 
 def rank_of(linear: nn.Linear, ratio: float) -> int:
@@ -35,9 +33,9 @@ def calibrate(model: Any, windows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
     Maps that read the same tensor share the sums.
     """
-    linears = decoder_linears(model)
+    parts = linears(model)
     sums = {name: (torch.zeros(part.in_features, part.in_features, dtype=torch.float64),
-                   torch.zeros(part.in_features, dtype=torch.float64)) for name, part in linears.items()}  # fmt: skip
+                   torch.zeros(part.in_features, dtype=torch.float64)) for name, part in parts.items()}  # fmt: skip
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -52,7 +50,7 @@ def calibrate(model: Any, windows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         sums[name][1].add_(rows.abs().sum(0))
 
     hooks = [
-        part.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, part in linears.items()
+        part.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, part in parts.items()
     ]
     for ids in windows:
         model.base_model(input_ids=ids[None], use_cache=False)
@@ -81,13 +79,13 @@ METHODS: dict[str, Scale] = {"svd": plain, "asvd": by_size, "svd-llm": whitened}
 
 
 @torch.inference_mode()
-def apply(model: Any, sums: dict[str, tuple[Tensor, Tensor]], method: str, ratio: float) -> int:
-    """Factorise ``model`` in place. Returns how many numbers the factors hold."""
-    numbers = 0
-    for name, part in decoder_linears(model).items():
-        scale, rank = METHODS[method](*sums[name]), rank_of(part, ratio)
+def apply(model: Any, sums: dict[str, tuple[Tensor, Tensor]], keep: float, method: str) -> int:
+    """Factorise ``model`` in place. Returns how many numbers fewer the factors hold."""
+    saved = 0
+    for name, part in linears(model).items():
+        scale, rank = METHODS[method](*sums[name]), rank_of(part, keep)
         left, values, right = torch.linalg.svd(part.weight.float() @ scale, full_matrices=False)
         first = torch.linalg.solve(scale, right[:rank], left=False)
         part.weight.copy_(left[:, :rank] * values[:rank] @ first)
-        numbers += rank * sum(part.weight.shape)
-    return numbers
+        saved += part.weight.numel() - rank * sum(part.weight.shape)
+    return saved
