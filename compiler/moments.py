@@ -72,12 +72,8 @@ class Statistics:
 
     def of(self, param: Param) -> Moments:
         """The moments of ``param``, over all the products with it."""
-        parts = [self._store.load(name) for name in self._inputs[param]]
-        count, first, second = (torch.stack([part[key] for part in parts]).sum(0) for key in _Sums.KEYS)
-        seen = count.clamp_min(1)[:, None]
         gradient = self._store.load(self._gradients[param])["gradient"] if param in self._gradients else None
-        found = Moments(count, first / seen, second / seen[..., None], gradient)
-        return found if _stacked(param) else found.of_expert(0)
+        return _moments(param, [self._store.load(name) for name in self._inputs[param]], gradient)
 
 
 class Store:
@@ -125,6 +121,26 @@ def measure(
     return Statistics(store, inputs, names)
 
 
+def at_stage(graph: Graph, stage: Stage, params: Sequence[Param]) -> dict[Param, Moments]:
+    """The moments of ``params`` over their products in ``stage`` of a sweep, on what enters them there now; without M.
+
+    Raises KeyError for a weight that ``compiler.products`` finds no product with.
+    """
+    known, inside = products(graph), set(stage.nodes)
+    nodes = {param: [node for node in known[param] if node in inside] for param in params}
+    places, inputs = _distinct(nodes, "")
+    bundles = {name: sums.bundle() for name, sums in _sums(graph, stage, places).items()}
+    return {param: _moments(param, [bundles[name] for name in names], None) for param, names in inputs.items()}
+
+
+def _moments(param: Param, bundles: Sequence[Mapping[str, Tensor]], gradient: Tensor | None) -> Moments:
+    """The moments of ``param`` from sums over parts of its products."""
+    count, first, second = (torch.stack([bundle[key] for bundle in bundles]).sum(0) for key in _Sums.KEYS)
+    seen = count.clamp_min(1)[:, None]
+    found = Moments(count, first / seen, second / seen[..., None], gradient)
+    return found if _stacked(param) else found.of_expert(0)
+
+
 def _key(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradients: Batches, seed: int) -> str:
     """A name that changes with the model, the weights that are measured, and the data."""
     digest = hashlib.sha256(f"{seed} {len(batches)}".encode())
@@ -163,15 +179,9 @@ class _Sums:
 def _measure_inputs(
     graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Batches, store: Store, key: str
 ) -> dict[Param, list[str]]:
-    """The bundles of every weight. Weights that meet the same vectors have one bundle between them."""
-    places: dict[tuple[object, ...], tuple[str, Node, Param]] = {}
-    inputs: dict[Param, list[str]] = {}
-    for param, users in nodes.items():
-        for node in users:
-            name = f"inputs-{key}-{len(places)}"
-            place = places.setdefault(_vectors(node, param), (name, node, param))
-            inputs.setdefault(param, []).append(place[0])
-    missing = [place for place in places.values() if place[0] not in store]
+    """The bundles of every weight."""
+    places, inputs = _distinct(nodes, f"inputs-{key}-")
+    missing = [place for place in places if place[0] not in store]
     if missing:
         for stage in sweep(graph, batches):
             own = [place for place in missing if place[1] in set(stage.nodes)]
@@ -181,6 +191,19 @@ def _measure_inputs(
             if not missing:
                 break
     return inputs
+
+
+def _distinct(
+    nodes: Mapping[Param, Sequence[Node]], prefix: str
+) -> tuple[list[tuple[str, Node, Param]], dict[Param, list[str]]]:
+    """Products that meet different vectors, each with a name, and every weight's names: one for those that share."""
+    places: dict[tuple[object, ...], tuple[str, Node, Param]] = {}
+    inputs: dict[Param, list[str]] = {}
+    for param, users in nodes.items():
+        for node in users:
+            place = places.setdefault(_vectors(node, param), (f"{prefix}{len(places)}", node, param))
+            inputs.setdefault(param, []).append(place[0])
+    return list(places.values()), inputs
 
 
 def _vectors(node: Node, param: Param) -> tuple[object, ...]:

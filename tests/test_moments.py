@@ -137,3 +137,15 @@ def test_experts_count_their_own_tokens():
         assert moments.second.shape == (4, param.shape[2], param.shape[2])
         assert moments.count.sum() == 6 * 2 * 20 * 2
         assert (moments.count == moments.count.round()).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "whisper", "mixtral"])
+def test_moments_at_a_stage_are_those_of_all_stages(name):
+    graph, params, statistics = measured(name)
+    known = products(graph)
+    for stage in sweep(graph, batches(name)):
+        own = [param for param in params if known[param][0] in stage.nodes and len(known[param]) == 1]
+        for param, found in m.at_stage(graph, stage, own).items():
+            expected = statistics.of(param)
+            for part in ("count", "mean", "second"):
+                torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-6, atol=1e-9)
