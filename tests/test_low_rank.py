@@ -21,9 +21,10 @@ from compiler.target import emission_of
 from compiler.weights.expr import load
 from compiler.weights.spill import SpillSource
 from passes.low_rank import LowRank
-from passes.low_rank.choose import allocated, together, uniform
+from passes.low_rank.basis import Member, basis, seconds
+from passes.low_rank.choose import allocated, uniform
 from passes.low_rank.factor import Metric, best, root, spectrum
-from passes.low_rank.places import Form, bias_of, places_of, sharing
+from passes.low_rank.places import Form, bias_of, places_of, sharing, together
 from passes.low_rank.rewrite import stored, write
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
@@ -130,7 +131,7 @@ def test_what_is_chosen_is_no_further_than_the_same_part_of_each(name):
 
 def test_the_metric_of_the_loss_and_the_update_bring_the_model_nearer():
     distances = [
-        reduced("llama", keep=0.7, ranks="uniform", share=False, **options)[2]
+        reduced("llama", keep=0.7, ranks="uniform", **options)[2]
         for options in (
             {"metric": "plain", "update": False, "bias": False},
             {"metric": "input", "update": False, "bias": False},
@@ -196,7 +197,7 @@ def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(
         key = spill.add(name, tensor)
         return load("spill", key, spill.types[key])
 
-    for group in sharing(places_of(graph, Silent(), params)):
+    for group in sharing(places_of(graph, Silent(), params), "input"):
         place = together(group)
         weight = torch.cat([read_param(graph, param).double() for param in place.params])
         ones = Metric((torch.ones(place.height, dtype=torch.float64),), torch.ones(place.columns, dtype=torch.float64))
@@ -233,7 +234,7 @@ def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
     graph = capture(FAMILIES["llama"].build())
     params = [param for param in graph.params.values() if param.name.endswith("proj.weight")]
     places = places_of(graph, Silent(), params)
-    groups = sharing(places)
+    groups = sharing(places, "input")
     assert [len(group) for group in groups] == [3, 1, 2, 1] * 2
     generator = torch.Generator().manual_seed(0)
     costs = {
@@ -255,3 +256,39 @@ def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
     assert total(even) <= budget
     assert 0.97 * budget <= total(shared_out) <= budget
     assert cost(shared_out) <= cost(even)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(2, 9), columns=st.integers(2, 16), count=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_more_rank_of_a_basis_never_costs_more_and_its_costs_are_those_of_its_factors(rows, columns, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    members = [
+        Member(
+            torch.randn(rows, columns, generator=generator, dtype=torch.float64),
+            Metric((root(moment(rows, generator), 1e-3),), root(moment(columns, generator), 1e-3)),
+        )
+        for _ in range(count)
+    ]
+    found, whole = basis(lambda: members), sum(member.metric.cost(member.weight) for member in members)
+    assert (found.costs >= 0).all()
+    for rank in range(1, len(found.vectors) + 1):
+        first = found.vectors[:rank]
+        pairs = zip(members, seconds(lambda: members, first), strict=True)
+        cost = sum(member.metric.cost(member.weight - second @ first) for member, second in pairs)
+        assert cost == pytest.approx(float(found.costs[rank:].sum()), rel=1e-6, abs=FLOAT64 * whole)
+    if count == 1:
+        alone = spectrum(members[0].weight, members[0].metric).costs
+        torch.testing.assert_close(found.costs, alone, rtol=1e-6, atol=FLOAT64 * whole)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "whisper", "t5"])
+def test_a_basis_of_adjacent_layers_stands_once_and_is_written(name, tmp_path):
+    inputs = FAMILIES[name].inputs()
+    graph, report, _ = reduced(name, keep=0.6, share="layers", ranks="uniform", update=name == "llama")
+    assert any("one first factor" in item.what for item in report.rewritten)
+    firsts = [param for param in graph.params.values() if param.name.endswith(".down.weight")]
+    assert any(len(param.users) == 1 + len(param.aliases) == 2 for param in firsts)
+    emit(emission_of(graph, "auto"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE

@@ -9,7 +9,7 @@ import torch
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
-from passes.low_rank.places import Form, Place
+from passes.low_rank.places import Form, Place, together
 
 STEPS = 24  # ranks that a place may get
 WORTHWHILE = 0.97  # of a weight's numbers: factors that hold more than that are two products for nothing
@@ -66,11 +66,6 @@ def allocated(groups: Sequence[Sequence[Place]], costs: Costs, form: Form, keep:
     options = [[Option(way.numbers, way.cost) for way in own] for own in ways]
     chosen = allocate(options, budget)
     return tuple(ranked for own, index in zip(ways, chosen, strict=True) for ranked in own[index].choice)
-
-
-def together(group: Sequence[Place]) -> Place:
-    """The weights of ``group`` as one place."""
-    return Place(tuple(param for place in group for param in place.params))
 
 
 def _ways(group: Sequence[Place], costs: Costs, form: Form) -> list[_Way]:

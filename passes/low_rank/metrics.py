@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from compiler.fidelity import spread
 from compiler.ir.graph import Graph, Param
 from compiler.moments import Moments, Statistics, measure
 from compiler.pipeline import Context
+from passes.low_rank.basis import Member
 from passes.low_rank.factor import GRADIENT_RIDGE, INPUT_RIDGE, Metric, root
 from passes.low_rank.places import Place, bias_of
 
@@ -39,9 +40,10 @@ class Metrics:
         matrices = [self.ctx.read(param).double() for param in place.params]
         return torch.cat([matrix.reshape(len(matrix), -1) for matrix in matrices])
 
-    def mean(self, place: Place) -> Tensor:
-        """The mean input, float64 [columns]."""
-        return self.statistics.of(place.params[0]).mean
+    def expected(self, place: Place, matrix: Tensor) -> Tensor:
+        """What ``matrix`` [rows, columns] makes of mean inputs, each weight's rows of its own: float64 [rows]."""
+        parts = zip(place.params, matrix.split(place.rows), strict=True)
+        return torch.cat([part @ self.statistics.of(param).mean for param, part in parts])
 
     def of(self, place: Place) -> Metric:
         return self.given(place, self.statistics.of(place.params[0]))
@@ -64,6 +66,11 @@ class Metrics:
             return root(inputs.second.diagonal(), INPUT_RIDGE).sqrt()
         mean = inputs.mean if self.centred else torch.zeros_like(inputs.mean)
         return root(inputs.second - torch.outer(mean, mean), INPUT_RIDGE)
+
+    def members(self, place: Place) -> Iterator[Member]:
+        """Every weight of ``place`` by itself."""
+        for own in place.apart():
+            yield Member(self.weight(own), self.of(own))
 
     def bias(self, place: Place) -> Tensor | None:
         """The biases that are there, zeros where there is none: float64 [rows]; None when there are none at all."""

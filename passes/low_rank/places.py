@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param
+from compiler.ir.layers import Layer, layer_of
 from compiler.pipeline import Context
 from compiler.products import matrix_shape, products
 
@@ -18,6 +20,9 @@ class Place:
     """One weight, or several that read the same input: matrices [rows, columns], stacked, that get one first factor."""
 
     params: tuple[Param, ...]
+
+    pivots: ClassVar[bool] = True
+    """Whether its first factor can be some of its outputs."""
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -44,6 +49,25 @@ class Place:
         parts = [_module(param.name).rpartition(".") for param in self.params]
         return f"{parts[0][0]}.shared_{'_'.join(part[2] for part in parts)}"
 
+    @property
+    def unbiased(self) -> int:
+        """The outputs that have no bias."""
+        return sum(rows for param, rows in zip(self.params, self.rows, strict=True) if bias_of(param) is None)
+
+    def apart(self) -> list[Place]:
+        """Every weight as a place of its own."""
+        return [Place((param,)) for param in self.params]
+
+
+class Adjacent(Place):
+    """Weights of a kind in adjacent layers, which read different inputs. The first factor is that of each layer."""
+
+    pivots: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return _module(self.params[0].name)
+
 
 def _module(name: str) -> str:
     """The module of a weight; of a part of a fused one (`qkv.weight.1`), one beside it (`qkv_1`)."""
@@ -60,16 +84,13 @@ class Form:
 
     def pivoted(self, place: Place, rank: int) -> bool:
         """Whether the pivoted form is to be taken: if asked for, or if what it saves is more than its order of rows."""
-        return self.kind == "pivoted" or (self.kind == "auto" and rank**2 > place.height)
+        return place.pivots and (self.kind == "pivoted" or (self.kind == "auto" and rank**2 > place.height))
 
     def size(self, place: Place, rank: int) -> int:
         """The numbers that factors of ``rank`` hold, an order of rows and new biases among them."""
         height = place.height
         order = height - rank**2 if self.pivoted(place, rank) else 0
-        return rank * (height + place.columns) + order + (self.new_bias(place) if self.bias else 0)
-
-    def new_bias(self, place: Place) -> int:
-        return sum(rows for param, rows in zip(place.params, place.rows, strict=True) if bias_of(param) is None)
+        return rank * (height + place.columns) + order + (place.unbiased if self.bias else 0)
 
     def largest(self, place: Place, numbers: float) -> int:
         """The largest rank whose factors hold at most ``numbers``; 0 when there is none."""
@@ -117,12 +138,31 @@ def _obstacle(param: Param, users: Sequence[Node]) -> str:
     return ""
 
 
-def sharing(places: Sequence[Place]) -> list[list[Place]]:
-    """``places`` by the input that they read: linear maps with one use each. A place that shares none is alone."""
+def sharing(places: Sequence[Place], share: str) -> list[list[Place]]:
+    """``places`` in groups that may share a first factor; one that shares none is alone.
+
+    ``share``: `none`; `input`, linear maps of one use and one layer that read the same value; `layers`, such of the
+    same name and shape in two layers that follow each other.
+    """
     found: dict[object, list[Place]] = {}
     for place in places:
-        (param,) = place.params
-        node = param.single_user()
-        shared = node.input(0) if node is not None and node.op.name == "linear" else param
-        found.setdefault(shared, []).append(place)
+        found.setdefault(_shared(place, share) or place, []).append(place)
     return list(found.values())
+
+
+def _shared(place: Place, share: str) -> object:
+    """Equal for places that may share; None for one that shares with none."""
+    (param,) = place.params
+    node = param.single_user()
+    if share == "none" or node is None or node.op.name != "linear":
+        return None
+    layer = layer_of(param.name)
+    if share == "input":
+        return node.input(0), layer
+    return layer and (Layer(layer.stack, layer.index // 2), param.name.removeprefix(layer.scope), param.type)
+
+
+def together(group: Sequence[Place]) -> Place:
+    """The weights of ``group`` as one place."""
+    params = tuple(param for place in group for param in place.params)
+    return Place(params) if len({layer_of(param.name) for param in params}) == 1 else Adjacent(params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,11 @@ from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.low_rank.choose import Choice, Costs, Ranked, allocated, together, uniform
+from passes.low_rank.basis import basis, seconds
+from passes.low_rank.choose import Choice, Costs, Ranked, allocated, uniform
 from passes.low_rank.factor import Factors, best, spectrum
 from passes.low_rank.metrics import Batches, Metrics, measured
-from passes.low_rank.places import Form, Place, bias_of, places_of, sharing
+from passes.low_rank.places import Adjacent, Form, Place, bias_of, places_of, sharing, together
 from passes.low_rank.rewrite import Stored, stored, write
 from passes.low_rank.update import factorised_in_order
 
@@ -32,14 +34,14 @@ def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]
     """Factorise ``params`` of ``graph`` as ``options`` say."""
     places = places_of(graph, ctx, params)
     form = Form(options.form, options.bias)
-    even = uniform(places, form, options.keep)
+    groups = sharing(places, options.share)
+    even = uniform(places if options.ranks == "measured" else [*map(together, groups)], form, options.keep)
     costs: Costs = {}
     if ctx.planned:
         made = {ranked: _planned(ctx, ranked, form) for ranked in even}
     else:
         batches = ctx.calibration() if options.calibrated else []
         metrics = measured(graph, ctx, places, options, batches)
-        groups = sharing(places) if options.share else [[place] for place in places]
         costs = _costs(metrics, groups)
         made = _nearest(_Search(graph, ctx, options, metrics, form, batches), even, groups, costs)
     _report(ctx, form, places, tuple(made), costs)
@@ -51,7 +53,13 @@ def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
     """What every place, and every group of several as one, loses with its ranks."""
     places = [place for group in groups for place in group]
     places += [together(group) for group in groups if len(group) > 1]
-    return {place: spectrum(metrics.weight(place), metrics.of(place)).costs for place in places}
+    return {place: _saved(metrics, place) for place in places}
+
+
+def _saved(metrics: Metrics, place: Place) -> Tensor:
+    if isinstance(place, Adjacent):
+        return basis(partial(metrics.members, place)).costs
+    return spectrum(metrics.weight(place), metrics.of(place)).costs
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class _Search:
         return {ranked: _factorised(self.metrics, self.form, ranked) for ranked in choice}
 
     def updated(self, made: Made) -> Made:
-        """The same ranks, factorised in order; weights with several uses keep the factors they have."""
-        return made | factorised_in_order(self.graph, self.metrics, self.form, made, self.batches)
+        """The same ranks, factorised in order; weights with several uses or inputs keep the factors they have."""
+        return factorised_in_order(self.graph, self.metrics, self.form, made, self.batches)
 
 
 def _nearest(search: _Search, even: Choice, groups: Sequence[Sequence[Place]], costs: Costs) -> Made:
@@ -105,12 +113,21 @@ def _distance(graph: Graph, made: Made, fidelity: Fidelity) -> float:
 
 def _factorised(metrics: Metrics, form: Form, ranked: Ranked) -> Stored:
     """The best factors of the rank, and a bias that keeps the mean of outputs where the form has one."""
-    place, rank = ranked.place, ranked.rank
+    place = ranked.place
     weight, bias = metrics.weight(place), metrics.bias(place)
-    factors = best(weight, metrics.of(place), rank, form.pivoted(place, rank), place.params[0].storage)
+    factors = _factors(metrics, form, ranked)
     if form.bias:
-        bias = (weight - factors.matrix()) @ metrics.mean(place) + (0 if bias is None else bias)
+        bias = metrics.expected(place, weight - factors.matrix()) + (0 if bias is None else bias)
     return stored(metrics.ctx.spill, place, factors, bias)
+
+
+def _factors(metrics: Metrics, form: Form, ranked: Ranked) -> Factors:
+    place, rank, storage = ranked.place, ranked.rank, ranked.place.params[0].storage
+    if isinstance(place, Adjacent):
+        members = partial(metrics.members, place)
+        first = basis(members).vectors[:rank].to(storage)
+        return Factors(first, torch.cat(list(seconds(members, first))).to(storage))
+    return best(metrics.weight(place), metrics.of(place), rank, form.pivoted(place, rank), storage)
 
 
 def _planned(ctx: Context, ranked: Ranked, form: Form) -> Stored:
@@ -133,6 +150,8 @@ def _report(ctx: Context, form: Form, places: Sequence[Place], choice: Choice, c
     for ranked in choice:
         place, rank = ranked.place, ranked.rank
         kind = "pivoted" if form.pivoted(place, rank) else "a pair"
+        if isinstance(place, Adjacent):
+            kind = f"with one first factor for {' and '.join(own.name for own in place.apart())}"
         predicted = {"predicted_loss": float(costs[place][rank:].sum())} if costs else {}
         ctx.rewrote(
             place.name,

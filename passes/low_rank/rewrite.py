@@ -12,7 +12,7 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, slice
 from passes.low_rank.factor import Factors
-from passes.low_rank.places import Place
+from passes.low_rank.places import Adjacent, Place
 
 Keep = Callable[[str, Tensor], Expr]
 
@@ -75,13 +75,27 @@ class _Writer:
     def pair(self) -> list[list[Value]]:
         made = self.made
         first = self._weight(self.place, "down", made.first, window=True)
-        hidden = {node.input(0): self._first(node, first, None) for node in self.users[0]}
+        hidden: dict[tuple[str, Value], Value] = {}
         results: list[list[Value]] = []
         for own, start, stop, nodes in self._members():
+            holder = self._holder(own, first)
+            for node in nodes:
+                if (holder.name, node.input(0)) not in hidden:
+                    hidden[holder.name, node.input(0)] = self._first(holder, node, first, None)
             second = self._weight(own, "up", slice(made.second, 0, start, stop))
             bias = None if made.bias is None else self._bias(own, "up", made.bias, start, stop)
-            results.append([self._second(own, node, hidden[node.input(0)], second, bias) for node in nodes])
+            results.append(
+                [self._second(own, node, hidden[holder.name, node.input(0)], second, bias) for node in nodes]
+            )
         return results
+
+    def _holder(self, own: Place, first: Param) -> Place:
+        """Whose module applies ``first`` to what ``own`` reads: in another layer it has a name of that layer."""
+        if not isinstance(self.place, Adjacent):
+            return self.place
+        if own.name != self.place.name:
+            first.aliases = (*first.aliases, f"{own.name}.down.weight")
+        return own
 
     def pivoted(self, order: Expr) -> list[list[Value]]:
         made, rank, height = self.made, self.made.first.shape[0], self.place.height
@@ -95,7 +109,7 @@ class _Writer:
             )
         joined: dict[Value, Value] = {}
         for node in self.users[0]:
-            pivots = self._first(node, first, shifts[0])
+            pivots = self._first(self.place, node, first, shifts[0])
             others = self._second(self.place, node, pivots, second, shifts[1])
             joined[node.input(0)] = self._op(self.place, node, "concat", [pivots, others], axis=_axis(node))
         return [self._ordered(order, joined, *member) for member in self._members()]
@@ -110,12 +124,11 @@ class _Writer:
     def _members(self) -> list[tuple[Place, int, int, list[Node]]]:
         """Every weight as a place of its own, its first and last row + 1, and the products with it."""
         stops = [sum(self.place.rows[: index + 1]) for index in range(len(self.users))]
-        owns = [Place((param,)) for param in self.place.params]
-        spans = zip(owns, self.place.rows, stops, self.users, strict=True)
+        spans = zip(self.place.apart(), self.place.rows, stops, self.users, strict=True)
         return [(own, stop - rows, stop, nodes) for own, rows, stop, nodes in spans]
 
-    def _first(self, node: Node, weight: Param, bias: Param | None) -> Value:
-        return self._op(self.place, node, node.op.name, [node.input(0), weight, bias], **node.attrs)
+    def _first(self, holder: Place, node: Node, weight: Param, bias: Param | None) -> Value:
+        return self._op(holder, node, node.op.name, [node.input(0), weight, bias], **node.attrs)
 
     def _second(self, own: Place, node: Node, x: Value, weight: Param, bias: Param | None) -> Value:
         if node.op.name == "linear":

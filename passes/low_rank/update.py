@@ -7,7 +7,7 @@ update of SVD-LLM (arXiv 2403.07378), taken to its optimum for both factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from compiler.products import entering
 from passes.low_rank.choose import Ranked
 from passes.low_rank.factor import best
 from passes.low_rank.metrics import Batches, Metrics
-from passes.low_rank.places import Form
+from passes.low_rank.places import Form, Place
 from passes.low_rank.rewrite import Stored, stored, write
 
 UPDATE_TOKENS = 16384
@@ -72,12 +72,15 @@ class _Paired:
 
 
 def factorised_in_order(
-    graph: Graph, metrics: Metrics, form: Form, choice: Iterable[Ranked], batches: Batches
+    graph: Graph, metrics: Metrics, form: Form, before: Mapping[Ranked, Stored], batches: Batches
 ) -> dict[Ranked, Stored]:
-    """The factors of what is chosen in ``graph``, made stage by stage on a copy; not of weights with several uses."""
-    left = [ranked for ranked in choice if all(len(param.users) == 1 for param in ranked.place.params)]
+    """``before`` with other factors, made stage by stage on a copy; not of weights with several uses or inputs."""
+    left = [ranked for ranked in before if _in_one_stage(ranked.place)]
     made: dict[Ranked, Stored] = {}
     trial, given = copy_of(graph), spread(batches, UPDATE_TOKENS)
+    for ranked, factors in before.items():
+        if ranked not in left:
+            write(trial, ranked.place, factors)
     for theirs, ours in zip(sweep(graph, given), sweep(trial, given), strict=True):
         for group in _by_input(theirs, left):
             paired = _observed(theirs, ours, group[0], trial)
@@ -87,7 +90,11 @@ def factorised_in_order(
             ours.refresh()
         if len(made) == len(left):
             break
-    return made
+    return {**before, **made}
+
+
+def _in_one_stage(place: Place) -> bool:
+    return type(place) is Place and all(len(param.users) == 1 for param in place.params)
 
 
 def _by_input(stage: Stage, choice: Sequence[Ranked]) -> list[list[Ranked]]:
