@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.moments import measure
 from compiler.pipeline import Context
-from passes.prune.choose import Counts, by_layer, options, uniform, within
+from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
 from passes.prune.cut import cut
 from passes.prune.depth import Block, blocks_of, losses, take_out
 from passes.prune.places import Place, matching, measurable, places_of
@@ -34,16 +33,6 @@ HELD_EVERY = 16
 """Of the samples one in so many is for choices; nothing else sees it."""
 
 Batches = Sequence[Mapping[str, Tensor]]
-Rankings = dict[Place, Ranking]
-Share = Callable[[Sequence[Place], Mapping[Place, Ranking], int, float], Counts]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What remains of every place, and the layers that go."""
-
-    counts: Counts
-    gone: tuple[Block, ...] = ()
 
 
 def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -> None:
@@ -57,7 +46,8 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
     alone = losses(graph, blocks, spread(held, PROBE_TOKENS)) if held and blocks else dict.fromkeys(blocks, 0.0)
-    choice = _choose(graph, ctx, wanted, params, rankings, alone, scores, held)
+    budget = _budget(wanted, params)
+    choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
@@ -87,11 +77,15 @@ def _unmeasured(place: Place) -> Ranking:
     return Ranking(tuple(range(place.size)), torch.zeros(place.size + 1))
 
 
+def _budget(wanted: Prune, params: Sequence[Param]) -> Budget:
+    return Numbers(params, wanted.keep * sum(param.type.numel for param in params))
+
+
 def _choose(
     graph: Graph,
     ctx: Context,
     wanted: Prune,
-    params: Sequence[Param],
+    budget: Budget,
     rankings: Rankings,
     alone: Mapping[Block, float],
     scores: Scores,
@@ -99,9 +93,9 @@ def _choose(
 ) -> Choice:
     if wanted.keep > 1:
         return Choice(_counted(rankings, int(wanted.keep), wanted.align))
-    found = {"uniform": _shallower(wanted, params, rankings, alone, uniform)}
+    found = {"uniform": choose(rankings, alone, wanted.align, budget, uniform)}
     if wanted.sizes == "by-layer":
-        found["by layer"] = _shallower(wanted, params, rankings, alone, by_layer)
+        found["by layer"] = choose(rankings, alone, wanted.align, budget, by_layer)
     if ctx.planned or not held or len(found) == 1:
         return list(found.values())[-1]
     fidelity = Fidelity(graph, held)
@@ -124,38 +118,6 @@ def _counted(rankings: Rankings, count: int, align: int) -> Counts:
                 remedy=f"choose from {', '.join(map(str, options(place, align)[:6]))} ...",
             )
     return dict.fromkeys(rankings, count)
-
-
-def _shallower(
-    wanted: Prune, params: Sequence[Param], rankings: Rankings, alone: Mapping[Block, float], share: Share
-) -> Choice:
-    """The number of layers to take out whose predicted loss, with that of the places then left, is least."""
-    order = sorted(alone, key=lambda block: alone[block])
-    found: list[tuple[float, Choice]] = []
-    failed: PassError | None = None
-    for count in range(max(1, len(order))):
-        gone = tuple(order[:count])
-        lost = frozenset(param for block in gone for param in block.params)
-        left = {place: ranking for place, ranking in rankings.items() if not lost & place.params.keys()}
-        remaining = [param for param in params if param not in lost]
-        most = wanted.keep * sum(param.type.numel for param in params)
-        rest = sum(param.type.numel for param in remaining) - _held(left)
-        try:
-            counts = within(partial(share, list(left), left, wanted.align), remaining, most - rest, most)
-        except PassError as error:
-            failed = error
-            continue
-        loss = sum(float(left[place].losses[kept]) for place, kept in counts.items())
-        found.append((loss + sum(alone[block] for block in gone), Choice(counts, gone)))
-        if not any(alone.values()):
-            break
-    if not found:
-        raise failed or PassError("nothing would remain", option="keep")
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def _held(rankings: Rankings) -> int:
-    return sum(place.cost * place.size for place in rankings)
 
 
 def _trial(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores) -> Graph:
