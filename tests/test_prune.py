@@ -11,17 +11,19 @@ from backends.safetensors import emit, require
 from compiler.errors import PassError, SelectorError, TargetError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
+from compiler.ir.coupling import coupling_groups
 from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
 from compiler.moments import Moments
 from compiler.pipeline import Pipeline
+from compiler.stream import residual
 from compiler.target import emission_of
 from passes.prune import Prune
 from passes.prune.ranking import Reader, inputs, restored, surgeon
 from passes.prune.refit import _Sums, fitted
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
 from tests.families import FAMILIES
-from tests.removed import value
+from tests.removed import value, zero
 from tests.test_removal import Convolutional
 
 
@@ -121,6 +123,8 @@ def test_channels_of_a_convolutional_net_are_pruned_by_what_they_cost():
         ("qwen3", {"what": "heads", "keep": 0.9}, {"groups": 2, "heads": 2}),
         ("mixtral", {"what": "experts", "keep": 0.8, "refit": False}, {"experts": 3}),
         ("llama", {"what": "layers", "keep": 0.5}, {"layers": 1}),
+        ("llama", {"what": "hidden", "keep": 0.9}, {"hidden": 40}),
+        ("gemma2", {"what": "hidden", "keep": 40}, {"hidden": 40}),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
@@ -145,6 +149,7 @@ def sizes_of(graph) -> dict[str, int]:
         "heads": sites[0].heads,
         "experts": expert_sites(graph)[0].count if expert_sites(graph) else 0,
         "layers": len(layers(graph)),
+        "hidden": graph.nodes_named("embedding")[0].output.shape[-1],
     }
 
 
@@ -299,6 +304,29 @@ def test_sizes_by_layer_are_written_as_code_that_computes_the_same(name, tmp_pat
     with torch.no_grad():
         found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
     assert distance(found, job.outputs()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "whisper"])
+def test_a_narrower_stream_is_written_as_code_where_classes_divide_it_into_heads(name, tmp_path):
+    job = Pruned(name, tmp_path, what="hidden", keep=0.8, where="*", refit=name == "gpt2")
+    with pytest.raises(TargetError, match="no stock model class"):
+        require(job.graph)
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(found, job.outputs()) < TOLERANCE
+
+
+def test_of_a_stream_the_directions_go_that_hold_nothing():
+    """Channels that are zero in all that is written cost nothing, and are the first to go."""
+    graph = capture(FAMILIES["llama"].build())
+    before = run(graph, FAMILIES["llama"].inputs())
+    (group,) = [group for group in coupling_groups(graph) if residual(group)]
+    zero(graph, group, [index for index in range(48) if index % 6])
+    there = run(graph, FAMILIES["llama"].inputs())
+    Pipeline([Prune(what="hidden", keep=40, align=8, refit=False)]).run(graph, calibration=lambda _: batches("llama"))
+    assert distance(run(graph, FAMILIES["llama"].inputs()), there) < TOLERANCE < distance(before, there)
 
 
 def test_a_class_that_cannot_run_with_the_sizes_is_refused_and_code_written(tmp_path):

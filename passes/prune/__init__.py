@@ -14,7 +14,7 @@ from compiler.pipeline import Context, Pass
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=2)]
-Kind = Literal["channels", "groups", "heads", "experts", "layers"]
+Kind = Literal["channels", "groups", "heads", "experts", "layers", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Prune(Pass):
 
     ``what``, one or several: `channels` (inside of MLPs, experts and convolutions), `groups` (key/value heads with
     their query heads: the cache shrinks too), `heads` (query heads, as many in each group), `experts` (with the
-    router's rows) and `layers`. ``keep`` may also be the number that remains of each place (1152 channels). Channels
-    remain in multiples of ``align``.
+    router's rows), `hidden` (the residual stream) and `layers`. ``keep`` may also be the number that remains of each
+    place (1152 channels). Channels and widths remain in multiples of ``align``.
 
     ``score`` says what goes first. `loss`: what removal costs the model in nats, 1/2 tr(M E C E^T) with the second
     moments C of what enters and M of the loss's gradient at what leaves the projection that reads the dimension, whose

@@ -65,8 +65,8 @@ Share = Callable[[Rankings, int, Budget, float], Counts]
 
 
 def options(place: Place, align: int) -> list[int]:
-    """The numbers of indices that may remain, from all down: of channels multiples of ``align``."""
-    step = align if place.kind == "channels" else 1
+    """The numbers of indices that may remain, from all down: of channels and widths multiples of ``align``."""
+    step = align if place.kind in ("channels", "hidden") else 1
     return [place.size, *(n for n in range(place.size - 1, place.least - 1, -1) if n % step == 0)]
 
 

@@ -13,6 +13,7 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.roles import has_role, roles
 from compiler.pipeline import Context
 from compiler.products import matrix_shape, products
+from compiler.stream import residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class Place:
     @cached_property
     def params(self) -> dict[Param, int]:
         """Every matrix that loses by it, with the numbers that one index of it holds."""
-        return {m.param: m.param.type.numel // self.size for g in self.groups for m in g.members if _is_matrix(m.param)}
+        members = (m for g in self.groups for m in g.members if _is_matrix(m.param) or self.kind == "hidden")
+        return {m.param: m.param.type.numel // self.size for m in members}
 
     @property
     def cost(self) -> int:
@@ -56,7 +58,10 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The module of the first reader, or of the first member."""
+        """The module of the first reader, or of the first member; of a stream, that of what starts it."""
+        if self.kind == "hidden":
+            params = [member.param for member in self.group.members]
+            return next((scope for param in params if (scope := _starting(param))), "")
         member = self.readers[0] if self.readers else self.group.members[0]
         return next(iter(member.param.users)).scope
 
@@ -70,6 +75,11 @@ class Place:
             index = position // reader.stride % self.size
             found[index] += range(position * window, (position + 1) * window)
         return found
+
+
+def _starting(param: Param) -> str:
+    """The module of an embedding or a convolution of ``param``."""
+    return next((node.scope for node in param.users if node.op.name in ("embedding", "conv")), "")
 
 
 def places_of(graph: Graph, ctx: Context, kinds: Sequence[str], params: Sequence[Param]) -> list[Place]:
@@ -119,9 +129,12 @@ def matching(copy: Graph, places: Iterable[Place]) -> dict[Place, Place]:
 
 def _refusal(place: Place, chosen: set[Param]) -> str:
     for group in place.groups:
-        reason = group.frozen or group.normed or ("" if place.kind == "experts" else group.chosen)
+        normed = "" if place.kind == "hidden" else group.normed
+        reason = group.frozen or normed or ("" if place.kind == "experts" else group.chosen)
         if reason:
             return reason
+    if place.kind == "hidden":
+        return ""
     outside = next((param.name for param in place.params if param not in chosen and place.kind != "experts"), "")
     return f"{outside} belongs to it, which `where` does not select" if outside else ""
 
@@ -131,7 +144,18 @@ def _candidates(
 ) -> list[Place]:
     found = [place for group in groups if (place := _by_roles(group, known, kinds)) is not None]
     found = [_with_outer(place, found, groups) for place in found]
+    found += [_hidden(group) for group in groups if "hidden" in kinds and residual(group)]
     return found + (_experts(graph, groups) if "experts" in kinds else [])
+
+
+def _hidden(group: CouplingGroup) -> Place:
+    """The width of a residual stream, with all that reads it: a head that shares the embedding's table too."""
+    return Place("hidden", (group,), tuple(member for member in group.members if _multiplies(member)), least=2)
+
+
+def _multiplies(member: Member) -> bool:
+    """Whether some product sums along ``member``, whatever else the weight is used for."""
+    return any((node.op.name, member.axis) in {("linear", 1), ("experts", 2)} for node in member.param.users)
 
 
 def _by_roles(group: CouplingGroup, known: Mapping[Param, set[str]], kinds: Sequence[str]) -> Place | None:

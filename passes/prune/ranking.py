@@ -113,7 +113,7 @@ class _Remaining:
         assert reader.moments is not None  # a score that calibrates has measured it
         flat = reader.flat(range(len(reader.columns)))
         second = inputs(reader.moments)[flat][:, flat]
-        weighted = _in_metric(reader.weight.double(), reader.moments.gradient)[:, flat]
+        weighted = in_metric(reader.weight.double(), reader.moments.gradient)[:, flat]
         return _Remaining(weighted.float(), torch.linalg.inv(second).float(), len(reader.columns[0]))
 
     def costs(self) -> Tensor:
@@ -143,7 +143,7 @@ class _Remaining:
         return cost
 
 
-def _in_metric(weight: Tensor, gradient: Tensor | None) -> Tensor:
+def in_metric(weight: Tensor, gradient: Tensor | None) -> Tensor:
     """L^T W with M = L L^T."""
     if gradient is None:
         return weight

@@ -16,7 +16,7 @@ from compiler.ir.layers import copy_of
 from compiler.moments import measure
 from compiler.pipeline import Context
 from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
-from passes.prune.cut import cut
+from passes.prune.cut import View, cut
 from passes.prune.depth import Block, blocks_of, losses, take_out
 from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
@@ -50,10 +50,10 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
-    _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
+    views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
     _report(ctx, places, rankings, choice, alone)
     if wanted.refit and train and not ctx.planned:
-        _refit(graph, original, same, ctx, params, train, held)
+        _refit(graph, original, same, views, ctx, params, train, held)
 
 
 def _divided(batches: Batches) -> tuple[Batches, Batches]:
@@ -135,15 +135,17 @@ def _values(graph: Graph) -> list[Value]:
     return [*graph.inputs.values(), *(value for node in graph.nodes for value in node.outputs)]
 
 
-def _apply(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores | None) -> None:
-    cut(graph, ctx, choice.counts, rankings, scores)
+def _apply(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores | None) -> dict[Value, View]:
+    views = cut(graph, ctx, choice.counts, rankings, scores)
     take_out(graph, choice.gone)
+    return views
 
 
 def _refit(
     graph: Graph,
     original: Graph,
     same: Mapping[Node, Node],
+    views: Mapping[Value, View],
     ctx: Context,
     params: Sequence[Param],
     train: Batches,
@@ -157,7 +159,7 @@ def _refit(
     before = {param: param.expr for param in chosen}
     fidelity = Fidelity(original, held)
     was = fidelity.distance(graph)
-    refit(graph, original, same, ctx, chosen, spread(train, REFIT_TOKENS))
+    refit(graph, original, same, views, ctx, chosen, spread(train, REFIT_TOKENS))
     now = fidelity.distance(graph)
     ctx.tried("as it is cut", was, was <= now)
     ctx.tried("refitted", now, now < was)

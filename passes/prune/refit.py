@@ -16,6 +16,7 @@ from torch import Tensor
 from compiler.calibrate import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
+from passes.prune.cut import View
 
 SHRINK = (1e-2, 1e-1, 1.0, 10.0)
 """How strongly, in units of the mean energy of what enters."""
@@ -71,9 +72,18 @@ def fitted(weight: Tensor, seen: _Sums, unseen: _Sums) -> tuple[Tensor, float, f
 
 
 def refit(
-    graph: Graph, original: Graph, same: Mapping[Node, Node], ctx: Context, params: set[Param], batches: Batches
+    graph: Graph,
+    original: Graph,
+    same: Mapping[Node, Node],
+    views: Mapping[Value, View],
+    ctx: Context,
+    params: set[Param],
+    batches: Batches,
 ) -> None:
-    """Fit ``params`` of ``graph``, stage by stage. ``same`` are the nodes of ``original`` that its nodes come from."""
+    """Fit ``params`` of ``graph``, stage by stage. ``same`` are the nodes of ``original`` that its nodes come from.
+
+    ``views`` say what of the original's value a value of ``graph`` is to be, where it has become narrower.
+    """
     theirs = iter(sweep(original, batches))
     there = next(theirs)
     left = set(params)
@@ -82,13 +92,15 @@ def refit(
         while nodes and same[nodes[0]] not in set(there.nodes):
             there = next(theirs)
         for node in nodes:
-            _refit(graph, ctx, node, same[node], ours, there)
+            ours.reach(node)
+            there.reach(same[node])
+            _refit(ctx, node, same[node], views, ours, there)
             left.discard(node.input(1))  # pyright: ignore[reportArgumentType]
         if not left:
             return
 
 
-def _refit(graph: Graph, ctx: Context, node: Node, before: Node, ours: Stage, theirs: Stage) -> None:
+def _refit(ctx: Context, node: Node, before: Node, views: Mapping[Value, View], ours: Stage, theirs: Stage) -> None:
     weight = node.input(1)
     if not isinstance(weight, Param) or len(weight.users) > 1:
         ctx.skipped(node.scope, "is not refitted: several layers share it")
@@ -97,11 +109,12 @@ def _refit(graph: Graph, ctx: Context, node: Node, before: Node, ours: Stage, th
     bias = node.optional_input(2)
     offset = ctx.value(bias.expr).float() if isinstance(bias, Param) else torch.zeros(())
     goal = before.output if stream is None else next(iter(before.output.users)).output
+    view = views.get(node.output)
     wanted = [value for value in (node.input(0), stream) if value is not None]
     sums = _Sums.of(*weight.type.static_shape), _Sums.of(*weight.type.static_shape)
     pairs = zip(theirs.values([goal]), ours.values(wanted), strict=True)
     for index, (there, here) in enumerate(pairs):
-        target = there[goal]
+        target = view(there[goal]) if view else there[goal]
         norm = target.flatten(0, -2).norm(dim=1, keepdim=True)
         scale = torch.where(norm > 0, norm.reciprocal(), 0)
         rest = target - offset - (here[stream] if stream is not None else 0)

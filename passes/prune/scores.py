@@ -10,10 +10,10 @@ from torch import Tensor
 
 from compiler.ir.coupling import Member
 from compiler.ir.graph import Param
-from compiler.moments import Statistics, cost
+from compiler.moments import Moments, Statistics, cost
 from compiler.pipeline import Context
 from passes.prune.places import Place
-from passes.prune.ranking import Ranking, Reader, by_size, surgeon
+from passes.prune.ranking import Ranking, Reader, by_size, in_metric, surgeon
 
 
 class Scores:
@@ -43,12 +43,28 @@ class Scores:
     def rank(self, place: Place) -> Ranking:
         if place.kind == "experts":
             return self._experts(place)
+        if place.kind == "hidden" and self._score == "loss" and self._statistics is not None:
+            return surgeon(self._pooled(place), place.size)
         readers = self.readers(place)
         if place.outer is not None:
             return self._heads(place, readers, place.outer.size)
         if self._score == "loss" and all(reader.moments for reader in readers):
             return surgeon(readers, place.size)
         return by_size(self._sizes(place, readers))
+
+    def _pooled(self, place: Place) -> list[Reader]:
+        """What reads the same vectors, as one matrix: an error E costs them 1/2 tr(E C E^T G), G = sum of W^T M W."""
+        found: dict[object, tuple[Moments, Tensor]] = {}
+        for member in place.readers:
+            for reader in self.split(place, member):
+                if reader.moments is None:
+                    continue
+                key = next(iter(member.param.users)).input(0), bias_of(member.param) is None
+                moments, gram = found.get(key, (reader.moments, torch.zeros(())))
+                weighted = in_metric(reader.weight.double(), reader.moments.gradient)
+                found[key] = moments, gram + weighted.T @ weighted
+        columns = [[index] for index in range(place.size)]
+        return [Reader(_root(gram), columns, replace(m, gradient=None)) for m, gram in found.values()]
 
     def _sizes(self, place: Place, readers: Sequence[Reader]) -> Tensor:
         """A number for each index, by the columns of all readers and, for magnitudes, by all members' weights."""
@@ -90,6 +106,12 @@ class Scores:
         first = tuple(range(place.size))
         losses = surgeon(moved, place.size, first).losses if known else torch.zeros(place.size + 1)
         return Ranking(first, losses, rows)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """R [n, n] with R^T R = ``gram``."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
 def bias_of(param: Param) -> Param | None:

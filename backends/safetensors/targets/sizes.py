@@ -15,6 +15,7 @@ from compiler.ir.layers import segments
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 EXPERT_INNER = ("moe_intermediate_size", "intermediate_size")
 HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+HIDDEN = ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -36,12 +37,14 @@ def _inner(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heads(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of heads. Their width is said in so many words when it does not follow from these any more."""
+    """The numbers of heads, and the width of what they write to; their own width where it no longer follows."""
     sites = attention_sites(graph)
     heads, groups = {site.heads for site in sites}, {site.groups for site in sites}
     found = _set(config, HEADS, heads)
     found |= _set(config, ("num_key_value_heads",), groups)
-    changed = any(config.get(name) != size for name, size in found.items() if name in HEADS)
+    widths = {site.output.input(1).shape[0] for site in sites if site.output is not None}
+    found |= _set(config, HIDDEN, widths)
+    changed = any(config.get(name) != size for name, size in found.items() if name in HEADS + HIDDEN)
     widths = {site.head_dim for site in sites}
     return found | ({"head_dim": widths.pop()} if changed and len(widths) == 1 else {})
 

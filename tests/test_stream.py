@@ -1,0 +1,69 @@
+"""A narrower residual stream computes what the wide one does with the rest of it at zero, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compiler.frontend import capture
+from compiler.ir.coupling import CouplingGroup, coupling_groups
+from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
+from compiler.ir.verify import signature, verify
+from compiler.stream import narrow, residual
+from compiler.weights.ops.basic import literal
+from tests.families import FAMILIES
+from tests.removed import double, outputs, zero
+
+ROUNDING = 512 * torch.finfo(torch.float64).eps
+GONE = (1, 7, 30)
+TO_THE_OUTPUT = {"dinov2", "clip_vision", "clip_text", "siglip_vision", "siglip_text", "t5"}
+"""Families whose stream is itself a result, or is joined from two by position."""
+
+
+def stream_groups(graph: Graph) -> list[CouplingGroup]:
+    return [group for group in coupling_groups(graph) if residual(group) and not group.frozen]
+
+
+def average_over(graph: Graph, group: CouplingGroup, kept: list[int]) -> None:
+    """Let the layer norms of ``group`` subtract the mean of what is kept: they are root mean squares then."""
+    size = group.size
+    mask = torch.zeros(size, dtype=torch.float64)
+    mask[kept] = 1
+    centre = torch.diag(mask) - torch.outer(mask, mask) / len(kept)
+    inside = {value for value, _, _ in group.values}
+    nodes = [node for node in graph.nodes_named("layer_norm") if node.output in inside]
+    for number, node in enumerate(nodes):
+        matrix = graph.add_param(f"centre{number}", literal(centre.flatten().tolist(), (size, size), torch.float64))
+        matrix.type = matrix.type.with_dtype(torch.float64)
+        _as_rms(graph, node, matrix)
+
+
+def _as_rms(graph: Graph, node: Node, matrix) -> None:
+    here = {"scope": node.scope, "before": node}
+    centred = graph.op("linear", [node.input(0), matrix], **here)
+    made = graph.op("rms_norm", [centred, node.optional_input(1)], {"eps": node.attr("eps")}, **here)
+    shift = node.optional_input(2)
+    graph.replace(node.output, made if shift is None else graph.op("add", [made, shift], **here))
+    graph.erase(node)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_narrower_stream_is_one_with_the_others_at_zero(name):
+    family = FAMILIES[name]
+    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    given = family.inputs(batch=1, tokens=5)
+    found_groups = stream_groups(graph)
+    assert bool(found_groups) != (name in TO_THE_OUTPUT)
+    for number, group in enumerate(found_groups):
+        kept = [index for index in range(group.size) if index not in GONE]
+        narrowed, zeroed = copy_of(graph), copy_of(graph)
+        expected = signature(narrowed)
+        narrow(narrowed, stream_groups(narrowed)[number], kept)
+        verify(narrowed, expected)
+        there = stream_groups(zeroed)[number]
+        zero(zeroed, there, kept)
+        average_over(zeroed, there, kept)
+        found, wanted = outputs(narrowed, given), outputs(zeroed, given)
+        for output, value in wanted.items():
+            assert (found[output] - value).abs().max() <= ROUNDING * value.abs().max()
