@@ -100,17 +100,28 @@ class Stage:
                 run_nodes(self._graph, nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
             yield {value: tensor for value, tensor in values.items() if value not in weights}
 
+    def reach(self, node: Node) -> None:
+        """Run what comes before ``node`` for good: it is not run again, so nothing of it may be rewritten any more."""
+        self.refresh()
+        before = list(takewhile(lambda other: other is not node, self.nodes))
+        self._pass(before)
+        self.nodes = self.nodes[len(before) :]
+
     def advance(self) -> None:
         """Replace the live values of every batch by those after the stage."""
         self.refresh()
-        run = self._done | set(self.nodes)
+        self._pass(self.nodes)
+
+    def _pass(self, nodes: Sequence[Node]) -> None:
+        """Replace the live values of every batch by those after ``nodes``."""
+        run = self._done | set(nodes)
         outputs = set(self._graph.outputs.values())
         known = {value for batch in self._batches for value in batch.values}
-        known.update(value for node in self.nodes for value in node.outputs)
+        known.update(value for node in nodes for value in node.outputs)
         keep = [value for value in known if value in outputs or not value.users.keys() <= run]
-        for batch, values in zip(self._batches, self._run(keep=keep), strict=True):
-            batch.values = values
-        self._done.update(self.nodes)
+        for batch, values in zip(self._batches, self._run(keep=keep, nodes=nodes), strict=True):
+            batch.values = {value: values[value] for value in keep if value in values}
+        self._done.update(nodes)
 
 
 @contextmanager

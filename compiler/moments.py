@@ -184,9 +184,12 @@ def _measure_inputs(
     missing = [place for place in places if place[0] not in store]
     if missing:
         for stage in sweep(graph, batches):
-            own = [place for place in missing if place[1] in set(stage.nodes)]
-            for name, sums in _sums(graph, stage, own).items():
-                store.save(name, sums.bundle())
+            position = {node: index for index, node in enumerate(stage.nodes)}
+            own = sorted((place for place in missing if place[1] in position), key=lambda place: position[place[1]])
+            for place in own:
+                stage.reach(place[1])
+                for name, sums in _sums(graph, stage, [place]).items():
+                    store.save(name, sums.bundle())
             missing = [place for place in missing if place not in own]
             if not missing:
                 break
