@@ -303,6 +303,23 @@ def test_a_sweep_holds_one_layer_of_weights_and_reads_each_twice():
     assert source.reads == 2 * len(graph.params)
 
 
+def test_a_sweep_that_reaches_every_node_passes_them_and_sees_what_a_full_run_sees():
+    graph, _ = stack()
+    inputs = batches(graph)
+    whole, reached, left = {}, {}, list(graph.nodes)
+    for batch in inputs:
+        run(graph, batch, observe=lambda value, tensor: whole.setdefault(value, []).append(tensor))
+    for stage in sweep(graph, inputs):
+        for node in list(stage.nodes):
+            stage.reach(node)
+            assert stage.nodes[0] is left.pop(0)
+            for values in stage.values([node.output]):
+                reached.setdefault(node.output, []).append(values[node.output])
+    assert not left
+    made = [value for node in graph.nodes for value in node.outputs]
+    assert all(torch.equal(a, b) for value in made for a, b in zip(whole[value], reached[value], strict=True))
+
+
 def test_a_sweep_feeds_the_next_layer_with_the_rewritten_one():
     graph, _ = stack()
     entered = []
