@@ -133,8 +133,8 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
     from compiler.frontend.subject import build_on_meta, config_from_dict
     from compiler.weights.checkpoint import unbind
 
-    config = config_from_dict(proposal.config)
     try:
+        config = config_from_dict(proposal.config)
         captured = _captured(config, proposal.architecture, graph)
     except CaptureError as error:
         return Refusal(target, f"its class does not run with these sizes: {error.cause}")

@@ -142,6 +142,11 @@ class Assembly:
                 tied[path] = first[param]
         return tied
 
+    def tied_inside(self) -> dict[str, str]:
+        """Ties between weights of the model without its head."""
+        within = {path: first for path, first in self.tied.items() if path.startswith("model.")}
+        return {path.removeprefix("model."): first.removeprefix("model.") for path, first in within.items()}
+
     def _config(self) -> dict[str, Any]:
         source = self.graph.origin.config or {}
         kept = {name: source[name] for name in KEPT if source.get(name) is not None}

@@ -73,6 +73,7 @@ class CausalAssembly(Assembly):
             head_result=head_result,
             head=self._head(),
             tied=mapping(self.tied),
+            tied_inside=mapping(self.tied_inside()),
         )
 
     def _before(self, lines: list[str]) -> list[str]:

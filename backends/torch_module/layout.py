@@ -155,7 +155,7 @@ def _renamed(path: str, body: str | None) -> str:
     if body is None:
         return path
     if not body:
-        return path if path in ("lm_head", "lm_head.bias") else join("model", path)
+        return path if path.startswith("lm_head") else join("model", path)
     return f"model{path.removeprefix(body)}" if below(path, body) else path
 
 

@@ -158,7 +158,7 @@ class PairAssembly(Assembly):
             head_result=results["logits"],
             head=self._head(),
             tied=mapping(self.tied),
-            tied_inside=mapping(self._tied_inside()),
+            tied_inside=mapping(self.tied_inside()),
         )
 
     def _written(self, part: Part, names: dict[Value, str]) -> tuple[TopWriter, list[str], str]:
@@ -206,11 +206,6 @@ class PairAssembly(Assembly):
                 "    encoder_mask = encoder_attention_mask[:, None, None, :].bool()",
             ]
         return found
-
-    def _tied_inside(self) -> dict[str, str]:
-        """Ties between weights of the model without its head."""
-        within = {path: first for path, first in self.tied.items() if path.startswith("model.")}
-        return {path.removeprefix("model."): first.removeprefix("model.") for path, first in within.items()}
 
     def _layer_classes(self) -> list[str]:
         layers = [*self.encoder.loop.layers, *self.decoder.loop.layers]

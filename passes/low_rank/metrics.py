@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from compiler.fidelity import spread
-from compiler.ir.graph import Graph, Param
+from compiler.ir.graph import Graph
 from compiler.moments import Moments, Statistics, measure
 from compiler.pipeline import Context
-from passes.low_rank.basis import Member
-from passes.low_rank.factor import GRADIENT_RIDGE, INPUT_RIDGE, Metric, root
+from passes.low_rank.factor import GRADIENT_RIDGE, INPUT_RIDGE, Factors, Metric, root
 from passes.low_rank.places import Place, bias_of
 
 if TYPE_CHECKING:
@@ -50,27 +49,31 @@ class Metrics:
 
     def given(self, place: Place, inputs: Moments) -> Metric:
         """The metric with the second moment of ``inputs`` instead of what was measured."""
-        left = [self._left(param) for param in place.params]
-        return Metric(tuple(left), self._right(inputs))
+        found = zip(place.params, place.rows, strict=True)
+        left = [self.left(self.statistics.of(param).gradient, rows) for param, rows in found]
+        return Metric(tuple(left), self.right(inputs, self.centred))
 
-    def _left(self, param: Param) -> Tensor:
-        gradient = self.statistics.of(param).gradient if self.kind == "loss" else None
-        if gradient is None:
-            return torch.ones(param.expr.shape[0], dtype=torch.float64)
+    def left(self, gradient: Tensor | None, rows: int) -> Tensor:
+        """L of M, where the kind has one, of ``rows`` outputs."""
+        if gradient is None or self.kind != "loss":
+            return torch.ones(rows, dtype=torch.float64)
         return root(gradient, GRADIENT_RIDGE)
 
-    def _right(self, inputs: Moments) -> Tensor:
+    def right(self, inputs: Moments, centred: bool = False) -> Tensor:
+        """R of C, as the kind has it."""
         if self.kind == "plain":
             return torch.ones_like(inputs.mean)
         if self.kind == "scaled":
             return root(inputs.second.diagonal(), INPUT_RIDGE).sqrt()
-        mean = inputs.mean if self.centred else torch.zeros_like(inputs.mean)
+        mean = inputs.mean if centred else torch.zeros_like(inputs.mean)
         return root(inputs.second - torch.outer(mean, mean), INPUT_RIDGE)
 
-    def members(self, place: Place) -> Iterator[Member]:
-        """Every weight of ``place`` by itself."""
-        for own in place.apart():
-            yield Member(self.weight(own), self.of(own))
+    def mended(self, place: Place, factors: Factors) -> Tensor | None:
+        """The bias beside ``factors``: what is there, and if ``centred`` what keeps the mean of outputs."""
+        bias = self.bias(place)
+        if not self.centred:
+            return bias
+        return self.expected(place, self.weight(place) - factors.matrix()) + (0 if bias is None else bias)
 
     def bias(self, place: Place) -> Tensor | None:
         """The biases that are there, zeros where there is none: float64 [rows]; None when there are none at all."""

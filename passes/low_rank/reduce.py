@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.low_rank.basis import basis, seconds
 from passes.low_rank.choose import Choice, Costs, Ranked, allocated, uniform
-from passes.low_rank.factor import Factors, best, spectrum
+from passes.low_rank.factor import best, spectrum
 from passes.low_rank.metrics import Batches, Metrics, measured
-from passes.low_rank.places import Adjacent, Form, Place, bias_of, places_of, sharing, together
-from passes.low_rank.rewrite import Stored, stored, write
+from passes.low_rank.places import Form, Place
+from passes.low_rank.rewrite import Stored, planned, stored
+from passes.low_rank.select import places_of
+from passes.low_rank.shared import Shared, sharing, together
+from passes.low_rank.tables import Table, hidden
 from passes.low_rank.update import factorised_in_order
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]
     even = uniform(places if options.ranks == "measured" else [*map(together, groups)], form, options.keep)
     costs: Costs = {}
     if ctx.planned:
-        made = {ranked: _planned(ctx, ranked, form) for ranked in even}
+        made = {ranked: _planned(ctx, form, ranked) for ranked in even}
     else:
         batches = ctx.calibration() if options.calibrated else []
         metrics = measured(graph, ctx, places, options, batches)
@@ -46,7 +46,10 @@ def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]
         made = _nearest(_Search(graph, ctx, options, metrics, form, batches), even, groups, costs)
     _report(ctx, form, places, tuple(made), costs)
     for ranked, factors in made.items():
-        write(graph, ranked.place, factors)
+        factors.write(graph, ranked.place)
+    for place in {*places} - {ranked.place for ranked in made}:
+        if isinstance(place, Table):
+            hidden(graph, place)
 
 
 def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
@@ -57,8 +60,8 @@ def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
 
 
 def _saved(metrics: Metrics, place: Place) -> Tensor:
-    if isinstance(place, Adjacent):
-        return basis(partial(metrics.members, place)).costs
+    if isinstance(place, Shared):
+        return place.basis(metrics).costs
     return spectrum(metrics.weight(place), metrics.of(place)).costs
 
 
@@ -107,55 +110,35 @@ def _nearest(search: _Search, even: Choice, groups: Sequence[Sequence[Place]], c
 def _distance(graph: Graph, made: Made, fidelity: Fidelity) -> float:
     trial = copy_of(graph)
     for ranked, factors in made.items():
-        write(trial, ranked.place, factors)
+        factors.write(trial, ranked.place)
     return fidelity.distance(trial)
 
 
 def _factorised(metrics: Metrics, form: Form, ranked: Ranked) -> Stored:
     """The best factors of the rank, and a bias that keeps the mean of outputs where the form has one."""
-    place = ranked.place
-    weight, bias = metrics.weight(place), metrics.bias(place)
-    factors = _factors(metrics, form, ranked)
-    if form.bias:
-        bias = metrics.expected(place, weight - factors.matrix()) + (0 if bias is None else bias)
-    return stored(metrics.ctx.spill, place, factors, bias)
-
-
-def _factors(metrics: Metrics, form: Form, ranked: Ranked) -> Factors:
-    place, rank, storage = ranked.place, ranked.rank, ranked.place.params[0].storage
-    if isinstance(place, Adjacent):
-        members = partial(metrics.members, place)
-        first = basis(members).vectors[:rank].to(storage)
-        return Factors(first, torch.cat(list(seconds(members, first))).to(storage))
-    return best(metrics.weight(place), metrics.of(place), rank, form.pivoted(place, rank), storage)
-
-
-def _planned(ctx: Context, ranked: Ranked, form: Form) -> Stored:
-    """Factors of the right shapes, and a bias where there will be one, without values: what is read has none."""
     place, rank = ranked.place, ranked.rank
-    weight = ctx.read(place.params[0])
+    if isinstance(place, Shared):
+        return place.factorised(metrics, rank)
+    pivots, storage = form.pivoted(place, rank), place.params[0].storage
+    factors = best(metrics.weight(place), metrics.of(place), rank, pivots, storage)
+    return stored(metrics.ctx.spill, place, factors, metrics.mended(place, factors))
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return weight.new_empty(shape, dtype=dtype)
 
-    biased = form.bias or any(bias_of(param) for param in place.params)
-    pivots = rank if form.pivoted(place, rank) else 0
-    order = empty(place.height, dtype=torch.int64) if pivots else None
-    factors = Factors(empty(rank, place.columns), empty(place.height - pivots, rank), order)
-    return stored(ctx.spill, place, factors, empty(place.height) if biased else None)
+def _planned(ctx: Context, form: Form, ranked: Ranked) -> Stored:
+    place, rank = ranked.place, ranked.rank
+    return place.planned(ctx, form, rank) if isinstance(place, Shared) else planned(ctx, place, form, rank)
 
 
 def _report(ctx: Context, form: Form, places: Sequence[Place], choice: Choice, costs: Costs) -> None:
     chosen = {param for ranked in choice for param in ranked.place.params}
     for ranked in choice:
         place, rank = ranked.place, ranked.rank
-        kind = "pivoted" if form.pivoted(place, rank) else "a pair"
-        if isinstance(place, Adjacent):
-            kind = f"with one first factor for {' and '.join(own.name for own in place.apart())}"
+        rows, columns = place.shape
+        kind = place.words or ("pivoted" if form.pivoted(place, rank) else "a pair")
         predicted = {"predicted_loss": float(costs[place][rank:].sum())} if costs else {}
         ctx.rewrote(
             place.name,
-            f"[{place.height}, {place.columns}] by rank {rank}, {kind}",
+            f"[{rows}, {columns}] by rank {rank}, {kind}",
             rank=rank,
             parameters_before=place.full,
             parameters_after=form.size(place, rank),

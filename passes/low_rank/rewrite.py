@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, slice
 from passes.low_rank.factor import Factors
-from passes.low_rank.places import Adjacent, Place
+from passes.low_rank.places import Form, Place, bias_of
 
 Keep = Callable[[str, Tensor], Expr]
 
@@ -23,8 +24,23 @@ class Stored:
 
     first: Expr
     second: Expr
-    order: Expr | None
-    bias: Expr | None
+    order: Expr | None = None
+    bias: Expr | None = None
+
+    def write(self, graph: Graph, place: Place) -> None:
+        """Let every product with the weights of ``place`` go through these factors.
+
+        ``graph`` may be a copy of the one whose parameters ``place`` names.
+        """
+        params = [graph.params[param.name] for param in place.params]
+        users = [list(param.users) for param in params]
+        writer = _Writer(graph, place, self, users)
+        values = writer.pair() if self.order is None else writer.pivoted(self.order)
+        for nodes, results in zip(users, values, strict=True):
+            for node, value in zip(nodes, results, strict=True):
+                graph.replace(node.output, value)
+                graph.erase(node)
+        graph.prune()
 
 
 def stored(keep: Keep, place: Place, factors: Factors, bias: Tensor | None) -> Stored:
@@ -40,27 +56,25 @@ def stored(keep: Keep, place: Place, factors: Factors, bias: Tensor | None) -> S
     )
 
 
+def planned(ctx: Context, place: Place, form: Form, rank: int) -> Stored:
+    """Factors of the right shapes, and a bias where there will be one, without values: what is read has none."""
+    weight = ctx.read(place.params[0])
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.new_empty(shape, dtype=dtype)
+
+    biased = form.bias or any(bias_of(param) for param in place.params)
+    pivots = rank if form.pivoted(place, rank) else 0
+    order = empty(place.height, dtype=torch.int64) if pivots else None
+    factors = Factors(empty(rank, place.columns), empty(place.height - pivots, rank), order)
+    return stored(ctx.spill, place, factors, empty(place.height) if biased else None)
+
+
 def _placed(factors: Factors, order: Tensor, bias: Tensor) -> Tensor:
     """What is added to the pivots, and to the others, which are made of pivots with their bias."""
     placed = bias[order.argsort()]
     first, second = placed.split([len(factors.first), len(factors.second)])
     return torch.cat([first, second - factors.second.double() @ first])
-
-
-def write(graph: Graph, place: Place, made: Stored) -> None:
-    """Let every product with the weights of ``place`` go through its factors.
-
-    ``graph`` may be a copy of the one whose parameters ``place`` names.
-    """
-    params = [graph.params[param.name] for param in place.params]
-    users = [list(param.users) for param in params]
-    writer = _Writer(graph, place, made, users)
-    values = writer.pair() if made.order is None else writer.pivoted(made.order)
-    for nodes, results in zip(users, values, strict=True):
-        for node, value in zip(nodes, results, strict=True):
-            graph.replace(node.output, value)
-            graph.erase(node)
-    graph.prune()
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class _Writer:
 
     def _holder(self, own: Place, first: Param) -> Place:
         """Whose module applies ``first`` to what ``own`` reads: in another layer it has a name of that layer."""
-        if not isinstance(self.place, Adjacent):
+        if not self.place.repeats:
             return self.place
         if own.name != self.place.name:
             first.aliases = (*first.aliases, f"{own.name}.down.weight")

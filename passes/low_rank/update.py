@@ -23,7 +23,7 @@ from passes.low_rank.choose import Ranked
 from passes.low_rank.factor import best
 from passes.low_rank.metrics import Batches, Metrics
 from passes.low_rank.places import Form, Place
-from passes.low_rank.rewrite import Stored, stored, write
+from passes.low_rank.rewrite import Stored, stored
 
 UPDATE_TOKENS = 16384
 RIDGE = 1e-3
@@ -80,13 +80,13 @@ def factorised_in_order(
     trial, given = copy_of(graph), spread(batches, UPDATE_TOKENS)
     for ranked, factors in before.items():
         if ranked not in left:
-            write(trial, ranked.place, factors)
+            factors.write(trial, ranked.place)
     for theirs, ours in zip(sweep(graph, given), sweep(trial, given), strict=True):
         for group in _by_input(theirs, left):
             paired = _observed(theirs, ours, group[0], trial)
             for ranked in group:
                 made[ranked] = _factorised(metrics, form, ranked, paired)
-                write(trial, ranked.place, made[ranked])
+                made[ranked].write(trial, ranked.place)
             ours.refresh()
         if len(made) == len(left):
             break
@@ -118,6 +118,8 @@ def _observed(theirs: Stage, ours: Stage, ranked: Ranked, trial: Graph) -> _Pair
     params = ranked.place.params[0], trial.params[ranked.place.params[0].name]
     nodes = [next(iter(param.users)) for param in params]
     paired = _Paired.of(ranked.place.columns)
+    for stage, node in zip((theirs, ours), nodes, strict=True):
+        stage.reach(node)
     values = (stage.values([node.input(0)]) for stage, node in zip((theirs, ours), nodes, strict=True))
     for known in zip(*values, strict=True):
         (_, x), (_, y) = (next(iter(entering(*one))) for one in zip(nodes, params, known, strict=True))

@@ -1,0 +1,110 @@
+"""One first factor for several matrices: adjacent layers, tables and what they are looked up and scored by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backends.safetensors import emit
+from compiler.evaluate import load_model
+from compiler.frontend import capture
+from compiler.ir.execute import run
+from compiler.ir.graph import Param
+from compiler.ir.layers import copy_of
+from compiler.ir.verify import verify
+from compiler.pipeline import Pipeline
+from compiler.target import emission_of
+from compiler.weights.spill import SpillSource
+from passes.low_rank import LowRank
+from passes.low_rank.metrics import measured
+from passes.low_rank.select import places_of
+from passes.low_rank.shared import Shared, sharing, together
+from tests.emitted import TOLERANCE, distance
+from tests.families import FAMILIES
+
+
+class Silent:
+    """A context that nobody reads."""
+
+    planned = False
+
+    def __init__(self, graph):
+        from compiler.weights.spill import Progress
+
+        self.graph, self.progress = graph, Progress()
+        graph.sources["spill"] = SpillSource()
+
+    def skipped(self, scope, reason):
+        pass
+
+    def read(self, param):
+        from compiler.ir.execute import read_param
+
+        return read_param(self.graph, param)
+
+    def spill(self, name, tensor):
+        from compiler.weights.expr import load
+
+        spill = self.graph.sources["spill"]
+        key = spill.add(name, tensor)
+        return load("spill", key, spill.types[key])
+
+
+def batches(name, count=4):
+    return [FAMILIES[name].inputs(batch=2, tokens=24, seed=seed) for seed in range(count)]
+
+
+def of_kind(name, metric, wanted, share="none", **changes):
+    """The graph, its metrics, and those places of it that ``wanted`` says."""
+    graph = capture(FAMILIES[name].build(**changes))
+    ctx = Silent(graph)
+    selected = [param for param in graph.params.values() if isinstance(param, Param) and param.type.rank in (2, 3)]
+    places = places_of(graph, ctx, [param for param in selected if wanted(param)])
+    groups = [together(group) for group in sharing(places, share)]
+    options = LowRank(metric=metric, keep=0.5, bias=False)
+    return graph, measured(graph, ctx, places, options, batches(name)), [g for g in groups if isinstance(g, Shared)]
+
+
+def looked_up(param):
+    return any(node.op.name == "embedding" for node in param.users)
+
+
+KINDS = [
+    ("llama", True, "loss"),
+    ("llama", False, "loss"),
+    ("bert", True, "plain"),
+    ("whisper", True, "input"),
+    ("t5", True, "scaled"),
+]
+
+
+@pytest.mark.parametrize(("name", "tied", "metric"), KINDS)
+def test_tables_of_full_rank_compute_the_same_and_more_rank_never_costs_more(name, tied, metric):
+    graph, metrics, places = of_kind(name, metric, looked_up, tie_word_embeddings=tied)
+    before, inputs = run(graph, FAMILIES[name].inputs()), FAMILIES[name].inputs()
+    assert places
+    for place in places:
+        costs = place.basis(metrics).costs
+        assert (costs >= 0).all()
+        whole = copy_of(graph)
+        place.factorised(metrics, place.columns).write(whole, place)
+        verify(whole)
+        assert distance(run(whole, inputs), before) < 1e-4
+        lossy = copy_of(graph)
+        place.factorised(metrics, min(place.shape) // 2).write(lossy, place)
+        assert distance(run(lossy, inputs), before) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert", "vit", "whisper", "t5", "mixtral"])
+def test_factorised_tables_are_written_as_code_that_computes_the_same(name, tmp_path):
+    inputs, graph = FAMILIES[name].inputs(), capture(FAMILIES[name].build(tie_word_embeddings=True))
+    options = {"where": ["embedding", "head"], "keep": 0.7, "ranks": "uniform", "update": False}
+    (report,) = Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2)).passes
+    assert report.rewritten
+    after = sum(item.numbers["parameters_after"] for item in report.rewritten)
+    before = sum(item.numbers["parameters_before"] for item in report.rewritten)
+    assert report.before.parameters - report.after.parameters == before - after
+    emit(emission_of(graph, "auto"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE
