@@ -95,6 +95,38 @@ def test_tables_of_full_rank_compute_the_same_and_more_rank_never_costs_more(nam
         assert distance(run(lossy, inputs), before) > 1e-4
 
 
+@pytest.mark.parametrize(("name", "metric"), [("mixtral", "loss"), ("qwen3_moe", "scaled"), ("gpt_oss", "loss")])
+def test_a_basis_of_experts_of_full_rank_computes_the_same_and_is_written(name, metric, tmp_path):
+    def stacked(param):
+        return any(node.op.name == "experts" for node in param.users)
+
+    graph, metrics, places = of_kind(name, metric, stacked)
+    inputs = FAMILIES[name].inputs()
+    before = run(graph, inputs)
+    assert {place.writes for place in places} == ({False} if name == "gpt_oss" else {False, True})
+    whole = copy_of(graph)
+    for place in places:
+        assert (place.basis(metrics).costs >= 0).all()
+        place.factorised(metrics, place.columns).write(whole, place)
+    verify(whole)
+    assert distance(run(whole, inputs), before) < 1e-4
+    for place in places:
+        place.factorised(metrics, place.columns // 3).write(graph, place)
+    emit(emission_of(graph, "auto"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "where"), [("mixtral", "experts"), ("bert", "embedding"), ("whisper", "head")])
+def test_the_plan_of_tables_and_experts_holds_what_the_run_holds(name, where):
+    options = {"where": where, "keep": 0.6, "ranks": "uniform", "update": False}
+    graph, planned = (capture(FAMILIES[name].build()) for _ in range(2))
+    Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2))
+    Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
+    assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert", "vit", "whisper", "t5", "mixtral"])
 def test_factorised_tables_are_written_as_code_that_computes_the_same(name, tmp_path):
     inputs, graph = FAMILIES[name].inputs(), capture(FAMILIES[name].build(tie_word_embeddings=True))

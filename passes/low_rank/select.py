@@ -8,6 +8,8 @@ from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
 from compiler.products import products
+from passes.low_rank import experts
+from passes.low_rank.experts import Stack
 from passes.low_rank.places import Place
 from passes.low_rank.tables import exposed, is_table
 
@@ -21,21 +23,31 @@ def places_of(graph: Graph, ctx: Context, params: Sequence[Param]) -> list[Place
     found: list[Place] = []
     for param in params:
         reason = _obstacle(param, known.get(param, []))
-        if is_table(param):
-            found.append(exposed(graph, param))
-        elif reason:
+        if reason:
             ctx.skipped(param.name, reason)
         else:
-            found.append(Place((param,)))
+            found.append(_place(graph, param))
     if not found:
         raise PassError("none of the selected weights can be factorised", option="where")
     return found
 
 
+def _place(graph: Graph, param: Param) -> Place:
+    if is_table(param):
+        return exposed(graph, param)
+    return Stack((param,)) if _in_experts(param) else Place((param,))
+
+
+def _in_experts(param: Param) -> bool:
+    return any(node.op.name == "experts" for node in param.users)
+
+
 def _obstacle(param: Param, users: Sequence[Node]) -> str:
     """Why ``param`` cannot be factorised; "" when it can."""
-    if any(node.op.name == "experts" for node in param.users):
-        return "it is a stack of experts, which are one operation with dense weights"
+    if is_table(param):
+        return ""
+    if _in_experts(param):
+        return experts.obstacle(param)
     if len(users) != len(param.users):
         kinds = sorted({node.op.name for node in param.users if node not in users})
         return f"it is read by {', '.join(kinds)} as well" if users else f"it is read by {', '.join(kinds)}"
