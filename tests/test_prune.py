@@ -11,20 +11,21 @@ from backends.safetensors import emit, require
 from compiler.errors import PassError, SelectorError, TargetError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
-from compiler.ir.coupling import coupling_groups
 from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
 from compiler.moments import Moments
 from compiler.pipeline import Pipeline
-from compiler.stream import residual
+from compiler.rotation import turn
 from compiler.target import emission_of
+from compiler.weights.ops.basic import literal
 from passes.prune import Prune
 from passes.prune.ranking import Reader, inputs, restored, surgeon
 from passes.prune.refit import _Sums, fitted
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
 from tests.families import FAMILIES
-from tests.removed import value, zero
+from tests.removed import set_value, value, zero
 from tests.test_removal import Convolutional
+from tests.test_stream import stream_groups
 
 
 def batches(name: str, count: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -125,6 +126,8 @@ def test_channels_of_a_convolutional_net_are_pruned_by_what_they_cost():
         ("llama", {"what": "layers", "keep": 0.5}, {"layers": 1}),
         ("llama", {"what": "hidden", "keep": 0.9}, {"hidden": 40}),
         ("gemma2", {"what": "hidden", "keep": 40}, {"hidden": 40}),
+        ("mixtral", {"what": "hidden", "keep": 40, "rotate": True}, {"hidden": 40}),
+        ("gemma", {"what": "hidden", "keep": 24, "rotate": True, "refit": False}, {"hidden": 24}),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
@@ -322,11 +325,39 @@ def test_of_a_stream_the_directions_go_that_hold_nothing():
     """Channels that are zero in all that is written cost nothing, and are the first to go."""
     graph = capture(FAMILIES["llama"].build())
     before = run(graph, FAMILIES["llama"].inputs())
-    (group,) = [group for group in coupling_groups(graph) if residual(group)]
+    (group,) = stream_groups(graph)
     zero(graph, group, [index for index in range(48) if index % 6])
     there = run(graph, FAMILIES["llama"].inputs())
     Pipeline([Prune(what="hidden", keep=40, align=8, refit=False)]).run(graph, calibration=lambda _: batches("llama"))
     assert distance(run(graph, FAMILIES["llama"].inputs()), there) < TOLERANCE < distance(before, there)
+
+
+def test_of_a_turned_stream_the_directions_go_that_nothing_lies_along():
+    """A stream in 40 of 48 dimensions, none of them an axis, loses the others for nothing."""
+    graph = capture(FAMILIES["llama"].build())
+    basis = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    (group,) = stream_groups(graph)
+    zero(graph, group, list(range(40)))
+    for param in graph.params.values():
+        if param.type.rank == 1 and param.type.numel == 48:
+            set_value(graph, param, torch.ones(48))
+    turn(graph, stream_groups(graph)[0], literal(basis.flatten().tolist(), basis.shape, torch.float64))
+    there = run(graph, FAMILIES["llama"].inputs())
+    step = Prune(what="hidden", keep=40, align=8, refit=False, rotate=True)
+    Pipeline([step]).run(graph, calibration=lambda _: batches("llama"))
+    assert distance(run(graph, FAMILIES["llama"].inputs()), there) < TOLERANCE
+
+
+def test_a_plan_knows_the_sizes_of_a_turned_stream_and_a_larger_model_is_refused():
+    graph = capture(FAMILIES["gemma"].config())
+    Pipeline([Prune(what="hidden", keep=24, align=8, rotate=True)]).run(graph, planned=True)
+    assert graph.nodes_named("embedding")[0].output.shape[-1] == 24
+    with pytest.raises(PassError, match="the head cannot share"):
+        Pipeline([Prune(what="hidden", keep=47, align=1, rotate=True)]).run(
+            capture(FAMILIES["gemma"].config()), planned=True
+        )
+    with pytest.raises(PassError, match="only the residual stream is turned"):
+        Prune(what="channels", rotate=True)
 
 
 def test_a_class_that_cannot_run_with_the_sizes_is_refused_and_code_written(tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compiler.errors import PassError
 from compiler.frontend import capture
 from compiler.ir.coupling import CouplingGroup, coupling_groups
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
 from compiler.ir.verify import signature, verify
+from compiler.rotation import turn, unscale
 from compiler.stream import narrow, residual
 from compiler.weights.ops.basic import literal
 from tests.families import FAMILIES
@@ -19,6 +21,8 @@ ROUNDING = 512 * torch.finfo(torch.float64).eps
 GONE = (1, 7, 30)
 TO_THE_OUTPUT = {"dinov2", "clip_vision", "clip_text", "siglip_vision", "siglip_text", "t5"}
 """Families whose stream is itself a result, or is joined from two by position."""
+SCALED = {"gemma2", "gemma3", "olmo2", "bert", "roberta", "modernbert"}
+"""Families in which the scale of a norm stands before the stream."""
 
 
 def stream_groups(graph: Graph) -> list[CouplingGroup]:
@@ -67,3 +71,40 @@ def test_a_narrower_stream_is_one_with_the_others_at_zero(name):
         found, wanted = outputs(narrowed, given), outputs(zeroed, given)
         for output, value in wanted.items():
             assert (found[output] - value).abs().max() <= ROUNDING * value.abs().max()
+
+
+def rotated(graph: Graph) -> None:
+    """Turn every stream by a random orthogonal matrix."""
+    for number in range(len(stream_groups(graph))):
+        unscale(graph, stream_groups(graph)[number])
+        group = stream_groups(graph)[number]
+        noise = torch.randn(
+            group.size, group.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+        )
+        basis = torch.linalg.qr(noise)[0]
+        turn(graph, group, literal(basis.flatten().tolist(), basis.shape, torch.float64))
+
+
+def refused(name: str) -> str:
+    family = FAMILIES[name]
+    with pytest.raises(PassError) as raised:
+        rotated(capture(family.config(layers=1)))
+    return raised.value.cause
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TO_THE_OUTPUT | SCALED])
+def test_a_turned_stream_computes_the_same(name):
+    family = FAMILIES[name]
+    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    given = family.inputs(batch=1, tokens=5)
+    wanted = outputs(graph, given)
+    expected = signature(graph)
+    rotated(graph)
+    verify(graph, expected)
+    for output, value in outputs(graph, given).items():
+        assert (value - wanted[output]).abs().max() <= ROUNDING * wanted[output].abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(SCALED))
+def test_a_stream_that_norms_write_to_is_not_turned_and_the_reason_given(name):
+    assert "norm writes to it" in refused(name) or "not linear" in refused(name)

@@ -31,6 +31,9 @@ class Prune(Pass):
     other columns make up for the loss as well as they can (optimal brain surgeon). `magnitude`: norms of weights.
     `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP).
 
+    ``rotate`` first turns the residual stream to its principal components (SliceGPT), so that of `hidden` what carries
+    least goes, and the class stays: no norm has a scale then, and a head does not share the embedding's table.
+
     ``sizes: by-layer`` shares the parameters out by predicted cost where that is measured to be better; no stock class
     holds sizes that differ between layers. ``refit`` then fits each reading projection to what the original model
     computes, by least squares in the order of computation. Nothing is trained.
@@ -46,6 +49,7 @@ class Prune(Pass):
     score: Literal["loss", "magnitude", "activation", "fluctuation"] = "loss"
     sizes: Literal["uniform", "by-layer"] = "uniform"
     refit: bool = True
+    rotate: bool = False
 
     exact_when: ClassVar = {"keep": 1.0}
 
@@ -55,6 +59,10 @@ class Prune(Pass):
                 "a number of what remains is the same for each place, and of one kind",
                 option="keep",
                 remedy="write a part, such as `keep: 80%`",
+            )
+        if self.rotate and "hidden" not in self.kinds:
+            raise PassError(
+                "only the residual stream is turned", option="rotate", remedy="write `what: hidden`, or leave it out"
             )
         if self.sizes == "by-layer" and self.score != "loss":
             raise PassError(
@@ -69,7 +77,8 @@ class Prune(Pass):
 
     @property
     def calibrated(self) -> bool:
-        return not self.exact and (self.score != "magnitude" or self.refit or "layers" in self.kinds)
+        measured = self.score != "magnitude" or self.refit or self.rotate
+        return not self.exact and (measured or "layers" in self.kinds)
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when nothing of the kinds asked for can be pruned, or so little cannot be kept."""

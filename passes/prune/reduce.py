@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiler.errors import PassError
 from compiler.fidelity import Fidelity, spread
+from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.moments import measure
@@ -22,6 +23,7 @@ from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
 from passes.prune.scores import Scores
+from passes.prune.turned import turned
 
 if TYPE_CHECKING:
     from passes.prune import Prune
@@ -37,12 +39,15 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -> None:
     """Prune ``graph`` as ``wanted`` says, counting the numbers of ``params``."""
+    batches = ctx.calibration() if wanted.calibrated else []
+    train, held = _divided(batches)
+    numbers = parameter_count(graph)
+    if wanted.rotate:
+        turned(graph, ctx, train)
     places = places_of(graph, ctx, wanted.kinds, params)
     blocks = blocks_of(graph, ctx) if "layers" in wanted.kinds else []
     if not places and not blocks:
         raise PassError("the model has nothing of the kinds in `what`", option="what")
-    batches = ctx.calibration() if wanted.calibrated else []
-    train, held = _divided(batches)
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
     alone = losses(graph, blocks, spread(held, PROBE_TOKENS)) if held and blocks else dict.fromkeys(blocks, 0.0)
@@ -51,9 +56,21 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
+    _check_smaller(graph, numbers)
     _report(ctx, places, rankings, choice, alone)
     if wanted.refit and train and not ctx.planned:
         _refit(graph, original, same, views, ctx, params, train, held)
+
+
+def _check_smaller(graph: Graph, before: int) -> None:
+    """Raises PassError when what a head of its own takes is more than what was pruned."""
+    after = parameter_count(graph)
+    if after >= before:
+        raise PassError(
+            f"{after} parameters remain of {before}: turned, the head cannot share the embedding's table any more",
+            option="rotate",
+            remedy="leave `rotate` out, or keep less",
+        )
 
 
 def _divided(batches: Batches) -> tuple[Batches, Batches]:
