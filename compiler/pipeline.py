@@ -106,7 +106,10 @@ class Trial:
 
 @dataclass
 class PassReport:
-    """What one pass did. ``seconds`` and ``peak_rss`` (bytes) are filled in by an observer that measures them."""
+    """What one pass did. ``records`` are documents that it leaves beside the report.
+
+    ``seconds`` and ``peak_rss`` (bytes) are filled in by an observer that measures them.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -118,6 +121,7 @@ class PassReport:
     skipped: list[Skip] = field(default_factory=list[Skip])
     trials: list[Trial] = field(default_factory=list[Trial])
     warnings: list[str] = field(default_factory=list[str])
+    records: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     seconds: float | None = None
     peak_rss: int | None = None
 
@@ -220,6 +224,10 @@ class Context:
     def warn(self, text: str) -> None:
         """Report what was done as asked, and may not be what was wanted."""
         self._report.warnings.append(text)
+
+    def record(self, name: str, document: Mapping[str, Any]) -> None:
+        """Leave ``document`` beside the report, as JSON: measurements that choices went by."""
+        self._report.records[name] = document
 
     def read(self, param: Param) -> Tensor:
         """The value of a parameter, in its expression's dtype; a meta tensor in a planned run."""

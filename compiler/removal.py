@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from compiler.errors import PassError
 from compiler.ir.coupling import Axis, CouplingGroup, static_size
 from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.ir.types import TensorType
 from compiler.weights.ops.basic import index
 
 Kept = Mapping[CouplingGroup, Sequence[int]]
@@ -37,6 +38,19 @@ def remove(graph: Graph, kept: Kept, *, numbered: bool = False) -> None:
     for (value, axis), positions in shapes.items():
         value.type = value.type.with_shape((*value.shape[:axis], len(positions), *value.shape[axis + 1 :]))
     _refit(graph, {value for value, _ in cut})
+
+
+def shrunk(counts: Mapping[CouplingGroup, int]) -> dict[Value, TensorType]:
+    """The types of all values and weights that change when so many indices of each group remain."""
+    types: dict[Value, TensorType] = {}
+    for group, count in counts.items():
+        members = [(member.param, member.axis) for member in group.members]
+        for value, axis in [*members, *((value, axis) for value, axis, _ in group.values)]:
+            type = types.get(value, value.type)
+            dims = type.shape
+            left = static_size((value, axis)) if value not in types else int(dims[axis])
+            types[value] = type.with_shape((*dims[:axis], left * count // group.size, *dims[axis + 1 :]))
+    return types
 
 
 def _strides(kept: Kept) -> dict[Axis, list[tuple[int, int, Sequence[int]]]]:

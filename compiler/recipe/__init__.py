@@ -244,7 +244,10 @@ class _Checker:
         if name not in known:
             remedy = nearest(name.replace("_", "-"), known)
             raise RecipeError(f"there is no pass `{name}`", span=tree.place, remedy=remedy)
-        return build(pass_class(name), tree, name)
+        step = build(pass_class(name), tree, name)
+        options = {option for option, value in step.options().items() if isinstance(value, Path)}
+        files = {option.replace("-", "_"): self._data(tree.items[option]) for option in options}
+        return replace(step, **files) if files else step
 
     def _emit(self, entries: dict[str, Tree]) -> tuple[Any, ...]:
         if "emit" not in entries:

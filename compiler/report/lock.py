@@ -13,9 +13,11 @@ from typing import Any
 from compiler import __version__
 from compiler.datafiles import fingerprint
 from compiler.ir.graph import Graph
+from compiler.pipeline import Pass
 from compiler.plan import file_bytes
 from compiler.recipe import Recipe
 from compiler.recipe.schema import spell
+from compiler.recipe.yamltree import Tree
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "numpy")
 HEADER = "# What determined this output. The recipe below, on these inputs with these versions, repeats it.\n"
@@ -43,7 +45,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     settled: dict[str, Any] = {"model": without_folder(text.get("model", recipe.model))}
     if recipe.calibration is not None:
         settled["calibration"] = _options(recipe.calibration, text.get("calibration", {}))
-    settled["passes"] = [{step.key(): plain(step.options())} for step in recipe.passes]
+    places = recipe.entries or (None,) * len(recipe.passes)
+    settled["passes"] = [{step.key(): _settled(step, place)} for step, place in zip(recipe.passes, places, strict=True)]
     settled["emit"] = [{_emitter(options): _options(options, {})} for options in recipe.emit]
     if recipe.evaluate is not None:
         settled["evaluate"] = _options(recipe.evaluate, text.get("evaluate", {}))
@@ -83,7 +86,7 @@ def plain(value: Any) -> Any:
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return [plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
+    return without_folder(str(value)) if isinstance(value, Path) else value
 
 
 def _options(section: Any, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +98,15 @@ def _options(section: Any, written: Mapping[str, Any]) -> dict[str, Any]:
 def without_folder(path: str) -> str:
     """A hub id or relative path as it is; of an absolute path, which means nothing elsewhere, the last part."""
     return Path(path).name if Path(path).is_absolute() else path
+
+
+def _settled(step: Pass, place: Tree | None) -> dict[str, Any]:
+    """The options of a pass; the path of a file as the recipe writes it."""
+    options = step.options()
+    for name, value in options.items():
+        if isinstance(value, Path):
+            options[name] = without_folder(str(place.items[name].value if place is not None else value))
+    return plain(options)
 
 
 def _emitter(options: Any) -> str:
@@ -114,6 +126,9 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if section is not None:
             inputs[name] = {"sha256": fingerprint(section.data)}
+    for number, step in enumerate(recipe.passes, 1):
+        files = {name: value for name, value in step.options().items() if isinstance(value, Path)}
+        inputs |= {f"{number}-{name}": {"sha256": fingerprint(path)} for name, path in files.items()}
     return inputs
 
 

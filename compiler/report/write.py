@@ -35,6 +35,8 @@ class Findings:
 def write_reports(findings: Findings, directory: Path) -> dict[str, Any]:
     """Write the model card, report.json, report.html, the lock file and timings.json; returns what report.json holds.
 
+    Documents that passes leave are written beside them: ``1-latency.json`` is that of the first pass.
+
     All but timings.json are the same bytes for the same run on the same machine.
     """
     document = make_document(findings, directory)
@@ -47,6 +49,8 @@ def write_reports(findings: Findings, directory: Path) -> dict[str, Any]:
         folder / "recipe.lock.yaml": lock_text(findings.lock),
         folder / "timings.json": _json(_timings(findings)),
     }
+    for number, entry in enumerate(findings.report.passes, 1):
+        texts |= {folder / f"{number}-{name}.json": _json(record) for name, record in entry.records.items()}
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return document
@@ -81,8 +85,8 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
 
 
 def _pass(entry: Any) -> dict[str, Any]:
-    timed = ("seconds", "peak_rss")
-    return plain({name: value for name, value in asdict(entry).items() if name not in timed})
+    apart = ("seconds", "peak_rss", "records")
+    return plain({name: value for name, value in asdict(entry).items() if name not in apart})
 
 
 def _evaluation(evaluation: Evaluation | None) -> dict[str, Any] | None:

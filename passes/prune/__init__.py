@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from compiler.pipeline import Context, Pass
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=2)]
+Runtime = Literal["onnxruntime", "torch"]
 Kind = Literal["channels", "groups", "heads", "experts", "layers", "hidden"]
 
 
@@ -25,6 +27,11 @@ class Prune(Pass):
     their query heads: the cache shrinks too), `heads` (query heads, as many in each group), `experts` (with the
     router's rows), `hidden` (the residual stream) and `layers`. ``keep`` may also be the number that remains of each
     place (1152 channels). Channels and widths remain in multiples of ``align``.
+
+    ``faster: 1.5`` in place of ``keep`` prunes until the model takes 1 / 1.5 of its time, by a table of what its
+    operations take on the shapes in question. The table is measured here in ``runtime`` with ``batch`` samples of
+    ``tokens`` tokens (1 is decoding) on ``threads`` threads, and written beside the report; ``latency`` names one that
+    was measured elsewhere, or before.
 
     ``score`` says what goes first. `loss`: what removal costs the model in nats, 1/2 tr(M E C E^T) with the second
     moments C of what enters and M of the loss's gradient at what leaves the projection that reads the dimension, whose
@@ -38,22 +45,34 @@ class Prune(Pass):
     holds sizes that differ between layers. ``refit`` then fits each reading projection to what the original model
     computes, by least squares in the order of computation. Nothing is trained.
 
-    Exact with ``keep: 100%``. What cannot be pruned is reported with the reason.
+    Exact with ``keep: 100%`` and ``faster: 1``. What cannot be pruned is reported with the reason.
     """
 
     what: Kind | tuple[Kind, ...] = "channels"
     where: Selector = ("attention", "mlp", "experts", "conv")
     skip: tuple[str, ...] = ()
     keep: Part | Count = 1.0
+    faster: Annotated[float, Field(ge=1)] = 1.0
+    runtime: Runtime = "onnxruntime"
+    batch: Annotated[int, Field(ge=1)] = 1
+    tokens: Annotated[int, Field(ge=1)] = 128
+    threads: Annotated[int, Field(ge=1)] = 1
+    latency: Path | None = None
     align: Annotated[int, Field(ge=1)] = 64
     score: Literal["loss", "magnitude", "activation", "fluctuation"] = "loss"
     sizes: Literal["uniform", "by-layer"] = "uniform"
     refit: bool = True
     rotate: bool = False
 
-    exact_when: ClassVar = {"keep": 1.0}
+    exact_when: ClassVar = {"keep": 1.0, "faster": 1.0}
 
     def __post_init__(self) -> None:
+        if self.keep != 1 and self.faster != 1:
+            raise PassError(
+                "`keep` and `faster` both say how much goes",
+                option="faster",
+                remedy="leave one of them out",
+            )
         if self.keep > 1 and (len(self.kinds) > 1 or self.sizes == "by-layer"):
             raise PassError(
                 "a number of what remains is the same for each place, and of one kind",

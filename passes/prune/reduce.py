@@ -23,6 +23,7 @@ from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
 from passes.prune.scores import Scores
+from passes.prune.speed import Seconds, budget_of, report_speed
 from passes.prune.turned import turned
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
     alone = losses(graph, blocks, spread(held, PROBE_TOKENS)) if held and blocks else dict.fromkeys(blocks, 0.0)
-    budget = _budget(wanted, params)
+    budget = _budget(graph, ctx, wanted, params, places)
     choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
+    if isinstance(budget, Seconds):
+        report_speed(ctx, budget, choice)
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
@@ -94,7 +97,11 @@ def _unmeasured(place: Place) -> Ranking:
     return Ranking(tuple(range(place.size)), torch.zeros(place.size + 1))
 
 
-def _budget(wanted: Prune, params: Sequence[Param]) -> Budget:
+def _budget(
+    graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param], places: Sequence[Place]
+) -> Numbers | Seconds:
+    if wanted.faster > 1:
+        return budget_of(graph, ctx, wanted, places)
     return Numbers(params, wanted.keep * sum(param.type.numel for param in params))
 
 

@@ -1,0 +1,85 @@
+"""Tasks: operations on shapes without symbols, which are what takes time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compiler.ir.execute import evaluate_dim
+from compiler.ir.graph import Node, Param, Value
+from compiler.ir.opdef import OpDef
+from compiler.ir.types import TensorType
+
+FREE = {"reshape", "expand", "slice", "concat", "take", "gather", "arange", "full", "rope_table", "merge_heads"}
+"""What runtimes do without moving data, or once. So is whatever makes integers or booleans."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An operation on operands of these types; ``constant`` are those that are weights.
+
+    ``str(task)`` names it in tables: ``linear(f32[1,128,576], @f32[1536,576])``.
+    """
+
+    op: OpDef
+    operands: tuple[TensorType | None, ...]
+    constant: tuple[bool, ...]
+    attrs: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        shown = (_shown(*pair) for pair in zip(self.operands, self.constant, strict=True))
+        attrs = ", ".join(
+            f"{name}={value}" for name, value in self.attrs.items() if self.op.attrs[name].kind != "float"
+        )
+        return f"{self.op.name}({', '.join(shown)})" + (f" {{{attrs}}}" if attrs else "")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(t.nbytes for t, known in zip(self.operands, self.constant, strict=True) if t is not None and known)
+
+    @property
+    def products(self) -> int:
+        """Multiplications in products with a weight."""
+        weight = self.operands[1] if len(self.operands) > 1 else None
+        if self.op.name not in ("linear", "conv", "matmul") or weight is None:
+            return 0
+        (result,) = self.op.infer_types(list(self.operands), self.attrs)
+        summed = weight.static_shape[-2] if self.op.name == "matmul" else math.prod(weight.static_shape[1:])
+        return result.numel * summed
+
+
+def task_of(node: Node, sizes: Mapping[str, int], changed: Mapping[Value, TensorType]) -> Task | None:
+    """What ``node`` does when values have the types in ``changed``, ``sizes`` being what symbols stand for.
+
+    None for what takes no time worth counting.
+    """
+    if node.op.name in FREE or not any(value.type.dtype.is_floating_point for value in node.outputs):
+        return None
+    operands = [None if value is None else changed.get(value, value.type) for value in node.inputs]
+    results = [changed.get(value, value.type) for value in node.outputs]
+    attrs = node.attrs
+    if not changed.keys().isdisjoint((*node.inputs, *node.outputs)):
+        attrs = node.op.fitted(operands, results, attrs)
+    return Task(
+        node.op,
+        tuple(None if type is None else _sized(type, sizes) for type in operands),
+        tuple(isinstance(value, Param) for value in node.inputs),
+        {name: _sized_attr(node.op.attrs[name].kind, value, sizes) for name, value in attrs.items()},
+    )
+
+
+def _shown(type: TensorType | None, constant: bool) -> str:
+    return "none" if type is None else f"{'@' if constant else ''}{type}"
+
+
+def _sized(type: TensorType, sizes: Mapping[str, int]) -> TensorType:
+    return type.with_shape(evaluate_dim(dim, sizes) for dim in type.shape)
+
+
+def _sized_attr(kind: str, value: Any, sizes: Mapping[str, int]) -> Any:
+    if kind == "dims" and value is not None:
+        return tuple(evaluate_dim(dim, sizes) for dim in value)
+    return evaluate_dim(value, sizes) if kind == "dim" and value is not None else value
