@@ -12,6 +12,7 @@ from typing import Any
 from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
 from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.unify import Mismatch
+from compiler.ir.graph import Param
 from compiler.weights.expr import Expr
 
 WORD = 32  # bits of the words that codes are packed into
@@ -33,6 +34,29 @@ def quantization_config(
     None when all are dense. A Mismatch says which weight cannot be stored, or why transformers could not load it.
     ``module`` is on the meta device and not to be used afterwards.
     """
+    found = _described(named, stored, _names(module, "Linear"), _names(module, "Embedding"))
+    return _rehearsed(found, module) if isinstance(found, Quantised) else found
+
+
+def config_of_generated(tensors: Mapping[str, Param]) -> Quantised | Mismatch | None:
+    """The config for a class written for ``tensors``, which are by name. transformers dequantises while it loads."""
+    exprs = {name: param.expr for name, param in tensors.items()}
+    linears, tables = (_modules(tensors, *kinds) for kinds in (("linear", "latent_attention"), ("embedding",)))
+    found = _described(exprs, exprs, linears, tables)
+    if isinstance(found, Quantised) and not found.config.get("dequantize"):
+        return Mismatch("its weights are quantised in several ways; generated code loads one scheme for all weights")
+    return found
+
+
+def _modules(tensors: Mapping[str, Param], *kinds: str) -> dict[str, None]:
+    """The modules whose weights operations of ``kinds`` read."""
+    found = (name for name, param in tensors.items() if any(node.op.name in kinds for node in param.users))
+    return dict.fromkeys(name.removesuffix(".weight") for name in found if name.endswith(".weight"))
+
+
+def _described(
+    named: Mapping[str, Expr], stored: Mapping[str, Expr], linears: Mapping[str, None], embeddings: Mapping[str, None]
+) -> Quantised | Mismatch | None:
     dense: set[str] = set()
     for key, expr in stored.items():
         quantised = as_dequantize(expr) is not None
@@ -40,7 +64,6 @@ def quantization_config(
             return Mismatch(f"{key} would be quantised in part, or along its rows; give it one scheme, or skip it")
         if quantised and not key.endswith(".weight"):
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
-    linears, embeddings = _names(module, "Linear"), _names(module, "Embedding")
     schemes = _schemes(named, keep=lambda name: EXPERT.search(name) is None)
     experts = _schemes(stored, keep=lambda name: EXPERT.search(name) is not None)
     plain = [
@@ -56,8 +79,7 @@ def quantization_config(
     short = _too_short({**schemes, **experts}, stored)
     if short:
         return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
-    found = _config(schemes, experts, linears) if schemes or experts else None
-    return _rehearsed(found, module) if isinstance(found, Quantised) else found
+    return _config(schemes, experts, linears) if schemes or experts else None
 
 
 def _rehearsed(found: Quantised, module: Any) -> Quantised | Mismatch:
