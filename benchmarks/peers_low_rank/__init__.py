@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoders import linears
+from benchmarks.decoders import feed, linears
 
+Sums = dict[str, tuple[Tensor, Tensor]]
 Scale = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,13 +28,16 @@ def rank_of(linear: nn.Linear, ratio: float) -> int:
     return int(rows * columns * ratio / (rows + columns))
 
 
+def calibrate(model: Any, windows: Tensor) -> Sums:
+    return sums_of(linears(model), feed(model, windows))
+
+
 @torch.inference_mode()
-def calibrate(model: Any, windows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For every linear map the sum of x x^T [n, n] and of |x| [n] over ``windows`` [count, length], float64.
+def sums_of(parts: dict[str, nn.Linear], forward: Callable[[], None]) -> Sums:
+    """For every linear map the sum of x x^T [n, n] and of |x| [n] over all that ``forward`` feeds it, float64.
 
     Maps that read the same tensor share the sums.
     """
-    parts = linears(model)
     sums = {name: (torch.zeros(part.in_features, part.in_features, dtype=torch.float64),
                    torch.zeros(part.in_features, dtype=torch.float64)) for name, part in parts.items()}  # fmt: skip
     seen: dict[str, Tensor] = {}
@@ -52,8 +56,7 @@ def calibrate(model: Any, windows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     hooks = [
         part.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, part in parts.items()
     ]
-    for ids in windows:
-        model.base_model(input_ids=ids[None], use_cache=False)
+    forward()
     for hook in hooks:
         hook.remove()
     return sums
@@ -78,11 +81,15 @@ def whitened(second: Tensor, absolute: Tensor) -> Tensor:
 METHODS: dict[str, Scale] = {"svd": plain, "asvd": by_size, "svd-llm": whitened}
 
 
+def apply(model: Any, sums: Sums, keep: float, method: str) -> int:
+    return factorise(linears(model), sums, keep, method)
+
+
 @torch.inference_mode()
-def apply(model: Any, sums: dict[str, tuple[Tensor, Tensor]], keep: float, method: str) -> int:
-    """Factorise ``model`` in place. Returns how many numbers fewer the factors hold."""
+def factorise(parts: dict[str, nn.Linear], sums: Sums, keep: float, method: str) -> int:
+    """Factorise ``parts`` in place. Returns how many numbers fewer the factors hold."""
     saved = 0
-    for name, part in linears(model).items():
+    for name, part in parts.items():
         scale, rank = METHODS[method](*sums[name]), rank_of(part, keep)
         left, values, right = torch.linalg.svd(part.weight.float() @ scale, full_matrices=False)
         first = torch.linalg.solve(scale, right[:rank], left=False)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoders import Peer, Row, linear_numbers, watch
+from benchmarks.decoders import Peer, Row, feed, linear_numbers, watch
 from benchmarks.peers_prune.parts import counted, layers_of, remove_channels
 
 
@@ -55,7 +55,7 @@ def calibrate(model: Any, windows: Tensor) -> Found:
     seen = {}
     for layer, (attention, mlp) in zip(layers_of(model), found, strict=True):
         seen |= {layer.self_attn.o_proj: attention.add, layer.mlp.down_proj: mlp.add}
-    watch(model, windows, seen)
+    watch(feed(model, windows), seen)
     return found
 
 
@@ -104,7 +104,9 @@ def group_numbers(attention: Any, groups: int) -> int:
 
 
 def compensate(linear: nn.Linear, mean: Tensor, gone: Tensor) -> None:
-    linear.bias = nn.Parameter((linear.weight[:, gone].double() @ mean[gone]).float(), requires_grad=False)
+    """Let the bias give what the inputs ``gone`` gave in the mean."""
+    lost = (linear.weight[:, gone].double() @ mean[gone]).float()
+    linear.bias = nn.Parameter(lost if linear.bias is None else linear.bias + lost, requires_grad=False)
 
 
 def remove_groups(attention: Any, mean: Tensor, gone: Tensor, groups: int) -> None:

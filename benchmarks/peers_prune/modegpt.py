@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.decoders import Peer, watch
+from benchmarks.decoders import Peer, feed, watch
 from benchmarks.peers_prune.parts import counted, influences, layers_of, remove_channels
 
 TEMPERATURE = 0.1
@@ -48,7 +48,7 @@ def calibrate(model: Any, windows: Tensor) -> Found:
         return lambda rows: total.add_(rows.T @ rows, alpha=1 / windows.numel())
 
     readers = [layer.self_attn.q_proj for layer in layers] + [layer.mlp.down_proj for layer in layers]
-    watch(model, windows, dict(zip(readers, map(into, inputs + channels), strict=True)))
+    watch(feed(model, windows), dict(zip(readers, map(into, inputs + channels), strict=True)))
     return Found(inputs, channels, influences(model, windows))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoders import linear_numbers
+from benchmarks.decoders import feed, linear_numbers
 
 
 def layers_of(model: Any) -> nn.ModuleList:
@@ -17,14 +17,14 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def held(model: Any) -> int:
-    """Numbers that ``model`` holds, tied ones once, without rows and columns of zeros."""
+    """Numbers that ``model`` holds, tied ones once, without zeros of vectors, rows and columns of zeros of matrices."""
     tensors = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     return sum(_size(tensor.detach()) for tensor in tensors.values())
 
 
 def _size(tensor: Tensor) -> int:
     if tensor.dim() != 2:
-        return tensor.numel()
+        return int(tensor.count_nonzero()) if tensor.dim() == 1 else tensor.numel()
     return int(tensor.any(1).sum()) * int(tensor.any(0).sum())
 
 
@@ -67,8 +67,7 @@ def influences(model: Any, windows: Tensor) -> list[float]:
 
     hooks = [layer.register_forward_hook(see(index)) for index, layer in enumerate(layers_of(model))]
     with torch.no_grad():
-        for ids in windows:
-            model.base_model(input_ids=ids[None], use_cache=False)
+        feed(model, windows)()
     for each in hooks:
         each.remove()
     return (1 - total / windows.numel()).tolist()
