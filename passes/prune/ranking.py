@@ -144,13 +144,18 @@ class _Remaining:
 
 
 def in_metric(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """L^T W with M = L L^T."""
+    """L^T W with M = L L^T. M was summed in float32, so that no fixed ridge makes it positive: the least that does."""
     if gradient is None:
         return weight
     if gradient.ndim == 1:
         return gradient.sqrt()[:, None] * weight
-    ridge = GRADIENT_RIDGE * float(gradient.diagonal().mean()) or 1.0
-    return torch.linalg.cholesky(gradient + ridge * torch.eye(len(gradient), dtype=gradient.dtype)).T @ weight
+    mean, eye = float(gradient.diagonal().mean()), torch.eye(len(gradient), dtype=gradient.dtype)
+    ridge = GRADIENT_RIDGE * mean or 1.0
+    factor, failed = torch.linalg.cholesky_ex(gradient + ridge * eye)
+    while failed and ridge < mean:
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(gradient + ridge * eye)
+    return factor.T @ weight
 
 
 def restored(reader: Reader, kept: Sequence[int]) -> Tensor:
