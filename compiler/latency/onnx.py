@@ -170,7 +170,7 @@ def _reduced(build: Builder, task: Task, names: list[str]) -> str:
 
 
 def _cumsum(build: Builder, task: Task, names: list[str]) -> str:
-    return build.op("CumSum", names[0], build.constant(torch.tensor(task.attrs["axis"])))
+    return build.op("CumSum", names[0], build.constant(torch.tensor(task.op.all_attrs(task.attrs)["axis"])))
 
 
 def _rsqrt(build: Builder, task: Task, names: list[str]) -> str:

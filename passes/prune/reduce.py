@@ -40,6 +40,7 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -> None:
     """Prune ``graph`` as ``wanted`` says, counting the numbers of ``params``."""
+    ctx.read_weights = True  # also where a plan does without: what goes depends on them
     batches = ctx.calibration() if wanted.calibrated else []
     train, held = _divided(batches)
     numbers = parameter_count(graph)
