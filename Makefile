@@ -13,7 +13,7 @@ GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench bench-mla clean
+.PHONY: help demo test lint bench bench-mla bench-smaller clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -54,6 +54,12 @@ bench: $(VENV)/.user $(GGUF) ## measure what README's tables say
 bench-mla: $(VENV)/.user $(GGUF) ## compare latent attention with published conversions: hours
 	$(BIN)/python benchmarks/fetch.py wikipedia austen brown
 	$(BIN)/python benchmarks/mla.py --seeds 0 1 2
+
+bench-smaller: $(VENV)/.dev $(GGUF) ## compare factorised and pruned models with published methods: hours
+	$(BIN)/python benchmarks/fetch.py wikipedia austen brown minilm dinov2 whisper fashion speech
+	$(BIN)/python benchmarks/low_rank.py --seeds 0 1 2
+	$(BIN)/python benchmarks/prune.py --seeds 0 1 2
+	$(BIN)/python benchmarks/encoders.py
 
 clean: ## remove the environment, fetched models and outputs
 	rm -rf $(VENV) models data out
