@@ -177,17 +177,17 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
     observers: list[Observer] = [run.recipe.locate(), Timing(), Narrate(run.console.say)]
     if run.dump_graphs is not None:
         observers.append(DumpGraphs(run.dump_graphs))
-    pipeline = Pipeline(run.recipe.passes)
+    pipeline, wanted = Pipeline(run.recipe.passes), run.recipe.emit[0]
     report = pipeline.run(
         graph,
         observers=observers,
         planned=workdir is None,
         workdir=workdir,
-        bytes_of=bytes_in_file(),
+        bytes_of=bytes_in_file(wanted.compact),
         calibration=no_calibration if run.recipe.calibration is None else run.calibration,
     )
-    wanted = run.recipe.emit[0]
-    return _Passed(graph, report, emission_of(graph, wanted.class_, wanted.cache_bits))
+    emission = emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+    return _Passed(graph, report, emission)
 
 
 def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:

@@ -114,31 +114,41 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
         observers.append(DumpGraphs(dump_graphs))
     calibration: Calibration = no_calibration if recipe.calibration is None else lambda graph: []
     return Pipeline(recipe.passes[:up_to]).run(
-        graph, observers=observers, planned=True, bytes_of=bytes_in_file(), calibration=calibration
+        graph,
+        observers=observers,
+        planned=True,
+        bytes_of=bytes_in_file(recipe.emit[0].compact),
+        calibration=calibration,
     )
 
 
-def bytes_in_file() -> Bytes:
-    """A count of the bytes of the tensors that stand for a parameter in a safetensors file; it remembers."""
+def bytes_in_file(compact: bool = False) -> Bytes:
+    """A count of the bytes of the tensors that stand for a parameter in a safetensors file; it remembers.
+
+    ``compact``: sparse weights are stored as bits and values.
+    """
     from backends.safetensors import stored_tensors
+    from backends.torch_module import stored
 
     known: dict[Any, int] = {}
 
     def count(param: Param) -> int:
         kind = _kind(param)
         if kind not in known:
-            known[kind] = sum(expr.type.nbytes for expr in stored_tensors(param))
+            parts = stored(param.name, param, compact=True).values() if compact else stored_tensors(param)
+            known[kind] = sum(expr.type.nbytes for expr in parts)
         return known[kind]
 
     return count
 
 
 def _kind(param: Param) -> Any:
-    """All that the bytes of a parameter depend on: types, how it is quantised, and who reads it."""
+    """All that the bytes of a parameter depend on: types, how it is quantised or sparse, and who reads it."""
     readers = {(node.op.name, index) for node in param.users for index, v in enumerate(node.inputs) if v is param}
-    quantised = param.expr.attrs if param.expr.op == "dequantize" else ()
-    parts = tuple(arg.type for arg in param.expr.args) if quantised else ()
-    return param.type, param.storage, quantised, parts, frozenset(readers)
+    expr = param.expr.args[0] if param.expr.op == "reshape" else param.expr
+    made = expr.attrs if expr.op in ("dequantize", "scatter") else ()
+    parts = tuple(arg.type for arg in expr.args) if made else ()
+    return param.type, param.storage, made, parts, frozenset(readers)
 
 
 def open_recipe_model(recipe: Recipe) -> Graph:
@@ -223,7 +233,7 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
     from compiler.weights.layout import layout
 
     emit = recipe.emit[0]
-    emission = emission_of(graph, emit.class_, emit.cache_bits)
+    emission = emission_of(graph, emit.class_, emit.cache_bits, compact=emit.compact)
     shards = layout(emission.tensors, emit.shard)
     files = {shard.name: shard.tensor_bytes for shard in shards}
     output = Output(emission.architecture, files, loads_in(emission))

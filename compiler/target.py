@@ -5,20 +5,25 @@ from __future__ import annotations
 from typing import Literal
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
+from backends.safetensors.compressed import config_of_generated
+from backends.safetensors.parts import stored_parts
+from backends.safetensors.unify import Mismatch
 from compiler.errors import TargetError
-from compiler.ir.graph import Graph
-from compiler.weights.ops.basic import cast
+from compiler.ir.graph import Graph, Param
+from compiler.weights.expr import Expr
 
 ModelClass = Literal["auto", "stock", "generated"]
 
 
-def emission_of(graph: Graph, model_class: ModelClass = "auto", cache_bits: int | None = None) -> Emission:
+def emission_of(
+    graph: Graph, model_class: ModelClass = "auto", cache_bits: int | None = None, *, compact: bool = False
+) -> Emission:
     """The checkpoint for ``graph``, of a stock class or with its own code as ``model_class`` says. Reads no weight.
 
-    ``cache_bits`` 8 or 4 rounds what latent attention caches, which stock classes cannot. Raises TargetError when there
-    is no such checkpoint.
+    ``cache_bits`` 8 or 4 rounds what latent attention caches, ``compact`` stores sparse weights as bits and values;
+    stock classes can neither. Raises TargetError when there is no such checkpoint.
     """
-    found = _stock(graph, model_class, cache_bits)
+    found = _stock(graph, model_class, cache_bits, compact)
     if isinstance(found, Emission):
         return found
     if model_class == "stock":
@@ -26,28 +31,38 @@ def emission_of(graph: Graph, model_class: ModelClass = "auto", cache_bits: int 
             _none(found.reason),
             remedy="leave out the pass that made it so, or let the checkpoint carry its own code (`class: auto`)",
         )
-    return _generated(graph, found.reason, cache_bits or 0)
+    return _generated(graph, found.reason, cache_bits or 0, compact)
 
 
-def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None) -> Emission | Refusal:
+def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission | Refusal:
     if cache_bits is not None:
         return Refusal("", f"none caches latents in {cache_bits} bits")
+    if compact:
+        return Refusal("", "none loads sparse weights from bits and values")
     return Refusal("", "the recipe asks for generated code") if model_class == "generated" else propose(graph)
 
 
-def _generated(graph: Graph, no_stock: str, cache_bits: int) -> Emission:
+def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> Emission:
     from backends.torch_module import generate
 
-    quantised = next((param.name for param in graph.params.values() if param.expr.op == "dequantize"), "")
-    if quantised:
-        raise TargetError(f"{quantised} is quantised, which generated code cannot load; and {_none(no_stock)}")
     try:
-        made = generate(graph, cache_bits=cache_bits)
+        made = generate(graph, cache_bits=cache_bits, compact=compact)
     except TargetError as error:
         raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
+    quantised = config_of_generated(made.tensors)
+    if isinstance(quantised, Mismatch):
+        raise TargetError(f"{quantised.reason}; and {_none(no_stock)}")
     config = {**made.config, "dtype": dtype_name(made.tensors.values())}
-    tensors = {name: cast(param.expr, param.storage) for name, param in made.tensors.items()}
+    if quantised:
+        config["quantization_config"] = quantised.config
+    tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, compact).items()}
     return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
+
+
+def _stored(name: str, param: Param, compact: bool) -> dict[str, Expr]:
+    from backends.torch_module import stored
+
+    return stored_parts(name, param.expr) if param.expr.op == "dequantize" else stored(name, param, compact=compact)
 
 
 def _none(no_stock: str) -> str:

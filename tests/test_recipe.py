@@ -233,7 +233,12 @@ emit: [safetensors: {shard: 300MB}]
 
 
 def test_spelling_of_sections():
-    assert spell(Safetensors(5 * 10**9)) == {"shard": "5GB", "class": "auto", "cache-bits": None}
+    assert spell(Safetensors(5 * 10**9)) == {
+        "shard": "5GB",
+        "class": "auto",
+        "cache-bits": None,
+        "sparse": "zeros",
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from backends.torch_module.generate import Generated, generate
+from backends.torch_module.sparse import stored
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "generate", "stored"]

@@ -12,6 +12,8 @@ from backends.torch_module.code import names_in, wrapped
 from backends.torch_module.module import ClassWriter, Model
 from backends.torch_module.program import Body, Extras
 from backends.torch_module.rendering import environment, field_of, render
+from backends.torch_module.sparse import loading_code
+from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param
 
 HELPERS = (
@@ -117,8 +119,13 @@ class Assembly:
         """The bodies that the top classes hold themselves."""
         return []
 
-    def generated(self) -> Generated:
-        modeling = self._modeling()
+    def generated(self, compact: bool = False) -> Generated:
+        """The files; with ``compact``, code that loads sparse weights from bits and values. Raises TargetError."""
+        tensors = self._tensors()
+        loading = loading_code(tensors, self.name) if compact else ""
+        if compact and not loading:
+            raise TargetError("no weight is so sparse that bits and values of it are smaller")
+        modeling = self._modeling(loading)
         config = self._config()
         prefix = self.model.prefix
         configuration = self._configuration(config, modeling)
@@ -127,7 +134,7 @@ class Assembly:
         auto_map |= {auto: f"modeling_{self.name}.{prefix}{end}" for auto, end in self.auto_classes.items()}
         architecture = f"{prefix}{list(self.auto_classes.values())[-1]}"
         whole = {**config, "model_type": self.name, "architectures": [architecture], "auto_map": auto_map}
-        return Generated(architecture, whole, files, self._tensors())
+        return Generated(architecture, whole, files, tensors)
 
     def _tensors(self) -> dict[str, Param]:
         named = self.model.layout.named()
@@ -166,11 +173,11 @@ class Assembly:
         context["digest"] = hashlib.sha256(modeling.encode()).hexdigest()[:16]
         return render("configuration.py.jinja", source=source, **context) + "\n"
 
-    def _modeling(self) -> str:
+    def _modeling(self, loading: str) -> str:
         classes = "\n\n\n".join(self._classes())
         top = self.top()
         helpers = self._helpers()
-        text = "\n\n\n".join([*helpers, classes, top])
+        text = "\n\n\n".join(filter(None, [*helpers, loading, classes, top]))
         lines = f"{self._header(text)}\n\n\n{text}\n".split("\n")
         return "\n".join(piece for line in lines for piece in wrapped(line))
 

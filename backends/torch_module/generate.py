@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from backends.torch_module.assembly import Generated
+from backends.torch_module.assembly import Assembly, Generated
 from backends.torch_module.causal import CausalAssembly
 from backends.torch_module.classes import classes_of
 from backends.torch_module.code import camel, identifier
@@ -32,11 +32,16 @@ from compiler.ir.layers import layer_of
 __all__ = ["Generated", "generate"]
 
 
-def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
+def generate(graph: Graph, *, cache_bits: int = 0, compact: bool = False) -> Generated:
     """The files for ``graph``. Raises TargetError when something in it has no code.
 
-    ``cache_bits`` 8 or 4 rounds what latent attention caches. Reads no weight but rotary frequencies.
+    ``cache_bits`` 8 or 4 rounds what latent attention caches; ``compact`` loads sparse weights from bits and values,
+    and is an error when there are none. Reads no weight but rotary frequencies.
     """
+    return _assembly(graph, cache_bits).generated(compact)
+
+
+def _assembly(graph: Graph, cache_bits: int) -> Assembly:
     if cache_bits and not graph.nodes_named("latent_attention"):
         raise TargetError("a cache of fewer bits is for latent attention, of which the model has none")
     if is_paired(graph):
@@ -59,7 +64,7 @@ def generate(graph: Graph, *, cache_bits: int = 0) -> Generated:
     sizes = sizes_of(graph, layout, {"": len(loops[0].layers)})
     stacks = {f"{inner.path}.{loop.name}": loop for loop in loops}
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits)
-    return CausalAssembly(graph, model, name, program, inner, loops[0]).generated()
+    return CausalAssembly(graph, model, name, program, inner, loops[0])
 
 
 def _continues(graph: Graph) -> bool:
@@ -68,7 +73,7 @@ def _continues(graph: Graph) -> bool:
     return list(graph.outputs) == ["logits"] and bool(attention) and all(node.attr("causal") for node in attention)
 
 
-def _encoder(graph: Graph) -> Generated:
+def _encoder(graph: Graph) -> Assembly:
     ending(graph)
     graph = prepared(graph)
     nodes, extras = list(graph.nodes), Extras()
@@ -84,10 +89,10 @@ def _encoder(graph: Graph) -> Generated:
     sizes = sizes_of(graph, layout, {"": len(loop.layers)})
     sizes.everywhere.setdefault("hidden_size", loop.entering.shape[-1])
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources)
-    return EncoderAssembly(graph, model, name, program).generated()
+    return EncoderAssembly(graph, model, name, program)
 
 
-def _pair(graph: Graph, cache_bits: int) -> Generated:
+def _pair(graph: Graph, cache_bits: int) -> Assembly:
     graph = prepared(graph, DECODER)
     _check_by_token(graph, DECODER, written(graph))
     nodes, extras, parts = list(graph.nodes), Extras(), parts_of(graph)
@@ -107,7 +112,7 @@ def _pair(graph: Graph, cache_bits: int) -> Generated:
     sizes.everywhere |= {name: source[name] for name in PLACES if isinstance(source.get(name), int)}
     stacks = {f"{part.body.path}.{part.loop.name}": part.loop for part in both.values()}
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits, paired=True)
-    return PairAssembly(graph, model, name, program, inner, encoder, decoder).generated()
+    return PairAssembly(graph, model, name, program, inner, encoder, decoder)
 
 
 def _tokens(graph: Graph) -> str:

@@ -88,12 +88,18 @@ class Safetensors:
 
     ``class`` is the model class: a ``stock`` one of transformers, one ``generated`` from the graph, whose code comes
     with the checkpoint, or ``auto``, which generates one where there is no stock class. ``cache-bits`` generates one
-    whose latents are cached in so many bits.
+    whose latents are cached in so many bits. ``sparse: compact`` generates one that reads sparse weights from bits and
+    values; by default their zeros are written like other numbers, which any class loads and which saves nothing.
     """
 
     shard: Memory = 5 * 10**9
     class_: Literal["auto", "stock", "generated"] = "auto"
     cache_bits: Literal[8, 4] | None = None
+    sparse: Literal["zeros", "compact"] = "zeros"
+
+    @property
+    def compact(self) -> bool:
+        return self.sparse == "compact"
 
     def __post_init__(self) -> None:
         if self.shard < SMALLEST_SHARD:

@@ -1,0 +1,137 @@
+"""One matrix made sparse: which elements remain, and what they become.
+
+What is minimised is the sum over rows r of g_r e_r H e_r^T, e_r being the rows of the error, H the damped second moment
+of what enters and g_r what an error of output r costs. `magnitude` and `wanda` (arXiv 2306.11695) choose by scores and
+leave what remains as it is. `sparsegpt` (arXiv 2301.00774) goes through the columns, block by block, and lets the
+columns after each make up for what it lost; here what remains is then fitted once more, all columns at a time, by
+conjugate gradients, no step of which can raise the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compiler.errors import PassError
+from passes.sparsify.masks import largest, largest_by_row, of_each
+from passes.sparsify.places import Part, Pattern
+
+DAMPING = 0.01  # of the mean energy of inputs
+BLOCK = 128  # columns of which the elements that remain are chosen together
+FITTING = 8  # steps of conjugate gradients; further ones gain less than a hundredth
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix float64 [rows, columns], the second moment H [columns, columns] of its inputs, damped, and g [rows]."""
+
+    weight: Tensor
+    second: Tensor
+    rows: Tensor
+
+    def cost(self, sparse: Tensor) -> float:
+        """What ``sparse`` in the place of the weight costs."""
+        error = self.weight - sparse
+        return float((error @ self.second * error).sum(-1) @ self.rows)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The upper Cholesky factor of the inverse of H. Raises PassError when that has none."""
+        lower, failed = torch.linalg.cholesky_ex(self.second)
+        if failed:
+            raise PassError(
+                "second moments of inputs are no finite numbers", remedy="look at the model's activations on this data"
+            )
+        return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+    def saliency(self) -> Tensor:
+        """What each element costs, were it alone to go and the rest of its row to make up for it: [rows, columns]."""
+        inverse = self.factor.square().sum(0)  # the diagonal of U^T U
+        return self.rows[:, None] * self.weight.square() / inverse
+
+
+def damped(second: Tensor) -> Tensor:
+    """``second`` [columns, columns] with damping; the identity where nothing was seen."""
+    ridge = DAMPING * float(second.diagonal().mean())
+    ones = torch.eye(len(second), dtype=second.dtype)
+    return second + ridge * ones if ridge else ones
+
+
+def solve(problem: Problem, method: str, part: Part) -> tuple[Tensor, Tensor]:
+    """Which elements remain (bool), and the sparse matrix (float64), both [rows, columns]."""
+    if method == "sparsegpt":
+        return surgeon(problem, part)
+    kept = largest(problem.weight.abs(), part) if method == "magnitude" else _wanda(problem, part)
+    return kept, problem.weight * kept
+
+
+def _wanda(problem: Problem, part: Part) -> Tensor:
+    return largest_by_row(problem.weight.square() * problem.second.diagonal(), part)
+
+
+def surgeon(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
+    """SparseGPT, fitted; never worse than what `wanda` keeps as it is."""
+    kept, sparse = _in_order(problem, part)
+    other = _wanda(problem, part)
+    plain = problem.weight * other
+    sparse = fitted(problem, kept, sparse)
+    if problem.cost(plain) < problem.cost(sparse):
+        return other, fitted(problem, other, plain)
+    return kept, sparse
+
+
+def _in_order(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
+    weight, factor = problem.weight.clone(), problem.factor
+    columns = weight.shape[1]
+    kept = torch.zeros_like(weight, dtype=torch.bool)
+    width = BLOCK if isinstance(part, int) else BLOCK - BLOCK % part.of or part.of
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        block, inner = weight[:, start:stop], factor[start:stop, start:stop]
+        share = part
+        if isinstance(part, int):
+            share = part * stop // columns - part * start // columns
+            kept[:, start:stop] = largest(problem.rows[:, None] * (block / inner.diagonal()).square(), share)
+        errors = _block(block, inner, kept[:, start:stop], share)
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return kept, weight
+
+
+def _block(block: Tensor, factor: Tensor, kept: Tensor, part: Part) -> Tensor:
+    """Take columns of ``block`` out in order, in place. Returns what each lost [rows, columns], over its pivot.
+
+    Of a pattern, ``kept`` is chosen group by group, on the way.
+    """
+    errors = torch.zeros_like(block)
+    for column in range(block.shape[1]):
+        if isinstance(part, Pattern) and column % part.of == 0:
+            group = slice(column, column + part.of)
+            kept[:, group] = of_each((block[:, group] / factor.diagonal()[group]).square(), part)
+        errors[:, column] = block[:, column] * ~kept[:, column] / factor[column, column]
+        block[:, column + 1 :] -= torch.outer(errors[:, column], factor[column, column + 1 :])
+        block[:, column] *= kept[:, column]
+    return errors
+
+
+def fitted(problem: Problem, kept: Tensor, sparse: Tensor) -> Tensor:
+    """``sparse``, what remains of it moved towards the least error: conjugate gradients, row by row."""
+    diagonal = problem.second.diagonal()
+    residual = (problem.weight - sparse) @ problem.second * kept
+    scaled = residual / diagonal
+    direction, energy = scaled, (residual * scaled).sum(-1, keepdim=True)
+    for _ in range(FITTING):
+        moved = direction @ problem.second * kept
+        step = _over(energy, (direction * moved).sum(-1, keepdim=True))
+        sparse, residual = sparse + step * direction, residual - step * moved
+        scaled = residual / diagonal
+        before, energy = energy, (residual * scaled).sum(-1, keepdim=True)
+        direction = scaled + _over(energy, before) * direction
+    return sparse
+
+
+def _over(above: Tensor, below: Tensor) -> Tensor:
+    """The quotient; zero where a row is fitted already."""
+    return torch.where(below > 0, above / below, 0.0)
