@@ -25,10 +25,10 @@ from passes.low_rank import LowRank
 from passes.low_rank.basis import Member, basis, seconds
 from passes.low_rank.choose import allocated, uniform
 from passes.low_rank.factor import Metric, best, root, spectrum
+from passes.low_rank.groups import sharing, together
 from passes.low_rank.places import Form, bias_of
 from passes.low_rank.rewrite import stored
 from passes.low_rank.select import places_of
-from passes.low_rank.shared import sharing, together
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 

@@ -16,9 +16,11 @@ from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from compiler.weights.spill import SpillSource
 from passes.low_rank import LowRank
+from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import measured
 from passes.low_rank.select import places_of
-from passes.low_rank.shared import Shared, sharing, together
+from passes.low_rank.shared import Shared
+from passes.low_rank.values import Values
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
@@ -118,9 +120,34 @@ def test_a_basis_of_experts_of_full_rank_computes_the_same_and_is_written(name, 
     assert distance(found, run(graph, inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "where"), [("mixtral", "experts"), ("bert", "embedding"), ("whisper", "head")])
-def test_the_plan_of_tables_and_experts_holds_what_the_run_holds(name, where):
-    options = {"where": where, "keep": 0.6, "ranks": "uniform", "update": False}
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "whisper", "modernbert", "t5"])
+def test_narrower_values_of_full_width_compute_the_same_and_are_written(name, tmp_path):
+    graph, metrics, places = of_kind(name, "loss", lambda param: True, share="values")
+    inputs = FAMILIES[name].inputs()
+    before = run(graph, inputs)
+    places = [place for place in places if isinstance(place, Values)]
+    assert places
+    whole = copy_of(graph)
+    for place in places:
+        assert (place.saved(metrics) >= 0).all()
+        place.factorised(metrics, place.most).write(whole, place)
+    verify(whole)
+    assert distance(run(whole, inputs), before) < 1e-4
+    for place in places:
+        place.factorised(metrics, place.most // 2).write(graph, place)
+    verify(graph)
+    emit(emission_of(graph, "generated"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("mixtral", "experts"), ("bert", "embedding"), ("whisper", "head"), ("qwen2", "attention"), ("gpt2", "attention")],
+)
+def test_the_plan_of_shared_factors_holds_what_the_run_holds(name, where):
+    options = {"where": where, "keep": 0.6, "ranks": "uniform", "update": False, "share": "values"}
     graph, planned = (capture(FAMILIES[name].build()) for _ in range(2))
     Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2))
     Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])

@@ -26,7 +26,8 @@ class LowRank(Pass):
     ``form``: a `pair` of factors holds r (m + n) numbers. `pivoted`, r of the outputs are computed from the input and
     the others from these, which holds r^2 numbers less for the same matrix (Pivoting Factorization, arXiv 2501.19090).
     ``share``: weights that read the same `input`, such as query, key and value, may share the first factor, or those of
-    a kind in two adjacent `layers`, whose inputs differ (Basis Sharing, arXiv 2410.03765).
+    a kind in two adjacent `layers`, whose inputs differ (Basis Sharing, arXiv 2410.03765). With `values`, value and
+    output projections may have narrower heads, whose second factors are multiplied into the output projection.
     ``ranks``: `measured` shares the parameters out by predicted cost, leaves alone what does not pay, and keeps the
     result only if the whole model is nearer to the original than with the same part everywhere (`uniform`).
     ``update`` factorises in order what best repeats the original's outputs from inputs that have passed the factors
@@ -40,7 +41,7 @@ class LowRank(Pass):
     keep: Part = 1.0
     metric: Literal["loss", "input", "scaled", "plain"] = "loss"
     form: Literal["auto", "pair", "pivoted"] = "auto"
-    share: Literal["none", "input", "layers"] = "none"
+    share: Literal["none", "input", "layers", "values"] = "none"
     ranks: Literal["measured", "uniform"] = "measured"
     update: bool = True
     bias: bool = True

@@ -9,8 +9,8 @@ import torch
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
+from passes.low_rank.groups import together
 from passes.low_rank.places import Form, Place
-from passes.low_rank.shared import together
 
 STEPS = 24  # ranks that a place may get
 WORTHWHILE = 0.97  # of a weight's numbers: factors that hold more than that are two products for nothing

@@ -58,6 +58,11 @@ class Place:
         return f"{parts[0][0]}.shared_{'_'.join(part[2] for part in parts)}"
 
     @property
+    def most(self) -> int:
+        """The largest rank."""
+        return min(self.height, self.columns)
+
+    @property
     def unbiased(self) -> int:
         """The outputs that have no bias."""
         return sum(rows for param, rows in zip(self.params, self.rows, strict=True) if bias_of(param) is None)
@@ -92,7 +97,7 @@ class Form:
 
     def largest(self, place: Place, numbers: float) -> int:
         """The largest rank whose factors hold at most ``numbers``; 0 when there is none."""
-        low, high = 0, min(place.height, place.columns)
+        low, high = 0, place.most
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.size(place, middle) <= numbers else (low, middle - 1)

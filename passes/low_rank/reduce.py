@@ -14,11 +14,12 @@ from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from passes.low_rank.choose import Choice, Costs, Ranked, allocated, uniform
 from passes.low_rank.factor import best, spectrum
+from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import Batches, Metrics, measured
 from passes.low_rank.places import Form, Place
 from passes.low_rank.rewrite import Stored, planned, stored
 from passes.low_rank.select import places_of
-from passes.low_rank.shared import Shared, sharing, together
+from passes.low_rank.shared import Shared
 from passes.low_rank.tables import Table, hidden
 from passes.low_rank.update import factorised_in_order
 
@@ -61,7 +62,7 @@ def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
 
 def _saved(metrics: Metrics, place: Place) -> Tensor:
     if isinstance(place, Shared):
-        return place.basis(metrics).costs
+        return place.saved(metrics)
     return spectrum(metrics.weight(place), metrics.of(place)).costs
 
 

@@ -1,4 +1,4 @@
-"""Places whose matrices meet different inputs and get one first factor; and which weights share one."""
+"""Places whose matrices meet different inputs and get one first factor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ir.layers import Layer, layer_of
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from passes.low_rank.basis import Basis, Member, basis, seconds
@@ -32,6 +31,10 @@ class Shared(Place):
 
     def basis(self, metrics: Metrics) -> Basis:
         return basis(partial(self.members, metrics))
+
+    def saved(self, metrics: Metrics) -> Tensor:
+        """What each rank more saves, the first one first."""
+        return self.basis(metrics).costs
 
     def factorised(self, metrics: Metrics, rank: int) -> Stored:
         """The factors of ``rank``, the second ones fitted to the first as it is stored."""
@@ -63,40 +66,6 @@ class Adjacent(Shared):
     def made(self, metrics: Metrics, first: Tensor, second: Sequence[Tensor]) -> Stored:
         factors = Factors(first, torch.cat(list(second)).to(first.dtype))
         return stored(metrics.ctx.spill, self, factors, metrics.mended(self, factors))
-
-
-def sharing(places: Sequence[Place], share: str) -> list[list[Place]]:
-    """``places`` in groups that may share a first factor; one that shares none is alone.
-
-    ``share``: `none`; `input`, linear maps of one use and one layer that read the same value; `layers`, such of the
-    same name and shape in two layers that follow each other.
-    """
-    found: dict[object, list[Place]] = {}
-    for place in places:
-        found.setdefault(_shared(place, share) or place, []).append(place)
-    return list(found.values())
-
-
-def _shared(place: Place, share: str) -> object:
-    """Equal for places that may share; None for one that shares with none."""
-    if type(place) is not Place:
-        return None
-    (param,) = place.params
-    node = param.single_user()
-    if share == "none" or node is None or node.op.name != "linear":
-        return None
-    layer = layer_of(param.name)
-    if share == "input":
-        return node.input(0), layer
-    return layer and (Layer(layer.stack, layer.index // 2), param.name.removeprefix(layer.scope), param.type)
-
-
-def together(group: Sequence[Place]) -> Place:
-    """The weights of ``group`` as one place."""
-    if len(group) == 1:
-        return group[0]
-    params = tuple(param for place in group for param in place.params)
-    return Place(params) if len({layer_of(param.name) for param in params}) == 1 else Adjacent(params)
 
 
 def rebound(graph: Graph, param: Param, expr: Expr) -> Param:
