@@ -98,10 +98,14 @@ def test_a_recipe_asks_for_a_cache_of_few_bits(folder, made):
     assert "no stock class: none caches latents in 8 bits" in make_plan(recipe_in(folder, "cache-bits: 8")).text()
 
 
-def test_quantised_weights_are_refused_by_name(folder):
-    text = f"model: {folder / 'source'}\npasses:\n- gqa-to-mla\n- quantize: {{bits: 8, group: 8}}\n"
-    (folder / "quantised.yaml").write_text(text)
-    assert "is quantised, which generated code cannot load" in make_plan(Recipe.load(folder / "quantised.yaml")).refusal
+def test_generated_code_loads_quantised_weights_of_one_scheme_and_others_are_refused(folder):
+    once = "- quantize: {bits: 8, group: 8, where: mlp}\n"
+    for name, more in (("quantised", ""), ("twice", "- quantize: {bits: 4, group: 8, where: attention.output}\n")):
+        text = f"model: {folder / 'source'}\npasses:\n- gqa-to-mla\n{once}{more}"
+        (folder / f"{name}.yaml").write_text(text)
+    result = compress(Recipe.load(folder / "quantised.yaml"), folder / "quantised")
+    assert result.document["verification"]["performed"]
+    assert "one scheme for all weights" in make_plan(Recipe.load(folder / "twice.yaml")).refusal
 
 
 def test_two_checkpoints_of_other_code_live_in_one_process(tmp_path):
