@@ -55,10 +55,11 @@ bench-mla: $(VENV)/.user $(GGUF) ## compare latent attention with published conv
 	$(BIN)/python benchmarks/fetch.py wikipedia austen brown
 	$(BIN)/python benchmarks/mla.py --seeds 0 1 2
 
-bench-smaller: $(VENV)/.dev $(GGUF) ## compare factorised and pruned models with published methods: hours
+bench-smaller: $(VENV)/.dev $(GGUF) ## compare factorised, pruned and sparse models with published methods: hours
 	$(BIN)/python benchmarks/fetch.py wikipedia austen brown minilm dinov2 whisper fashion speech
 	$(BIN)/python benchmarks/low_rank.py --seeds 0 1 2
 	$(BIN)/python benchmarks/prune.py --seeds 0 1 2
+	$(BIN)/python benchmarks/sparsify.py --seeds 0 1 2
 	$(BIN)/python benchmarks/encoders.py
 
 clean: ## remove the environment, fetched models and outputs

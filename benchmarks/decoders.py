@@ -55,9 +55,17 @@ class Peer:
     settings: Callable[[float, Any], list[Row]] = by_part
 
 
+def by_numbers(before: Any, after: Any) -> float:
+    """The part of the layers' numbers that remains, by how much the checkpoint shrank."""
+    return 1 - (numbers(before) - numbers(after)) / linear_numbers(before)
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """``script`` is the file that runs it, ``entry`` a recipe's pass for a setting of ours."""
+    """``script`` is the file that runs it, ``entry`` a recipe's pass for a setting of ours.
+
+    ``kept`` is the part that remains, of the original and of ours.
+    """
 
     name: str
     script: str
@@ -67,12 +75,13 @@ class Benchmark:
     entry: Callable[[Row], Row]
     ours: tuple[Row, ...]
     keep: tuple[float, ...]
+    kept: Callable[[Any, Any], float] = by_numbers
 
     def main(self) -> None:
         options = parse(self)
         torch.set_num_threads(options.threads)
         if options.job:
-            print(json.dumps(do_job(self.peers, json.loads(options.job))))
+            print(json.dumps(do_job(self, json.loads(options.job))))
             return
         Run(self, options).all()
 
@@ -166,15 +175,14 @@ class Run:
         return {"setting": setting, "cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
 
 
-def do_job(peers: Mapping[str, Peer], job: Row) -> Any:
+def do_job(benchmark: Benchmark, job: Row) -> Any:
     """What a process of its own does: score a checkpoint, or prune or factorise by a published method."""
     texts = {name: Path(job["folder"]) / file for name, file in job["texts"].items()}
     if job["method"] == "score":
         before, model = load_model(job["original"]), load_model(job["model"], trust_remote_code=True)
-        kept = 1 - (numbers(before) - numbers(model)) / linear_numbers(before)
-        return {"kept": kept, "class": type(model).__name__, "texts": scores(model, texts)}
+        return {"kept": benchmark.kept(before, model), "class": type(model).__name__, "texts": scores(model, texts)}
     windows = torch.load(Path(job["folder"]) / f"{job['calibration']}.pt")
-    return peer_rows(load_model(job["model"]), windows, peers[job["method"]], job["keep"], texts)
+    return peer_rows(load_model(job["model"]), windows, benchmark.peers[job["method"]], job["keep"], texts)
 
 
 def peer_rows(model: Any, windows: Tensor, peer: Peer, keeps: list[float], texts: dict[str, Path]) -> list[Row]:
