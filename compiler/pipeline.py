@@ -104,6 +104,16 @@ class Trial:
     chosen: bool
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What a place would lose, by prediction, with each part of it ``kept`` (0 to 1), and the part it got."""
+
+    scope: str
+    kept: Sequence[float]
+    lost: Sequence[float]
+    chosen: float
+
+
 @dataclass
 class PassReport:
     """What one pass did. ``records`` are documents that it leaves beside the report.
@@ -120,6 +130,7 @@ class PassReport:
     rewritten: list[Rewrite] = field(default_factory=list[Rewrite])
     skipped: list[Skip] = field(default_factory=list[Skip])
     trials: list[Trial] = field(default_factory=list[Trial])
+    curves: list[Curve] = field(default_factory=list[Curve])
     warnings: list[str] = field(default_factory=list[str])
     records: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     seconds: float | None = None
@@ -220,6 +231,10 @@ class Context:
     def tried(self, what: str, distance: float, chosen: bool) -> None:
         """Report a choice that was weighed."""
         self._report.trials.append(Trial(what, distance, chosen))
+
+    def weighed(self, scope: str, kept: Sequence[float], lost: Sequence[float], chosen: float) -> None:
+        """Report what ``scope`` would lose with each part of it kept, and the part that it got."""
+        self._report.curves.append(Curve(scope, kept, lost, chosen))
 
     def warn(self, text: str) -> None:
         """Report what was done as asked, and may not be what was wanted."""

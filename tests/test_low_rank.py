@@ -129,6 +129,12 @@ def test_what_is_chosen_is_no_further_than_the_same_part_of_each(name):
     assert after < whole
     assert report.after.parameters < report.before.parameters
     assert distance >= 0
+    got = {curve.scope: curve for curve in report.curves}
+    assert {item.scope for item in report.rewritten} <= set(got)
+    for item in report.rewritten:
+        curve = got[item.scope]
+        assert list(curve.lost) == sorted(curve.lost, reverse=True)
+        assert min(curve.lost) <= item.numbers["predicted_loss"] <= max(curve.lost)
 
 
 def test_the_metric_of_the_loss_and_the_update_bring_the_model_nearer():

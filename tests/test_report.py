@@ -15,6 +15,7 @@ from compiler.job import compress
 from compiler.plan import open_recipe_model
 from compiler.recipe import Recipe
 from compiler.report.card import model_card
+from compiler.report.grid import curve_picture, kept_picture
 from compiler.report.lock import job_key, lock_text, make_lock
 from compiler.report.page import page
 from compiler.report.picture import layer_picture
@@ -75,6 +76,7 @@ def test_keys_are_stable(document):
         "rewritten",
         "skipped",
         "trials",
+        "curves",
         "warnings",
     ]
     assert set(document["output"]) == {
@@ -206,6 +208,32 @@ def test_picture_has_two_bars_a_layer():
 
 def test_picture_of_nothing():
     assert layer_picture({}, {}).startswith("<svg ")
+
+
+def test_pictures_of_places_have_a_row_a_kind_and_a_column_a_layer():
+    scopes = [f"{stack}.layers.{i}.mlp.up" for stack in ("encoder", "decoder") for i in range(3)]
+    numbers = {"parameters_before": 8, "parameters_after": 2}
+    kept = xml.etree.ElementTree.fromstring(
+        kept_picture([{"scope": scope, "what": "<a>", "numbers": numbers} for scope in [*scopes, "head"]])
+    )
+    assert [text.text for text in kept.iter("text")] == [
+        "encoder.layers.*.mlp.up",
+        "decoder.layers.*.mlp.up",
+        "head",
+        *"012",
+    ]
+    heights = [float(bar.get("height")) for bar in kept.iter("rect")]
+    assert heights == 7 * [24.0, 6.0]
+    assert kept.find(".//title").text == "encoder.layers.0.mlp.up: <a>, 25% of its parameters"
+    curve = {"scope": "layers.4.up", "kept": [0.0, 0.5, 1.0], "lost": [2.0, 0.5, 0.0], "chosen": 0.5}
+    drawn = xml.etree.ElementTree.fromstring(curve_picture([curve]))
+    points = [
+        [float(number) for number in point.split(",")] for point in drawn.find(".//polyline").get("points").split()
+    ]
+    dot = drawn.find(".//circle")
+    assert [float(dot.get("cx")), float(dot.get("cy"))] == points[1]
+    assert [y for _, y in points] == [0.0, 18.0, 24.0]
+    assert kept_picture([{"scope": "a", "what": "", "numbers": {}}]) == curve_picture([]) == ""
 
 
 def test_lock_names_no_place_outside_the_recipe(folder):

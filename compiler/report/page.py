@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from compiler.console import human_bytes, human_count
+from compiler.report.grid import curve_picture, kept_picture
 from compiler.report.lock import recipe_text
 from compiler.report.picture import layer_picture
 from compiler.report.text import Document, comparison, skips, spelt, verification_sentence
@@ -27,7 +28,8 @@ td.words { white-space: normal; text-align: left; min-width: 16rem; }
 code, pre { font: 13px/1.5 ui-monospace, monospace; } pre { overflow-x: auto; padding: .75rem 1rem;
   border: 1px solid var(--line); border-radius: 6px; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.before { fill: var(--before); } .after { fill: var(--after); }
+.before { fill: var(--before); } .after { fill: var(--after); } .dot { fill: var(--ink); }
+.line { fill: none; stroke: var(--after); } .frame { fill: none; stroke: var(--line); }
 summary { cursor: pointer; }
 """
 
@@ -35,7 +37,7 @@ summary { cursor: pointer; }
 def page(document: Document) -> str:
     """The page. Everything in it is in report.json as well."""
     title = f"{document['recipe']['model']}, compressed"
-    sections = (_head, _comparison, _steps, _trials, _layers, _warnings, _skipped, _recipe)
+    sections = (_head, _comparison, _steps, _trials, _layers, _places, _warnings, _skipped, _recipe)
     body = "\n".join(line for section in sections for line in section(document))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -93,6 +95,20 @@ def _layers(document: Document) -> Iterator[str]:
     yield "<h2>Bytes by layer</h2>"
     yield '<p class="soft">Grey is before, blue is after.</p>'
     yield f'<div class="wide">{layer_picture(document["layers"]["before"], document["layers"]["after"])}</div>'
+
+
+def _places(document: Document) -> Iterator[str]:
+    for entry in document["passes"]:
+        kept, curves = kept_picture(entry["rewritten"]), curve_picture(entry["curves"])
+        if kept:
+            yield f"<h2>What remains after {escape(entry['name'])}</h2>"
+            yield '<p class="soft">A place and layer each; grey is what it held, blue is what it holds.</p>'
+            yield f'<div class="wide">{kept}</div>'
+        if curves:
+            yield f"<h2>What {escape(entry['name'])} weighed</h2>"
+            yield '<p class="soft">From left to right a place keeps more; the height is what it loses by prediction, '
+            yield "each place on a scale of its own, and the dot is what it got.</p>"
+            yield f'<div class="wide">{curves}</div>'
 
 
 def _trials(document: Document) -> Iterator[str]:

@@ -69,6 +69,11 @@ def allocated(groups: Sequence[Sequence[Place]], costs: Costs, form: Form, keep:
     return tuple(ranked for own, index in zip(ways, chosen, strict=True) for ranked in own[index].choice)
 
 
+def losses(saved: torch.Tensor) -> torch.Tensor:
+    """The cost of every rank from 0, of what each rank more saves."""
+    return torch.cat([saved.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=saved.dtype)])
+
+
 def _ways(group: Sequence[Place], costs: Costs, form: Form) -> list[_Way]:
     found = [_Way(0, 0.0, ())]
     for place in group:
@@ -84,7 +89,7 @@ def _options(place: Place, costs: Costs, form: Form) -> list[_Way]:
     """Leave ``place`` alone, or one of some ranks that save numbers."""
     largest = form.largest(place, WORTHWHILE * place.full)
     ranks = sorted({round(largest * step / STEPS) for step in range(1, STEPS + 1)} - {0})
-    lost = torch.cat([costs[place].flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    lost = losses(costs[place])
     return [
         _Way(place.full, 0.0, ()),
         *(_Way(form.size(place, rank), float(lost[rank]), (Ranked(place, rank),)) for rank in ranks),

@@ -12,7 +12,7 @@ from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.low_rank.choose import Choice, Costs, Ranked, allocated, uniform
+from passes.low_rank.choose import STEPS, Choice, Costs, Ranked, allocated, losses, uniform
 from passes.low_rank.factor import best, spectrum
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import Batches, Metrics, measured
@@ -148,3 +148,15 @@ def _report(ctx: Context, form: Form, places: Sequence[Place], choice: Choice, c
     for place in places:
         if place.params[0] not in chosen:
             ctx.skipped(place.name, "stays as it is: factors of it save less than they cost")
+    if costs:
+        got = {ranked.place: ranked.rank for ranked in choice}
+        for place in [*got, *(place for place in places if place.params[0] not in chosen)]:
+            _weighed(ctx, place, got.get(place), losses(costs[place]).tolist())
+
+
+def _weighed(ctx: Context, place: Place, rank: int | None, lost: Sequence[float]) -> None:
+    """Report the spectrum of ``place`` as what it would lose with a few ranks, and the rank it got (None: all)."""
+    most = len(lost) - 1
+    ranks = sorted({round(most * step / STEPS) for step in range(STEPS + 1)})
+    got = 1.0 if rank is None else rank / most
+    ctx.weighed(place.name, [rank / most for rank in ranks], [lost[rank] for rank in ranks], got)
