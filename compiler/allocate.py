@@ -21,6 +21,23 @@ class Option:
     loss: float
 
 
+def numbers_left(keep: float, selected: int, whole: int, of: str) -> float:
+    """How many of ``selected`` numbers remain of a model of ``whole``: ``keep`` is the part of all ``of`` these.
+
+    ``of`` is `selected` or `model`. Raises PassError when the rest of the model is more than may remain.
+    """
+    if of == "selected":
+        return keep * selected
+    left = keep * whole - (whole - selected)
+    if left <= 0:
+        raise PassError(
+            "what is not selected is already more than may remain of the model",
+            option="keep",
+            remedy="select more with `where`, or keep more",
+        )
+    return left
+
+
 def allocate(places: Sequence[Sequence[Option]], budget: float) -> list[int]:
     """The index of the option that each place gets, with the least total loss whose total cost is within ``budget``.
 

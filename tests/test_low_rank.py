@@ -118,6 +118,15 @@ def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name,
     assert run(graph, batches(name)[0])
 
 
+def test_keep_counts_the_whole_model_if_asked_to():
+    graph = capture(FAMILIES["llama"].config())
+    before = parameter_count(graph)
+    Pipeline([LowRank(where="mlp", keep=0.85, of="model", bias=False)]).run(graph, planned=True)
+    assert 0.8 * before < parameter_count(graph) <= 0.85 * before
+    with pytest.raises(PassError, match="already more than may remain"):
+        Pipeline([LowRank(where="mlp", keep=0.3, of="model")]).run(capture(FAMILIES["llama"].config()), planned=True)
+
+
 @pytest.mark.parametrize("name", ["bert", "vit", "whisper", "mixtral"])
 def test_what_is_chosen_is_no_further_than_the_same_part_of_each(name):
     _, report, distance = reduced(name, keep=0.75, update=False)

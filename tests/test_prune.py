@@ -13,18 +13,21 @@ from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
+from compiler.ir.layers import copy_of
+from compiler.ledger import measure
 from compiler.moments import Moments
-from compiler.pipeline import Pipeline
+from compiler.pipeline import Context, PassReport, Pipeline
 from compiler.rotation import turn
 from compiler.target import emission_of
 from compiler.weights.ops.basic import literal
 from passes.prune import Prune
+from passes.prune.depth import blocks_of, take_out
 from passes.prune.ranking import Reader, inputs, restored, surgeon
 from passes.prune.refit import _Sums, fitted
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
 from tests.families import FAMILIES
-from tests.removed import set_value, value, zero
-from tests.test_removal import Convolutional
+from tests.removed import double, outputs, set_value, value, zero
+from tests.test_removal import Convolutional, residual_net
 from tests.test_stream import stream_groups
 
 
@@ -108,6 +111,18 @@ def test_channels_of_a_convolutional_net_are_pruned_by_what_they_cost():
     (entry,) = Pipeline([step]).run(graph, calibration=lambda _: given).passes
     assert parameter_count(graph) < 0.82 * before
     assert any("conv" not in done.scope and "channels" in done.what for done in entry.rewritten)
+    assert torch.isfinite(run(graph, given[0])["output"]).all()
+
+
+def test_channels_of_a_residual_net_are_pruned_in_its_stages_too():
+    torch.manual_seed(1)
+    given = [{"image": torch.randn(2, 3, 32, 32)} for _ in range(4)]
+    graph = capture(residual_net(), inputs=given[0])
+    before = parameter_count(graph)
+    step = Prune(what="channels", where=("conv", "linear"), keep=0.7, align=2)
+    (entry,) = Pipeline([step]).run(graph, calibration=lambda _: given).passes
+    assert 0.5 * before < parameter_count(graph) < 0.72 * before
+    assert any(done.scope == "head" and "of 16 channels" in done.what for done in entry.rewritten)
     assert torch.isfinite(run(graph, given[0])["output"]).all()
 
 
@@ -210,6 +225,52 @@ def test_magnitudes_leave_the_rows_with_the_largest_weights():
     assert torch.equal(value(graph, mlp_sites(graph)[0].up.input(1)), before[kept])
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "vit"])
+@pytest.mark.parametrize("score", ["loss", "influence"])
+def test_attention_and_mlps_alone_are_taken_out_and_what_is_left_is_written_as_code(name, score, tmp_path):
+    job = Pruned(name, tmp_path, what="sublayers", keep=0.75, score=score, refit=False)
+    (entry,) = job.report.passes
+    taken = [done.scope for done in entry.rewritten if done.what == "taken out"]
+    assert taken and entry.after.parameters < entry.before.parameters
+    assert all({"influence" if score == "influence" else "predicted_loss"} == {*e.numbers} for e in entry.rewritten)
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(found, job.outputs()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sublayer_that_is_taken_out_is_one_that_adds_nothing(name):
+    family = FAMILIES[name]
+    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    step = Context(graph, graph, Prune(), PassReport("", {}, True, *[measure(graph)] * 2), None, None, False, None)
+    found = blocks_of(graph, step, ["sublayers"])
+    assert len(found) >= (1 if name in ("gpt_neox", "cohere2") else 2)
+    for number in range(len(found)):
+        cut, silent = copy_of(graph), copy_of(graph)
+        take_out(cut, [blocks_of(cut, step, ["sublayers"])[number]])
+        block = blocks_of(silent, step, ["sublayers"])[number]
+        added = next(v for v in block.leaves.node.inputs if v is not block.enters)
+        nothing = silent.op("mul", [added], {"scalar": 0.0}, scope=added.node.scope, before=block.leaves.node)
+        silent.set_input(block.leaves.node, block.leaves.node.inputs.index(added), nothing)
+        given = family.inputs(batch=1, tokens=5)
+        there = outputs(silent, given)
+        for output, tensor in outputs(cut, given).items():
+            assert torch.equal(tensor, there[output])
+
+
+def test_keep_counts_the_whole_model_if_asked_to():
+    for what, where in (("hidden", "mlp"), ("channels", "mlp")):
+        graph = capture(FAMILIES["llama"].config())
+        before = parameter_count(graph)
+        step = Prune(what=what, where=where, keep=0.8, of="model", align=1)
+        Pipeline([step]).run(graph, planned=True)
+        assert 0.76 * before < parameter_count(graph) <= 0.8 * before
+    with pytest.raises(PassError, match="what must remain"):
+        Pipeline([Prune(keep=0.2, of="model", align=1)]).run(capture(FAMILIES["llama"].config()), planned=True)
+
+
 def test_a_plan_reads_no_weight_and_knows_the_sizes():
     graph = capture(FAMILIES["llama"].config())
     report = Pipeline([Prune(what=("channels", "groups"), keep=0.6, align=8)]).run(graph, planned=True)
@@ -254,6 +315,12 @@ def test_a_selector_that_matches_nothing_is_an_error():
 def test_options_that_do_not_go_together_are_refused():
     with pytest.raises(PassError, match="the same for each place"):
         Prune(what=("channels", "groups"), keep=64)
+    with pytest.raises(PassError, match="sublayers are parts of layers"):
+        Prune(what=("layers", "sublayers"))
+    with pytest.raises(PassError, match="have an influence"):
+        Prune(what=("layers", "channels"), score="influence")
+    with pytest.raises(PassError, match="not of the model"):
+        Prune(keep=64, of="model")
     with pytest.raises(PassError, match="does not compare between layers"):
         Prune(sizes="by-layer", score="magnitude")
 

@@ -9,6 +9,7 @@ from torch import nn
 from compiler.errors import PassError
 from compiler.frontend import capture
 from compiler.ir.coupling import CouplingGroup, coupling_groups
+from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
 from compiler.ir.ops import op_named
@@ -85,6 +86,63 @@ def test_a_convolutional_net_loses_channels_that_reach_from_maps_to_flat_feature
     assert {("last.weight", 0, 1), ("inner.weight", 1, 16)} <= members
     assert {("layers.0.mix.weight", 0, 1), ("layers.0.norm.running_var", 0, 1)} <= members
     assert assert_removing_is_zeroing(graph, {"image": image}) >= 6
+
+
+class Basic(nn.Module):
+    """A block as in ResNet: maps that lose half of their places get a shortcut of their own."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        same = width == out and stride == 1
+        self.down = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.down(x))
+
+
+class Residual(nn.Module):
+    """A small ResNet, with the pooling of its stem and of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1)
+        self.layers = nn.Sequential(Basic(8, 8, 1), Basic(8, 16, 2), Basic(16, 16, 1))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.pool(torch.relu(self.norm(self.stem(image))))
+        return self.head(self.mean(self.layers(x)).flatten(1))
+
+
+def residual_net() -> Residual:
+    """With statistics and scales that are not neutral."""
+    torch.manual_seed(0)
+    net = Residual()
+    net(torch.randn(8, 3, 32, 32))
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+    return net.eval()
+
+
+def test_a_residual_net_loses_channels_of_its_stages_and_of_what_its_blocks_hold_inside():
+    net, image = residual_net(), torch.randn(2, 3, 32, 32)
+    graph = capture(net, inputs={"image": image})
+    torch.testing.assert_close(run(graph, {"image": image})["output"], net(image))
+    members = [{(m.param.name, m.axis) for m in g.members} for g in free(graph)]
+    stem, stage = (
+        {("stem.weight", 0), ("layers.0.conv2.weight", 0)},
+        {("layers.1.down.0.weight", 0), ("head.weight", 1)},
+    )
+    assert any(stem <= own for own in members) and any(stage <= own for own in members)
+    assert assert_removing_is_zeroing(double(graph), {"image": image}) == 5
 
 
 def test_several_factors_of_one_axis_are_removed_at_once():

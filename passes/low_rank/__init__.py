@@ -18,6 +18,8 @@ Part = Annotated[float, Field(gt=0, le=1)]
 class LowRank(Pass):
     """Replace weights by products of two smaller ones, so that ``keep`` of their parameters remain.
 
+    With ``of: model``, ``keep`` is a part of the parameters of the whole model.
+
     W [m, n] becomes the matrix of rank r that is best by ``metric``: `loss` counts an error E of W by what it costs the
     model, tr(M E C E^T) with the second moments C of what enters W and M of the loss's gradient at what leaves it;
     `input` takes M = 1 (the optimum of SVD-LLM and of principal components of the output), `scaled` has only the sizes
@@ -39,6 +41,7 @@ class LowRank(Pass):
     where: Selector = "linear"
     skip: tuple[str, ...] = ()
     keep: Part = 1.0
+    of: Literal["selected", "model"] = "selected"
     metric: Literal["loss", "input", "scaled", "plain"] = "loss"
     form: Literal["auto", "pair", "pivoted"] = "auto"
     share: Literal["none", "input", "layers", "values"] = "none"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from compiler.allocate import numbers_left
 from compiler.fidelity import Fidelity, spread
+from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
@@ -33,9 +35,11 @@ Made = dict[Ranked, Stored]
 
 def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]) -> None:
     """Factorise ``params`` of ``graph`` as ``options`` say."""
+    whole = parameter_count(graph)
     places = places_of(graph, ctx, params)
     form = Form(options.form, options.bias)
     groups = sharing(places, options.share)
+    options = replace(options, keep=_part(whole, places, options))
     even = uniform(places if options.ranks == "measured" else [*map(together, groups)], form, options.keep)
     costs: Costs = {}
     if ctx.planned:
@@ -51,6 +55,12 @@ def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]
     for place in {*places} - {ranked.place for ranked in made}:
         if isinstance(place, Table):
             hidden(graph, place)
+
+
+def _part(whole: int, places: Sequence[Place], options: LowRank) -> float:
+    """The part of what can be factorised that remains."""
+    full = sum(place.full for place in places)
+    return numbers_left(options.keep, full, whole, options.of) / full
 
 
 def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:

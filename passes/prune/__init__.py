@@ -16,7 +16,9 @@ from compiler.pipeline import Context, Pass
 Part = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=2)]
 Runtime = Literal["onnxruntime", "torch"]
-Kind = Literal["channels", "groups", "heads", "experts", "layers", "hidden"]
+Kind = Literal["channels", "groups", "heads", "experts", "layers", "sublayers", "hidden"]
+
+DEPTH = frozenset({"layers", "sublayers"})
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Prune(Pass):
 
     ``what``, one or several: `channels` (inside of MLPs, experts and convolutions), `groups` (key/value heads with
     their query heads: the cache shrinks too), `heads` (query heads, as many in each group), `experts` (with the
-    router's rows), `hidden` (the residual stream) and `layers`. ``keep`` may also be the number that remains of each
-    place (1152 channels). Channels and widths remain in multiples of ``align``.
+    router's rows), `hidden` (the residual stream), `layers` and `sublayers` (attention or an MLP alone). ``keep`` may
+    also be the number that remains of each place (1152 channels), and is a part of the whole model with ``of: model``.
+    Channels and widths remain in multiples of ``align``.
 
     ``faster: 1.5`` in place of ``keep`` prunes until the model takes 1 / 1.5 of its time, by a table of what its
     operations take on the shapes in question. The table is measured here in ``runtime`` with ``batch`` samples of
@@ -36,7 +39,9 @@ class Prune(Pass):
     ``score`` says what goes first. `loss`: what removal costs the model in nats, 1/2 tr(M E C E^T) with the second
     moments C of what enters and M of the loss's gradient at what leaves the projection that reads the dimension, whose
     other columns make up for the loss as well as they can (optimal brain surgeon). `magnitude`: norms of weights.
-    `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP).
+    `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP). Layers go
+    by the distance of the model without them from the original, or, with `influence`, by how far they turn the
+    stream (ShortGPT).
 
     ``rotate`` first turns the residual stream to its principal components (SliceGPT), so that of `hidden` what carries
     least goes, and the class stays: no norm has a scale then, and a head does not share the embedding's table.
@@ -52,6 +57,7 @@ class Prune(Pass):
     where: Selector = ("attention", "mlp", "experts", "conv")
     skip: tuple[str, ...] = ()
     keep: Part | Count = 1.0
+    of: Literal["selected", "model"] = "selected"
     faster: Annotated[float, Field(ge=1)] = 1.0
     runtime: Runtime = "onnxruntime"
     batch: Annotated[int, Field(ge=1)] = 1
@@ -59,7 +65,7 @@ class Prune(Pass):
     threads: Annotated[int, Field(ge=1)] = 1
     latency: Path | None = None
     align: Annotated[int, Field(ge=1)] = 64
-    score: Literal["loss", "magnitude", "activation", "fluctuation"] = "loss"
+    score: Literal["loss", "magnitude", "activation", "fluctuation", "influence"] = "loss"
     sizes: Literal["uniform", "by-layer"] = "uniform"
     refit: bool = True
     rotate: bool = False
@@ -79,6 +85,16 @@ class Prune(Pass):
                 option="keep",
                 remedy="write a part, such as `keep: 80%`",
             )
+        if self.score == "influence" and set(self.kinds) - DEPTH:
+            raise PassError(
+                "only layers and sublayers have an influence",
+                option="score",
+                remedy="prune other dimensions in a pass of their own",
+            )
+        if set(self.kinds) >= DEPTH:
+            raise PassError("sublayers are parts of layers", option="what", remedy="name one of them")
+        if self.keep > 1 and self.of == "model":
+            raise PassError("a number says what remains of each place, not of the model", option="of")
         if self.rotate and "hidden" not in self.kinds:
             raise PassError(
                 "only the residual stream is turned", option="rotate", remedy="write `what: hidden`, or leave it out"
@@ -97,7 +113,7 @@ class Prune(Pass):
     @property
     def calibrated(self) -> bool:
         measured = self.score != "magnitude" or self.refit or self.rotate
-        return not self.exact and (measured or "layers" in self.kinds)
+        return not self.exact and (measured or bool(DEPTH & set(self.kinds)))
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when nothing of the kinds asked for can be pruned, or so little cannot be kept."""

@@ -98,7 +98,7 @@ def places_of(graph: Graph, ctx: Context, kinds: Sequence[str], params: Sequence
         else:
             found.append(place)
     _check_apart(found)
-    if not found and "layers" not in kinds:
+    if not found and not {"layers", "sublayers"} & set(kinds):
         first = next((f"{name}: {reason}" for name, reason in refused.items()), "the model has none")
         raise PassError(f"nothing to prune of {', '.join(kinds)}; {first}", option="what")
     for name, reason in refused.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compiler.allocate import numbers_left
 from compiler.errors import PassError
 from compiler.fidelity import Fidelity, spread
 from compiler.ir.facts import parameter_count
@@ -18,7 +19,7 @@ from compiler.moments import measure
 from compiler.pipeline import Context
 from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
 from passes.prune.cut import View, cut
-from passes.prune.depth import Block, blocks_of, losses, take_out
+from passes.prune.depth import Block, blocks_of, influences, losses, take_out
 from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
@@ -47,13 +48,13 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     if wanted.rotate:
         turned(graph, ctx, train)
     places = places_of(graph, ctx, wanted.kinds, params)
-    blocks = blocks_of(graph, ctx) if "layers" in wanted.kinds else []
+    blocks = blocks_of(graph, ctx, wanted.kinds)
     if not places and not blocks:
         raise PassError("the model has nothing of the kinds in `what`", option="what")
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
-    alone = losses(graph, blocks, spread(held, PROBE_TOKENS)) if held and blocks else dict.fromkeys(blocks, 0.0)
-    budget = _budget(graph, ctx, wanted, params, places)
+    alone = _alone(graph, wanted, blocks, held)
+    budget = _budget(graph, ctx, wanted, params, places, numbers)
     choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
     if isinstance(budget, Seconds):
         report_speed(ctx, budget, choice)
@@ -61,9 +62,17 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
     _check_smaller(graph, numbers)
-    _report(ctx, places, rankings, choice, alone)
+    _report(ctx, places, rankings, choice, alone, "influence" if wanted.score == "influence" else "predicted_loss")
     if wanted.refit and train and not ctx.planned:
         _refit(graph, original, same, views, ctx, params, train, held)
+
+
+def _alone(graph: Graph, wanted: Prune, blocks: Sequence[Block], held: Batches) -> dict[Block, float]:
+    """What the model loses without each block, or how much each turns the stream; zeros where nothing was measured."""
+    if not held or not blocks:
+        return dict.fromkeys(blocks, 0.0)
+    measured = influences if wanted.score == "influence" else losses
+    return measured(graph, blocks, spread(held, PROBE_TOKENS))
 
 
 def _check_smaller(graph: Graph, before: int) -> None:
@@ -99,11 +108,14 @@ def _unmeasured(place: Place) -> Ranking:
 
 
 def _budget(
-    graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param], places: Sequence[Place]
+    graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param], places: Sequence[Place], whole: int
 ) -> Numbers | Seconds:
+    """``whole`` is how many parameters the model had."""
     if wanted.faster > 1:
         return budget_of(graph, ctx, wanted, places)
-    return Numbers(params, wanted.keep * sum(param.type.numel for param in params))
+    counted = params if wanted.of == "selected" else [p for p in graph.params.values() if p.persistent]
+    numbers = sum(param.type.numel for param in params) if wanted.of == "selected" else whole
+    return Numbers(counted, numbers_left(wanted.keep, numbers, whole, wanted.of))
 
 
 def _choose(
@@ -195,10 +207,16 @@ def _refit(
 
 
 def _report(
-    ctx: Context, places: Sequence[Place], rankings: Rankings, choice: Choice, alone: Mapping[Block, float]
+    ctx: Context,
+    places: Sequence[Place],
+    rankings: Rankings,
+    choice: Choice,
+    alone: Mapping[Block, float],
+    measure: str,
 ) -> None:
+    """``measure`` is what ``alone`` says of blocks."""
     for block in choice.gone:
-        ctx.rewrote(block.scope, "taken out", predicted_loss=alone[block])
+        ctx.rewrote(block.scope, "taken out", **{measure: alone[block]})
     lost = {param for block in choice.gone for param in block.params}
     for place in places:
         if lost & place.params.keys():

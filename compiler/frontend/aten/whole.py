@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -98,6 +99,42 @@ def _conv(
     return importer.emit("conv", x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
+def _max_pool(
+    importer: Importer,
+    x: Value,
+    window: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceiling: bool = False,
+) -> Value:
+    """The largest of each window, as the maximum of shifted pictures."""
+    axes = x.type.rank - 2
+    window, padding, dilation = (_per_axis(value, axes) for value in (window, padding, dilation))
+    stride = _per_axis(stride, axes) if stride else window
+    if ceiling or any(isinstance(size, str) for size in x.shape[2:]):
+        raise importer.fail("pooling that rounds up, or of pictures of any size, is not in the graph's vocabulary")
+    if any(padding):
+        around = (0, 0, *padding)
+        x = importer.emit("pad", x, before=around, after=around, value=torch.finfo(x.type.dtype).min)
+    for axis, (width, step, gap) in enumerate(zip(window, stride, dilation, strict=True), 2):
+        x = _largest(importer, x, axis, width, step, gap)
+    return x
+
+
+def _largest(importer: Importer, x: Value, axis: int, width: int, step: int, gap: int) -> Value:
+    """The largest of ``width`` positions along ``axis``, ``gap`` apart, at every ``step``-th position."""
+    last = int(x.shape[axis]) - gap * (width - 1)
+    parts = [importer.emit("slice", x, axis=axis, start=gap * i, stop=gap * i + last, step=step) for i in range(width)]
+    return reduce(lambda best, part: importer.emit("maximum", best, part), parts)
+
+
+def _adaptive_mean(importer: Importer, x: Value, size: Any) -> Value:
+    if set(_per_axis(size, x.type.rank - 2)) != {1}:
+        raise importer.fail("adaptive pooling to more than one position is not in the graph's vocabulary")
+    return importer.emit("mean", x, axes=tuple(range(2, x.type.rank)), keep=True)
+
+
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(values * axes if len(values) == 1 else values)
@@ -173,6 +210,8 @@ def _polar(importer: Importer, length: Value, angle: Value) -> Complex:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    **dict.fromkeys(("max_pool1d", "max_pool2d"), _max_pool),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d"), _adaptive_mean),
     "addmm": _addmm,
     "attention": _attention,
     "baddbmm": _baddbmm,
