@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor
 from backends.safetensors import Emission, emit
 from compiler.calibrate import token_batches
 from compiler.console import Console, human_bytes
-from compiler.errors import CheckpointError, OutputError, RecipeError
+from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import verify_by_reload
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
@@ -79,10 +80,28 @@ class _Run:
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
         if len(graph.inputs) == 1:
-            return token_batches(graph, data.windows(load_tokenizer(path, trust_remote_code=trusted)))
+            tokenizer = load_tokenizer(path, trust_remote_code=trusted)
+            batches = token_batches(graph, data.windows(tokenizer))
+            return self._with_own_text(graph, wanted, batches, tokenizer) if wanted.written else batches
+        if wanted.written:
+            raise DataError("an encoder-decoder writes all its decoder's inputs itself", remedy="leave `written` out")
         with self.step("write decoder inputs"):
             windows = data_windows(load_model(path, trust_remote_code=trusted), path, data, trust_remote_code=trusted)
         return [{name: window.arguments[name] for name in graph.inputs} for window in windows]
+
+    def _with_own_text(
+        self, graph: Graph, wanted: Calibration, batches: list[dict[str, Tensor]], tokenizer: Any
+    ) -> list[dict[str, Tensor]]:
+        """``batches`` and samples that the model writes itself, mixed: who takes a part of them takes some of both."""
+        from compiler.evaluate.loading import load_model
+        from compiler.evaluate.own_text import own_text
+
+        with self.step("write calibration samples"):
+            model = load_model(self.recipe.model, trust_remote_code=self.trust_remote_code)
+            own = own_text(model, tokenizer, wanted.written, wanted.length, wanted.seed)
+        mixed = [*batches, *token_batches(graph, own)]
+        random.Random(wanted.seed).shuffle(mixed)
+        return mixed
 
     @contextmanager
     def step(self, name: str) -> Generator[None]:

@@ -50,12 +50,17 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The text that passes measure activations on: ``samples`` windows of ``length`` tokens."""
+    """The text that passes measure activations on: ``samples`` windows of ``length`` tokens.
+
+    ``written`` samples more, of at most 256 tokens, are drawn from the language model itself: what it knows and the
+    text does not show is then measured too.
+    """
 
     data: Path
     samples: Count = 64
     length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
+    written: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
