@@ -1,4 +1,4 @@
-"""Samples that a model writes itself: they are its own continuations, the same for a seed, and mixed with the text's."""
+"""Samples that a model writes itself: its own continuations, the same for a seed, mixed with the windows of a text."""
 
 import json
 
