@@ -24,7 +24,7 @@ ALLOWED = {
     "passes": (
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibrate",
         "compiler.allocate", "compiler.fidelity", "compiler.instrument", "compiler.removal", "compiler.moments",
-        "compiler.products",
+        "compiler.products", "compiler.latency", "compiler.stream", "compiler.rotation",
     ),
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),
