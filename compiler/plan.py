@@ -144,8 +144,10 @@ def bytes_in_file(compact: bool = False) -> Bytes:
 
 def _kind(param: Param) -> Any:
     """All that the bytes of a parameter depend on: types, how it is quantised or sparse, and who reads it."""
+    from compiler.weights.ops.sparse import as_scatter
+
     readers = {(node.op.name, index) for node in param.users for index, v in enumerate(node.inputs) if v is param}
-    expr = param.expr.args[0] if param.expr.op == "reshape" else param.expr
+    expr = as_scatter(param.expr) or param.expr
     made = expr.attrs if expr.op in ("dequantize", "scatter") else ()
     parts = tuple(arg.type for arg in expr.args) if made else ()
     return param.type, param.storage, made, parts, frozenset(readers)

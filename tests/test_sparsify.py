@@ -22,7 +22,8 @@ from compiler.pipeline import Pipeline
 from compiler.plan import bytes_in_file, make_plan
 from compiler.target import emission_of
 from compiler.weights.evaluate import evaluate
-from compiler.weights.ops.sparse import unpacked
+from compiler.weights.ops.sparse import as_scatter, unpacked
+from passes import Heal
 from passes.sparsify import Sparsify
 from passes.sparsify.masks import largest, largest_by_row
 from passes.sparsify.places import Pattern
@@ -50,8 +51,8 @@ def sparse(name, directory=None, graph=None, **options):
 def scattered(graph):
     """The sparse weights, the bits that are set in each, and its value as [.., rows, columns]."""
     for param in graph.params.values():
-        expr = param.expr.args[0] if param.expr.op == "reshape" else param.expr
-        if expr.op == "scatter":
+        expr = as_scatter(param.expr)
+        if expr is not None:
             mask, value = evaluate([expr.args[0], expr], graph.sources)
             yield param, unpacked(mask, expr.attr("columns")), value
 
@@ -207,6 +208,19 @@ def test_impossible_wishes_are_errors_and_what_stays_is_said():
     graph = capture(FAMILIES["gpt2"].config(), architecture=FAMILIES["gpt2"].architecture)
     (entry,) = Pipeline([Sparsify(where="linear", keep=0.5)]).run(graph, planned=True, calibration=lambda _: []).passes
     assert "it is read by embedding as well" in {skip.reason for skip in entry.skipped}
+
+
+@pytest.mark.parametrize("tokens", [{"layer_tokens": 512, "tokens": 0}, {"layer_tokens": 0, "tokens": 512}])
+def test_healing_trains_what_remains_and_nothing_else(tokens):
+    graph, given = capture(FAMILIES["llama"].build()), batches("llama", 20)
+    steps = [Sparsify(keep=0.4, method="magnitude"), Heal(**tokens)]
+    report = Pipeline(steps).run(graph, calibration=lambda _: given).passes
+    assert report[1].trials[1].chosen
+    found = list(scattered(graph))
+    assert {param.name for param, _, _ in found} == {one.scope for one in report[0].rewritten}
+    for _, kept, value in found:
+        assert not value[~kept].any() and int(kept.sum()) == round(0.4 * kept.numel())
+        assert value.count_nonzero() <= kept.sum()
 
 
 # --- what is written -----------------------------------------------------------------------------------------

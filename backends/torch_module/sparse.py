@@ -8,13 +8,14 @@ from backends.torch_module.rendering import render, strings
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
+from compiler.weights.ops.sparse import as_scatter
 
 
 def stored(name: str, param: Param, *, compact: bool) -> dict[str, Expr]:
     """The tensors that stand for ``param`` under ``name``: if ``compact``, bits and values where these are smaller."""
     dense = cast(param.expr, param.storage)
-    sparse = dense.args[0] if dense.op == "reshape" else dense
-    if not compact or sparse.op != "scatter" or sum(part.type.nbytes for part in sparse.args) >= dense.type.nbytes:
+    sparse = as_scatter(dense)
+    if not compact or sparse is None or sum(part.type.nbytes for part in sparse.args) >= dense.type.nbytes:
         return {name: dense}
     return dict(zip((f"{name}_mask", f"{name}_values"), sparse.args, strict=True))
 

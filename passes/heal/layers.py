@@ -17,6 +17,7 @@ from passes.heal.job import Job
 from passes.heal.loss import relative_error
 from passes.heal.weights import Adam, Trained
 from passes.heal.windows import STEP_TOKENS, Batch, merged, order, tokens
+from passes.heal.zeros import keep, kept_of
 
 Loss = Callable[[int, Mapping[Value, Tensor]], Tensor]
 
@@ -85,7 +86,7 @@ def _heal(job: Job, theirs: Stage, ours: Stage, params: list[Param], train: Sequ
     _report(job, ours.scope, fit)
     for param in params:
         if param.name in fit.weights:
-            param.expr = job.ctx.spill(param.name, fit.weights[param.name])
+            param.expr = keep(job.ctx, param, fit.weights[param.name])
 
 
 def _loss(theirs: Stage, ours: Stage) -> Loss:
@@ -103,7 +104,7 @@ def _loss(theirs: Stage, ours: Stage) -> Loss:
 
 def _fit(job: Job, params: Sequence[Param], loss: Loss, train: Sequence[Batch], budget: int) -> Fit:
     started = time.perf_counter()
-    trained = [Trained.of(job.ctx.read(param), 0, torch.Generator()) for param in params]
+    trained = [Trained.of(job.ctx.read(p), 0, torch.Generator(), kept_of(job.ctx, p)) for p in params]
     steps = max(1, round(budget / tokens(train[0])))
     adam = Adam(trained, job.rate, steps)
     before = _held_out(job, loss, len(train), params, trained)

@@ -17,7 +17,8 @@ WARM = 0.1  # of all steps, during which the rate rises
 class Trained:
     """A weight w + s * change, where s is the root mean square of each row of w, so that changes have no unit.
 
-    ``factors`` are the change itself, or two matrices whose product it is; both start such that it is zero.
+    Where an element of a sparse weight is gone, s is zero: it stays so. ``factors`` are the change itself, or two
+    matrices whose product it is; both start such that it is zero.
     """
 
     start: Tensor
@@ -25,11 +26,15 @@ class Trained:
     factors: tuple[Tensor, ...]
 
     @staticmethod
-    def of(weight: Tensor, rank: int, source: torch.Generator) -> Trained:
-        """``weight`` [.., out, in]; ``rank`` 0, or one that saves nothing, trains all of its numbers."""
+    def of(weight: Tensor, rank: int, source: torch.Generator, kept: Tensor | None = None) -> Trained:
+        """``weight`` [.., out, in], of which ``kept`` (bool) remains if it is sparse.
+
+        ``rank`` 0, or one that saves nothing, trains all of its numbers.
+        """
         start = weight.float()
         *_, rows, columns = start.shape
         size = start.square().mean(-1, keepdim=True).sqrt()
+        size = size if kept is None else size * kept
         if not rank or rank * (rows + columns) >= rows * columns:
             return Trained(start, size, (torch.zeros_like(start),))
         down = torch.randn(*start.shape[:-2], rank, columns, generator=source)

@@ -16,6 +16,7 @@ from passes.heal.job import Job
 from passes.heal.loss import divergence, relative_error
 from passes.heal.weights import Adam, Trained
 from passes.heal.windows import STEP_TOKENS, Batch, merged, order, tokens
+from passes.heal.zeros import keep, kept_of
 
 SAVE_SECONDS = 60.0
 TOGETHER = 512  # tokens that go through the model at a time: logits over a vocabulary are large
@@ -30,7 +31,7 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
     size = max(1, STEP_TOKENS // tokens(train[0]))
     steps = max(1, round(budget / (size * tokens(train[0]))))
     source = torch.Generator().manual_seed(job.seed)
-    trained = [Trained.of(job.ctx.read(param), rank, source) for param in job.params]
+    trained = [Trained.of(job.ctx.read(param), rank, source, kept_of(job.ctx, param)) for param in job.params]
     adam = Adam(trained, job.rate, steps)
     seconds = _restore(job, adam)
     turns = order(len(train), steps * size, job.seed)
@@ -44,7 +45,7 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
             _save(job, adam, seconds + saved - started)
     seconds += saved - started
     values = zip(job.params, trained, strict=True)
-    exprs = {p: job.ctx.spill(p.name, w.stored(p.storage)) for p, w in values}
+    exprs = {p: keep(job.ctx, p, w.stored(p.storage)) for p, w in values}
     return exprs, sum(tokens(train[index]) for index in turns), seconds
 
 

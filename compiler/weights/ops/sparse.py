@@ -29,6 +29,12 @@ def scatter(mask: Expr, values: Expr, columns: int) -> Expr:
     return apply("scatter", [mask, values], {"columns": columns})
 
 
+def as_scatter(expr: Expr) -> Expr | None:
+    """The ``scatter`` that ``expr`` is, under whatever shape; None when it is none."""
+    inner = expr.args[0] if expr.op == "reshape" else expr
+    return inner if inner.op == "scatter" else None
+
+
 def packed(kept: Tensor) -> Tensor:
     """``kept``, bool [..., columns], as a mask: uint8 [..., ceil(columns / 8)]."""
     filled = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8))
