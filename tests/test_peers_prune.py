@@ -80,10 +80,16 @@ def test_the_lowest_layers_go(model, windows):
 
 
 def test_the_width_is_the_greatest_that_is_small_enough(model, windows):
-    keep = 0.9
-    width = width_for(model, keep)
-    saved = [pruned(model, windows, "slicegpt", cut=1 - each / 32)[1] for each in (width, width + 1)]
-    assert saved[0] >= (1 - keep) * linear_numbers(model) - 2 * 4 * 32 - 32 > saved[1] - 2 * (2 * 4 * 32 + 32)
+    smaller, saved = pruned(model, windows, "slicegpt", keep=0.9)
+    width, norms = width_for(model, 0.9), (2 * 4 + 1) * 32
+    assert smaller.lm_head.weight.shape == (64, width)
+    more = linear_numbers(model) // 32 + 2 * 64 + 2 * 4 * (2 * width + 1)
+    assert norms <= saved - 0.1 * linear_numbers(model) < norms + more
+
+
+def test_as_published_the_head_is_not_cut(model, windows):
+    smaller, _ = pruned(model, windows, "slicegpt", cut=0.25)
+    assert (smaller.model.embed_tokens.weight.shape, smaller.lm_head.weight.shape) == ((64, 24), (64, 32))
 
 
 def test_zeros_compute_as_without_them(model, windows):

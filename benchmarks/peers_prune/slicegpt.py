@@ -3,8 +3,8 @@
 Norms are folded into what reads them. Before every attention and MLP, Q holds the principal components of the normed
 stream there, of the model as cut so far; readers become W Q, writers Qᵀ W, and what passes a block by is multiplied by
 Q_lᵀ Q_{l+1}, which is stored. The table and the head become two matrices. All of these numbers are counted, so that
-a small model with a tied table holds more of them than before when it is cut as published, by 1 - keep: `cut`. With
-`keep` it is cut until it holds as few as that asks for.
+a small model with a tied table holds more of them than before when it is cut as published, by 1 - keep and not at the
+head: `cut`. With `keep` all of it, the head too, is cut until it holds as few as that asks for.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def calibrate(model: Any, windows: Tensor) -> Tensor:
     return windows
 
 
-def apply(model: Any, windows: Tensor, cut: float = 0.0, keep: float | None = None) -> None:
+def apply(model: Any, windows: Tensor, cut: float | None = None, keep: float = 1.0) -> None:
     width = model.config.hidden_size
-    size = width_for(model, keep) if keep is not None else round(width * (1 - cut))
+    size = width_for(model, keep) if cut is None else round(width * (1 - cut))
     fold(model)
     norm = Norm(width, model.config.rms_norm_eps)
     streams = [model.base_model.embed_tokens(ids[None]) for ids in windows]
@@ -71,7 +71,8 @@ def apply(model: Any, windows: Tensor, cut: float = 0.0, keep: float | None = No
         read(layer.mlp, ("gate_proj", "up_proj"), middle)
         streams = [x @ middle for x in streams]
         streams = [x @ middle.T + layer.mlp(norm(x)) for x in streams]
-        after = components(streams, norm, size)
+        last = cut is not None and layer is layers_of(model)[-1]
+        after = components(streams, norm, width if last else size)
         write(layer.mlp.down_proj, after)
         streams = [x @ after for x in streams]
         sliced.append(Sliced(layer, norm, (basis.T @ middle, middle.T @ after)))
