@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
+from compiler.factor import Factors, Kind, Metric, best, left_of, right_of, spectrum
 from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.ir.select import Selector
+from compiler.moments import Statistics, measure
 from compiler.pipeline import Context, Pass
 from compiler.weights.expr import Expr
-from passes.low_rank import LowRank
-from passes.low_rank.factor import Factors, best, spectrum
-from passes.low_rank.metrics import Metrics, measured
-from passes.low_rank.places import Place, module_of
 
 STEPS = 24  # ranks that a weight may get
 LARGEST = 0.5  # of a weight's numbers: what its factors hold at most
-CHOICE_TOKENS = 2048
+MOMENT_TOKENS, GRADIENT_TOKENS, CHOICE_TOKENS = 16384, 8192, 2048
 
-Ranks = dict[Place, int]
+Ranks = dict[Param, int]
+Made = dict[Param, tuple[Expr, Expr]]
+"""Of each weight V [r, n] and U [m, r]."""
+
 Part = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -47,7 +48,7 @@ class Residual(Pass):
     where: Selector = "linear"
     skip: tuple[str, ...] = ()
     add: Part = 0.05
-    metric: Literal["loss", "input", "scaled", "plain"] = "loss"
+    metric: Kind = "loss"
     ranks: Literal["measured", "uniform"] = "measured"
 
     exact_when: ClassVar = None
@@ -60,46 +61,36 @@ class Residual(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when no selected weight is quantised, or ``add`` is less than what rank 1 holds."""
-        places = _places(ctx, ctx.select(self.where, skip=self.skip))
-        even = {place: int(self.add * place.full / (place.height + place.columns)) for place in places}
-        even = {place: rank for place, rank in even.items() if rank}
+        params = _quantised(ctx, ctx.select(self.where, skip=self.skip))
+        even = {param: int(self.add * param.type.numel / _sides(param)) for param in params}
+        even = {param: rank for param, rank in even.items() if rank}
         if not even:
             raise PassError("`add` is less than what products of rank 1 hold", option="add", remedy="add more")
-        if ctx.planned:
-            made = {place: _planned(ctx, place, rank) for place, rank in even.items()}
-        else:
-            made = self._nearest(graph, ctx, places, even)
-        for place, factors in made.items():
-            ctx.rewrote(
-                place.name,
-                f"[{place.height}, {place.columns}] with a product of rank {factors[0].shape[0]} beside it",
-                rank=factors[0].shape[0],
-                parameters_added=sum(part.type.numel for part in factors),
-            )
-            _write(graph, place, factors)
-        for place in places:
-            if place not in made:
-                ctx.skipped(place.name, "what rounding lost here matters less than elsewhere")
+        made = _planned(ctx, even) if ctx.planned else self._nearest(graph, ctx, params, even)
+        for param, factors in made.items():
+            rank, columns = factors[0].shape
+            shown = f"[{param.expr.shape[0]}, {columns}] with a product of rank {rank} beside it"
+            ctx.rewrote(param.name, shown, rank=rank, parameters_added=sum(part.type.numel for part in factors))
+        for param in params:
+            if param not in made:
+                ctx.skipped(param.name, "what rounding lost here matters less than elsewhere")
+        _write(graph, made)
 
-    def _nearest(self, graph: Graph, ctx: Context, places: Sequence[Place], even: Ranks) -> dict[Place, _Kept]:
+    def _nearest(self, graph: Graph, ctx: Context, params: Sequence[Param], even: Ranks) -> Made:
         """The factors that bring the whole model nearest to the original."""
         batches = ctx.calibration() if self.calibrated else []
-        metrics = measured(graph, ctx, places, LowRank(metric=self.metric, bias=False), batches)
+        gradients = spread(batches, GRADIENT_TOKENS) if self.metric == "loss" else ()
+        given = spread(batches, MOMENT_TOKENS) if batches else ()
+        losses = _Losses(ctx, measure(graph, params, given, ctx.progress, gradients=gradients), self.metric)
         if self.ranks == "uniform":
-            return {place: _factorised(metrics, place, rank) for place, rank in even.items()}
-        budget = self.add * sum(place.full for place in places)
-        choices = {
-            "no products": {},
-            "the same part for each": even,
-            "shared out by cost": _shared(metrics, places, budget),
-        }
+            return losses.factorised(even)
+        shared = losses.shared(params, self.add * sum(param.type.numel for param in params))
+        choices: dict[str, Ranks] = {"no products": {}, "the same part for each": even, "shared out by cost": shared}
         fidelity = Fidelity(ctx.original, spread(batches, CHOICE_TOKENS, 1))
-        found: dict[str, tuple[float, dict[Place, _Kept]]] = {}
+        found: dict[str, tuple[float, Made]] = {}
         for what, ranks in choices.items():
-            made = {place: _factorised(metrics, place, rank) for place, rank in ranks.items()}
-            trial = copy_of(graph)
-            for place, factors in made.items():
-                _write(trial, place, factors)
+            made, trial = losses.factorised(ranks), copy_of(graph)
+            _write(trial, made)
             found[what] = fidelity.distance(trial), made
         nearest = min(found, key=lambda what: found[what][0])
         for what, (distance, _) in found.items():
@@ -107,19 +98,47 @@ class Residual(Pass):
         return found[nearest][1]
 
 
-_Kept = tuple[Expr, Expr]
-"""V [r, n] and U [m, r]."""
+@dataclass(frozen=True)
+class _Losses:
+    """What rounding lost in each weight, and what that costs."""
+
+    ctx: Context
+    statistics: Statistics
+    kind: Kind
+
+    def factorised(self, ranks: Ranks) -> Made:
+        return {param: self._factors(param, rank) for param, rank in ranks.items()}
+
+    def _factors(self, param: Param, rank: int) -> tuple[Expr, Expr]:
+        return _kept(self.ctx, param, best(self._lost(param), self._metric(param), rank, False, param.storage))
+
+    def shared(self, params: Sequence[Param], budget: float) -> Ranks:
+        """The ranks of least predicted cost whose factors hold at most ``budget`` numbers."""
+        ranks = {param: _ranks(param) for param in params}
+        options = [self._options(param, ranks[param]) for param in params]
+        chosen = zip(params, allocate(options, budget), strict=True)
+        return {param: ranks[param][index] for param, index in chosen if ranks[param][index]}
+
+    def _options(self, param: Param, ranks: Sequence[int]) -> list[Option]:
+        found = spectrum(self._lost(param), self._metric(param))
+        return [Option(rank * _sides(param), found.lost(rank)) for rank in ranks]
+
+    def _lost(self, param: Param) -> Tensor:
+        """What was rounded less what it was rounded to, float64 [m, n]."""
+        return self.ctx.value(param.expr.args[0].args[0]).double() - self.ctx.read(param).double()
+
+    def _metric(self, param: Param) -> Metric:
+        found = self.statistics.of(param)
+        return Metric((left_of(self.kind, found.gradient, param.expr.shape[0]),), right_of(self.kind, found))
 
 
-def _places(ctx: Context, params: Sequence[Param]) -> list[Place]:
+def _quantised(ctx: Context, params: Sequence[Param]) -> list[Param]:
     """The quantised weights of linear maps among ``params``; others are reported as skipped."""
-    found: list[Place] = []
-    for param in params:
-        reason = _obstacle(param)
+    reasons = {param: _obstacle(param) for param in params}
+    for param, reason in reasons.items():
         if reason:
             ctx.skipped(param.name, reason)
-        else:
-            found.append(Place((param,)))
+    found = [param for param, reason in reasons.items() if not reason]
     if not found:
         raise PassError("none of the selected weights is quantised", option="where", remedy="put `quantize` before it")
     return found
@@ -133,55 +152,41 @@ def _obstacle(param: Param) -> str:
     return "" if single else "it is not the weight of one linear map"
 
 
-def _lost(metrics: Metrics, place: Place) -> Tensor:
-    """What was rounded less what it was rounded to, float64 [m, n]."""
-    (param,) = place.params
-    return metrics.ctx.value(param.expr.args[0].args[0]).double() - metrics.ctx.read(param).double()
+def _sides(param: Param) -> int:
+    """m + n: the numbers that a rank of factors holds."""
+    return sum(param.type.static_shape)
 
 
-def _factorised(metrics: Metrics, place: Place, rank: int) -> _Kept:
-    storage = place.params[0].storage
-    return _kept(metrics.ctx, place, best(_lost(metrics, place), metrics.of(place), rank, False, storage))
-
-
-def _planned(ctx: Context, place: Place, rank: int) -> _Kept:
-    ctx.read(place.params[0])
-    sizes = (rank, place.columns), (place.height, rank)
-    first, second = (torch.empty(size, dtype=place.params[0].storage, device="meta") for size in sizes)
-    return _kept(ctx, place, Factors(first, second))
-
-
-def _kept(ctx: Context, place: Place, factors: Factors) -> _Kept:
-    return ctx.spill(f"{place.name}.first", factors.first), ctx.spill(f"{place.name}.second", factors.second)
-
-
-def _shared(metrics: Metrics, places: Sequence[Place], budget: float) -> Ranks:
-    """The ranks of least predicted cost whose factors hold at most ``budget`` numbers."""
-    costs = {place: spectrum(_lost(metrics, place), metrics.of(place)).costs for place in places}
-    ranks = {place: _ranks(place) for place in places}
-    options = [[_option(place, rank, costs) for rank in ranks[place]] for place in places]
-    chosen = zip(places, allocate(options, budget), strict=True)
-    return {place: ranks[place][index] for place, index in chosen if ranks[place][index]}
-
-
-def _ranks(place: Place) -> list[int]:
+def _ranks(param: Param) -> list[int]:
     """None and some more, small ones closer together."""
-    largest = LARGEST * place.full / (place.height + place.columns)
+    largest = LARGEST * param.type.numel / _sides(param)
     return sorted({round(largest * (step / STEPS) ** 2) for step in range(STEPS + 1)})
 
 
-def _option(place: Place, rank: int, costs: Mapping[Place, Tensor]) -> Option:
-    return Option(rank * (place.height + place.columns), float(costs[place][rank:].sum()))
+def _planned(ctx: Context, ranks: Ranks) -> Made:
+    """Factors of the right shapes, without values; what is read has none."""
+    made: Made = {}
+    for param, rank in ranks.items():
+        rows, columns = ctx.read(param).shape
+        first, second = (
+            torch.empty(size, dtype=param.storage, device="meta") for size in ((rank, columns), (rows, rank))
+        )
+        made[param] = _kept(ctx, param, Factors(first, second))
+    return made
 
 
-def _write(graph: Graph, place: Place, factors: _Kept) -> None:
-    """Add the product to what the weight of ``place`` makes in ``graph``, which may be a copy of its own graph."""
-    param = graph.params[place.params[0].name]
-    (node,) = param.users
-    value, module = node.input(0), module_of(param.name)
-    for word, factor in zip(("down", "up"), factors, strict=True):
-        weight = graph.add_param(f"{module}_{word}.weight", factor)
-        value = graph.op("linear", [value, weight], scope=f"{module}_{word}", before=node)
-    rounded = graph.op("linear", node.inputs, scope=node.scope, before=node)
-    graph.replace(node.output, graph.op("add", [rounded, value], scope=module.rpartition(".")[0], before=node))
-    graph.erase(node)
+def _kept(ctx: Context, param: Param, factors: Factors) -> tuple[Expr, Expr]:
+    return ctx.spill(f"{param.name}.first", factors.first), ctx.spill(f"{param.name}.second", factors.second)
+
+
+def _write(graph: Graph, made: Made) -> None:
+    """Add the products to what the weights make in ``graph``, which may be a copy of the weights' own graph."""
+    for param, factors in made.items():
+        (node,) = graph.params[param.name].users
+        value, module = node.input(0), param.name.removesuffix(".weight").replace(".weight.", "_")
+        for word, factor in zip(("down", "up"), factors, strict=True):
+            weight = graph.add_param(f"{module}_{word}.weight", factor)
+            value = graph.op("linear", [value, weight], scope=f"{module}_{word}", before=node)
+        rounded = graph.op("linear", node.inputs, scope=node.scope, before=node)
+        graph.replace(node.output, graph.op("add", [rounded, value], scope=module.rpartition(".")[0], before=node))
+        graph.erase(node)

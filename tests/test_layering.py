@@ -25,6 +25,7 @@ ALLOWED = {
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibrate",
         "compiler.allocate", "compiler.fidelity", "compiler.instrument", "compiler.removal", "compiler.moments",
         "compiler.products", "compiler.latency", "compiler.stream", "compiler.rotation",
+        "compiler.factor",
     ),
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),

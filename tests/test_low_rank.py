@@ -13,6 +13,7 @@ from transformers import AutoModel
 from backends.safetensors import emit
 from compiler.errors import PassError, SelectorError
 from compiler.evaluate import load_model
+from compiler.factor import Metric, best, root, spectrum
 from compiler.fidelity import Fidelity
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
@@ -24,7 +25,6 @@ from compiler.weights.spill import SpillSource
 from passes.low_rank import LowRank
 from passes.low_rank.basis import Member, basis, seconds
 from passes.low_rank.choose import allocated, uniform
-from passes.low_rank.factor import Metric, best, root, spectrum
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.places import Form, bias_of
 from passes.low_rank.rewrite import stored

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passes.low_rank.factor import ROUNDING, Metric, root
+from compiler.factor import ROUNDING, Metric, root
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from compiler.factor import Metric
 from compiler.ir.graph import Graph, Node, Param
 from compiler.moments import Moments
 from compiler.pipeline import Context
 from compiler.products import matrix_shape
 from compiler.weights.ops.basic import transpose
 from passes.low_rank.basis import Member
-from passes.low_rank.factor import Metric
 from passes.low_rank.metrics import Metrics
 from passes.low_rank.places import Form, Place
 from passes.low_rank.rewrite import Stored

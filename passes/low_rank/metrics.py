@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compiler.factor import Factors, Kind, Metric, left_of, right_of
 from compiler.fidelity import spread
 from compiler.ir.graph import Graph
 from compiler.moments import Moments, Statistics, measure
 from compiler.pipeline import Context
-from passes.low_rank.factor import GRADIENT_RIDGE, INPUT_RIDGE, Factors, Metric, root
 from passes.low_rank.places import Place, bias_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Metrics:
 
     ctx: Context
     statistics: Statistics
-    kind: str
+    kind: Kind
     centred: bool
 
     def weight(self, place: Place) -> Tensor:
@@ -55,18 +55,11 @@ class Metrics:
 
     def left(self, gradient: Tensor | None, rows: int) -> Tensor:
         """L of M, where the kind has one, of ``rows`` outputs."""
-        if gradient is None or self.kind != "loss":
-            return torch.ones(rows, dtype=torch.float64)
-        return root(gradient, GRADIENT_RIDGE)
+        return left_of(self.kind, gradient, rows)
 
     def right(self, inputs: Moments, centred: bool = False) -> Tensor:
         """R of C, as the kind has it."""
-        if self.kind == "plain":
-            return torch.ones_like(inputs.mean)
-        if self.kind == "scaled":
-            return root(inputs.second.diagonal(), INPUT_RIDGE).sqrt()
-        mean = inputs.mean if centred else torch.zeros_like(inputs.mean)
-        return root(inputs.second - torch.outer(mean, mean), INPUT_RIDGE)
+        return right_of(self.kind, inputs, centred)
 
     def mended(self, place: Place, factors: Factors) -> Tensor | None:
         """The bias beside ``factors``: what is there, and if ``centred`` what keeps the mean of outputs."""

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from compiler.allocate import numbers_left
+from compiler.factor import best, spectrum
 from compiler.fidelity import Fidelity, spread
 from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from passes.low_rank.choose import STEPS, Choice, Costs, Ranked, allocated, losses, uniform
-from passes.low_rank.factor import best, spectrum
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import Batches, Metrics, measured
 from passes.low_rank.places import Form, Place

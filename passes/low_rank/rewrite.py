@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.factor import Factors
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, slice
-from passes.low_rank.factor import Factors
 from passes.low_rank.places import Form, Place, bias_of
 
 Keep = Callable[[str, Tensor], Expr]

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compiler.factor import Factors
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from passes.low_rank.basis import Basis, Member, basis, seconds
-from passes.low_rank.factor import Factors
 from passes.low_rank.metrics import Metrics
 from passes.low_rank.places import Form, Place, module_of
 from passes.low_rank.rewrite import Stored, planned, stored

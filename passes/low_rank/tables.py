@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.factor import INPUT_RIDGE, Metric, root
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 from compiler.weights.ops.basic import cast, eye, slice, transpose
 from passes.low_rank.basis import Member
-from passes.low_rank.factor import INPUT_RIDGE, Metric, root
 from passes.low_rank.metrics import Metrics
 from passes.low_rank.places import Form, Place, module_of
 from passes.low_rank.rewrite import Stored

@@ -16,10 +16,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from compiler.factor import Metric, spectrum, truncated
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
 from passes.low_rank.basis import Member
-from passes.low_rank.factor import Metric, spectrum, truncated
 from passes.low_rank.metrics import Metrics
 from passes.low_rank.places import Form, Place, bias_of, module_of
 from passes.low_rank.rewrite import Stored

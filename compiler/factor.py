@@ -8,11 +8,13 @@ dropped. They are found as eigenvalues of the smaller of S S^T and S^T S, all in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compiler.errors import PassError
+from compiler.moments import Moments
 
 INPUT_RIDGE = 1e-5  # of the mean energy, so that what calibration never saw does not come for free
 GRADIENT_RIDGE = 1e-2
@@ -60,6 +62,27 @@ def _times(block: Tensor, part: Tensor) -> Tensor:
 def _solved(block: Tensor, part: Tensor) -> Tensor:
     """B^-T X of a lower triangular or diagonal B."""
     return torch.linalg.solve_triangular(block.T, part, upper=True) if block.ndim == 2 else part / block[:, None]
+
+
+Kind = Literal["loss", "input", "scaled", "plain"]
+"""What a metric knows: M and C, C, the sizes of inputs, or nothing."""
+
+
+def left_of(kind: Kind, gradient: Tensor | None, rows: int) -> Tensor:
+    """L of the moment M of gradients at ``rows`` outputs, or of 1."""
+    if gradient is None or kind != "loss":
+        return torch.ones(rows, dtype=torch.float64)
+    return root(gradient, GRADIENT_RIDGE)
+
+
+def right_of(kind: Kind, inputs: Moments, centred: bool = False) -> Tensor:
+    """R of the moment C of ``inputs``, about their mean if ``centred``, or of what else ``kind`` says."""
+    if kind == "plain":
+        return torch.ones_like(inputs.mean)
+    if kind == "scaled":
+        return root(inputs.second.diagonal(), INPUT_RIDGE).sqrt()
+    mean = inputs.mean if centred else torch.zeros_like(inputs.mean)
+    return root(inputs.second - torch.outer(mean, mean), INPUT_RIDGE)
 
 
 def root(matrix: Tensor, ridge: float) -> Tensor:
