@@ -8,13 +8,14 @@ import torch
 from backends.safetensors import emit
 from compiler.evaluate import load_model
 from compiler.frontend import capture
-from compiler.ir.execute import run
+from compiler.ir.execute import read_param, run
 from compiler.ir.graph import Param
 from compiler.ir.layers import copy_of
 from compiler.ir.verify import verify
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
-from compiler.weights.spill import SpillSource
+from compiler.weights.expr import load
+from compiler.weights.spill import Progress, SpillSource
 from passes.low_rank import LowRank
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import measured
@@ -31,8 +32,6 @@ class Silent:
     planned = False
 
     def __init__(self, graph):
-        from compiler.weights.spill import Progress
-
         self.graph, self.progress = graph, Progress()
         graph.sources["spill"] = SpillSource()
 
@@ -40,13 +39,9 @@ class Silent:
         pass
 
     def read(self, param):
-        from compiler.ir.execute import read_param
-
         return read_param(self.graph, param)
 
     def spill(self, name, tensor):
-        from compiler.weights.expr import load
-
         spill = self.graph.sources["spill"]
         key = spill.add(name, tensor)
         return load("spill", key, spill.types[key])
@@ -120,7 +115,7 @@ def test_a_basis_of_experts_of_full_rank_computes_the_same_and_is_written(name, 
     assert distance(found, run(graph, inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "whisper", "modernbert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "whisper"])
 def test_narrower_values_of_full_width_compute_the_same_and_are_written(name, tmp_path):
     graph, metrics, places = of_kind(name, "loss", lambda param: True, share="values")
     inputs = FAMILIES[name].inputs()
@@ -154,7 +149,7 @@ def test_the_plan_of_shared_factors_holds_what_the_run_holds(name, where):
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert", "vit", "whisper", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper", "t5"])
 def test_factorised_tables_are_written_as_code_that_computes_the_same(name, tmp_path):
     inputs, graph = FAMILIES[name].inputs(), capture(FAMILIES[name].build(tie_word_embeddings=True))
     options = {"where": ["embedding", "head"], "keep": 0.7, "ranks": "uniform", "update": False}
