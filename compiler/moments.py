@@ -21,6 +21,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def measure(
     again. Labels and signs are drawn with ``seed``.
     """
     nodes = {param: found for param, found in products(graph).items() if param in set(params)}
-    key = _key(graph, nodes, batches, gradients, seed)
+    key = key_of(graph, nodes, batches, gradients, seed)
     store = Store(progress)
     inputs = _measure_inputs(graph, nodes, batches, store, key)
     names = {param: f"gradient-{key}-{index}" for index, param in enumerate(nodes)} if gradients else {}
@@ -141,7 +142,7 @@ def _moments(param: Param, bundles: Sequence[Mapping[str, Tensor]], gradient: Te
     return found if _stacked(param) else found.of_expert(0)
 
 
-def _key(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradients: Batches, seed: int) -> str:
+def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradients: Batches, seed: int) -> str:
     """A name that changes with the model, the weights that are measured, and the data."""
     digest = hashlib.sha256(f"{seed} {len(batches)}".encode())
     for param in graph.params.values():
@@ -267,12 +268,24 @@ def _gradient_sum(param: Param, device: str = "meta") -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
+class Tape(Protocol):
+    """What sees every value of a run forward and back; ``samples`` is the size of the batch at hand."""
+
+    forward: bool
+    samples: int
+
+    def see(self, value: Value, tensor: Tensor) -> None:
+        """``tensor`` is computed."""
+        ...
+
+
 class _Tape:
     """Sees a differentiable run, and adds up the gradients at the outputs of products on the way back."""
 
     def __init__(self, graph: Graph, nodes: Mapping[Param, Sequence[Node]]) -> None:
         self.sums = {param: _gradient_sum(param, "cpu") for param in nodes}
         self.forward = True
+        self.samples = 1
         self._products: dict[Node, list[Param]] = {}
         for param, users in nodes.items():
             for node in users:
@@ -302,13 +315,20 @@ class _Tape:
 
 
 def _gradients(graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Batches, seed: int) -> dict[Param, Tensor]:
-    tape, source = _Tape(graph, nodes), torch.Generator().manual_seed(seed)
+    tape = _Tape(graph, nodes)
+    predictions = backwards(graph, batches, seed, tape)
+    return {param: total / predictions for param, total in tape.sums.items()}
+
+
+def backwards(graph: Graph, batches: Batches, seed: int, tape: Tape) -> float:
+    """Run ``batches`` forward and back before the eyes of ``tape``. Returns for how many predictions that counts."""
+    source = torch.Generator().manual_seed(seed)
     held = sum(param.type.numel * 4 for param in graph.params.values()) <= RESIDENT_BYTES
     weights: dict[Value, Tensor] = {p: read_param(graph, p) for p in graph.params.values()} if held else {}
     name = next(iter(graph.outputs))
     predictions = 0.0
     for batch in batches:
-        tape.forward = True
+        tape.forward, tape.samples = True, len(next(iter(batch.values())))
         with quick_products():
             output = differentiable(graph, batch, weights, observe=tape.see)[name]
             tape.forward = False
@@ -316,7 +336,7 @@ def _gradients(graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Bat
             if output.requires_grad:
                 output.backward(gradient.to(output.dtype))
         predictions += count
-    return {param: total / predictions for param, total in tape.sums.items()}
+    return predictions
 
 
 def _at_output(output: Tensor, logits: bool, source: torch.Generator) -> tuple[Tensor, float]:

@@ -24,7 +24,7 @@ ALLOWED = {
     "passes": (
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibrate",
         "compiler.allocate", "compiler.fidelity", "compiler.instrument", "compiler.removal", "compiler.moments",
-        "compiler.products", "compiler.latency", "compiler.stream", "compiler.rotation",
+        "compiler.products", "compiler.latency", "compiler.stream", "compiler.rotation", "compiler.slopes",
         "compiler.factor",
     ),
     "backends": ("compiler.ir", "compiler.weights"),

@@ -12,6 +12,7 @@ from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of
 from compiler.products import products
+from compiler.slopes import slopes
 from compiler.weights.expr import load
 from compiler.weights.spill import Progress, SpillSource
 from tests.families import FAMILIES
@@ -149,3 +150,22 @@ def test_moments_at_a_stage_are_those_of_all_stages(name):
             expected = statistics.of(param)
             for part in ("count", "mean", "second"):
                 torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-6, atol=1e-9)
+
+
+def test_slopes_are_sums_of_weights_times_their_gradients_of_every_sample():
+    """|sum of w dL/dw| over what reads a channel, for each sample of a batch, L being the signed sum of outputs."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).eval()
+    given = [{"input": torch.randn(3, 5, 6)} for _ in range(2)]
+    graph = capture(net, inputs=given[0])
+    (last,) = [param for param in products(graph) if param.type.static_shape == (4, 8)]
+    found = slopes(graph, [last], given, Progress(None))[last]
+    source, wanted, energy = torch.Generator().manual_seed(0), torch.zeros(8), 0.0
+    for batch in given:
+        signs = torch.randint(0, 2, (3, 5, 4), generator=source) * 2 - 1
+        for sample, sign in zip(batch["input"], signs, strict=True):
+            net.zero_grad()
+            (net(sample) * sign).sum().backward()
+            wanted += (net[2].weight * net[2].weight.grad).sum(0).abs().detach()
+        energy += float(net(batch["input"]).detach().double().square().sum()) / 2
+    torch.testing.assert_close(found, wanted.double() / energy, rtol=1e-5, atol=0)

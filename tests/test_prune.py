@@ -20,8 +20,10 @@ from compiler.pipeline import Context, PassReport, Pipeline
 from compiler.rotation import turn
 from compiler.target import emission_of
 from compiler.weights.ops.basic import literal
+from passes.low_rank import LowRank
 from passes.prune import Prune
 from passes.prune.depth import blocks_of, take_out
+from passes.prune.places import places_of
 from passes.prune.ranking import Reader, inputs, restored, surgeon
 from passes.prune.refit import _Sums, fitted
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
@@ -43,6 +45,11 @@ class Pruned(Job):
         given = batches(name)
         pipeline = Pipeline([Prune(**{"align": 8, **options})])
         self.report = pipeline.run(self.graph, bytes_of=stored_bytes, calibration=lambda _: given, workdir=directory)
+
+
+def context(graph) -> Context:
+    """For functions that only report."""
+    return Context(graph, graph, Prune(), PassReport("", {}, True, *[measure(graph)] * 2), None, None, False, None)
 
 
 def moments(width: int, out: int, generator: torch.Generator) -> Moments:
@@ -203,14 +210,56 @@ def test_refitting_is_undone_where_it_does_not_help():
     assert cut.chosen == (cut.distance <= refitted.distance) and refitted.chosen != cut.chosen
 
 
-@pytest.mark.parametrize("score", ["magnitude", "activation", "fluctuation"])
-def test_other_scores_need_no_gradients_and_prune_alike(score):
+@pytest.mark.parametrize("score", ["magnitude", "activation", "fluctuation", "taylor"])
+def test_other_scores_need_no_second_moments_of_gradients_and_prune_alike(score):
     graph = capture(FAMILIES["opt"].build())
     step = Prune(keep=0.8, align=8, score=score, refit=False)
     assert step.calibrated == (score != "magnitude")
     Pipeline([step]).run(graph, calibration=lambda _: batches("opt"))
     assert {site.down.input(0).shape[-1] for site in mlp_sites(graph)} == {40}
     assert torch.isfinite(run(graph, FAMILIES["opt"].inputs())["logits"]).all()
+
+
+@pytest.mark.parametrize(("name", "what"), [("qwen3", "heads"), ("llama", "hidden"), ("phi3", "groups")])
+def test_first_order_scores_rank_heads_groups_and_the_stream(name, what):
+    graph = capture(FAMILIES[name].build())
+    before = parameter_count(graph)
+    step = Prune(what=what, keep=0.9, align=8, score="taylor", refit=False)
+    Pipeline([step]).run(graph, calibration=lambda _: batches(name))
+    assert parameter_count(graph) < before
+    assert torch.isfinite(run(graph, FAMILIES[name].inputs())["logits"]).all()
+
+
+def test_by_outputs_what_changes_them_least_goes():
+    """A head whose values do nothing changes no output, and is the one that goes."""
+    graph = capture(FAMILIES["gpt2"].build())
+    before = run(graph, FAMILIES["gpt2"].inputs())
+    for place in places_of(graph, context(graph), ["heads"], list(graph.params.values())):
+        zero(graph, place.group, [0, 1, 3])
+    silent = run(graph, FAMILIES["gpt2"].inputs())
+    step = Prune(what="heads", keep=3, score="output", refit=False)
+    Pipeline([step]).run(graph, calibration=lambda _: batches("gpt2"))
+    assert distance(run(graph, FAMILIES["gpt2"].inputs()), silent) < TOLERANCE < distance(before, silent)
+    with pytest.raises(PassError, match="too many to leave out one by one"):
+        Prune(what="channels", score="output")
+
+
+@pytest.mark.parametrize(("form", "refused"), [("pair", ""), ("pivoted", "gives meaning to positions")])
+def test_factors_are_pruned_if_no_output_is_computed_from_others(form, refused):
+    graph = capture(FAMILIES["llama"].config())
+    passes = [LowRank(where="mlp", keep=0.8, form=form), Prune(keep=0.8, where="*", align=8)]
+    if not refused:
+        first, second = Pipeline(passes).run(graph, planned=True).passes
+        assert second.after.parameters < 0.9 * first.after.parameters
+        return
+    with pytest.raises(PassError, match=refused):
+        Pipeline(passes).run(graph, planned=True)
+
+
+def test_what_experts_hold_inside_has_no_first_order_score():
+    step = Prune(keep=0.8, align=8, score="taylor", refit=False)
+    with pytest.raises(PassError, match="no slope of its own"):
+        Pipeline([step]).run(capture(FAMILIES["mixtral"].build()), calibration=lambda _: batches("mixtral"))
 
 
 def test_magnitudes_leave_the_rows_with_the_largest_weights():
@@ -244,7 +293,7 @@ def test_attention_and_mlps_alone_are_taken_out_and_what_is_left_is_written_as_c
 def test_a_sublayer_that_is_taken_out_is_one_that_adds_nothing(name):
     family = FAMILIES[name]
     graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
-    step = Context(graph, graph, Prune(), PassReport("", {}, True, *[measure(graph)] * 2), None, None, False, None)
+    step = context(graph)
     found = blocks_of(graph, step, ["sublayers"])
     assert len(found) >= (1 if name in ("gpt_neox", "cohere2") else 2)
     for number in range(len(found)):

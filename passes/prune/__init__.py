@@ -19,6 +19,7 @@ Runtime = Literal["onnxruntime", "torch"]
 Kind = Literal["channels", "groups", "heads", "experts", "layers", "sublayers", "hidden"]
 
 DEPTH = frozenset({"layers", "sublayers"})
+FEW = DEPTH | {"groups", "heads", "experts"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Prune(Pass):
     ``score`` says what goes first. `loss`: what removal costs the model in nats, 1/2 tr(M E C E^T) with the second
     moments C of what enters and M of the loss's gradient at what leaves the projection that reads the dimension, whose
     other columns make up for the loss as well as they can (optimal brain surgeon). `magnitude`: norms of weights.
-    `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP). Layers go
-    by the distance of the model without them from the original, or, with `influence`, by how far they turn the
-    stream (ShortGPT).
+    `activation`: norms of weights times those of inputs (Wanda). `fluctuation`: variances of inputs (FLAP). `taylor`:
+    what the loss of a sample changes by, to first order (Molchanov, LLM-Pruner). `output`: the distance of the model
+    without an index from the original (LD-Pruner), for heads, groups and experts. Layers go by the same, or, with
+    `influence`, by how far they turn the stream (ShortGPT).
 
     ``rotate`` first turns the residual stream to its principal components (SliceGPT), so that of `hidden` what carries
     least goes, and the class stays: no norm has a scale then, and a head does not share the embedding's table.
@@ -65,7 +67,7 @@ class Prune(Pass):
     threads: Annotated[int, Field(ge=1)] = 1
     latency: Path | None = None
     align: Annotated[int, Field(ge=1)] = 64
-    score: Literal["loss", "magnitude", "activation", "fluctuation", "influence"] = "loss"
+    score: Literal["loss", "magnitude", "activation", "fluctuation", "taylor", "output", "influence"] = "loss"
     sizes: Literal["uniform", "by-layer"] = "uniform"
     refit: bool = True
     rotate: bool = False
@@ -90,6 +92,12 @@ class Prune(Pass):
                 "only layers and sublayers have an influence",
                 option="score",
                 remedy="prune other dimensions in a pass of their own",
+            )
+        if self.score == "output" and set(self.kinds) - FEW:
+            raise PassError(
+                "channels and widths are too many to leave out one by one",
+                option="score",
+                remedy=f"use it for {', '.join(sorted(FEW))}",
             )
         if set(self.kinds) >= DEPTH:
             raise PassError("sublayers are parts of layers", option="what", remedy="name one of them")

@@ -28,8 +28,11 @@ class Choice:
 class Budget(Protocol):
     """What a choice spends, and how much of it there is: ``most``. ``option`` is where the recipe says so."""
 
-    option: str
-    most: float
+    @property
+    def option(self) -> str: ...
+
+    @property
+    def most(self) -> float: ...
 
     def cost(self, place: Place, count: int) -> float:
         """What ``place`` takes when ``count`` of it remain and all others are as they are."""

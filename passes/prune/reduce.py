@@ -17,9 +17,11 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.moments import measure
 from compiler.pipeline import Context
+from compiler.slopes import slopes
 from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
 from passes.prune.cut import View, cut
 from passes.prune.depth import Block, blocks_of, influences, losses, take_out
+from passes.prune.perturbation import perturbed
 from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
@@ -52,7 +54,7 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     if not places and not blocks:
         raise PassError("the model has nothing of the kinds in `what`", option="what")
     scores = _scores(graph, ctx, wanted, places, train)
-    rankings = {place: scores.rank(place) if not ctx.planned else _unmeasured(place) for place in places}
+    rankings = _rankings(graph, ctx, wanted, places, scores, held)
     alone = _alone(graph, wanted, blocks, held)
     budget = _budget(graph, ctx, wanted, params, places, numbers)
     choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
@@ -100,7 +102,20 @@ def _scores(graph: Graph, ctx: Context, wanted: Prune, places: Sequence[Place], 
     if not train or not readers:
         return Scores(ctx, "magnitude", None)
     gradients = spread(train, GRADIENT_TOKENS) if wanted.score == "loss" else ()
-    return Scores(ctx, wanted.score, measure(graph, readers, train, ctx.progress, gradients=gradients))
+    measured = measure(graph, readers, train, ctx.progress, gradients=gradients)
+    by_slope = wanted.score == "taylor"
+    first = slopes(graph, readers, spread(train, GRADIENT_TOKENS), ctx.progress) if by_slope else None
+    return Scores(ctx, wanted.score, measured, first)
+
+
+def _rankings(
+    graph: Graph, ctx: Context, wanted: Prune, places: Sequence[Place], scores: Scores, held: Batches
+) -> dict[Place, Ranking]:
+    if ctx.planned:
+        return {place: _unmeasured(place) for place in places}
+    if wanted.score == "output":
+        return perturbed(graph, places, spread(held, PROBE_TOKENS))
+    return {place: scores.rank(place) for place in places}
 
 
 def _unmeasured(place: Place) -> Ranking:

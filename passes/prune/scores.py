@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from compiler.errors import PassError
 from compiler.ir.coupling import Member
 from compiler.ir.graph import Param
 from compiler.moments import Moments, Statistics, cost
 from compiler.pipeline import Context
 from passes.prune.places import Place
-from passes.prune.ranking import Ranking, Reader, by_size, in_metric, surgeon
+from passes.prune.ranking import Ranking, Reader, by_size, in_metric, summed, surgeon
 
 
 class Scores:
     """Ranks places by ``score``. ``statistics`` are those of their readers; None for scores of weights alone."""
 
-    def __init__(self, ctx: Context, score: str, statistics: Statistics | None) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        score: str,
+        statistics: Statistics | None,
+        slopes: Mapping[Param, Tensor] | None = None,
+    ) -> None:
         self._ctx = ctx
+        self._slopes = slopes or {}
         self._score = score
         self._statistics = statistics
 
     def readers(self, place: Place) -> list[Reader]:
-        """The matrices that read ``place``: those of a stack one by one."""
-        return [reader for member in place.readers for reader in self.split(place, member)]
+        """The matrices that read ``place``: those of a stack one by one. By slopes, one for each input is enough."""
+        members = {self._input(member): member for member in place.readers}.values()
+        return [reader for member in members for reader in self.split(place, member)]
+
+    def _input(self, member: Member) -> object:
+        return next(iter(member.param.users)).input(0) if member.param in self._slopes else member
 
     def split(self, place: Place, member: Member) -> list[Reader]:
         """The matrices of one reader: of experts there are several. With a bias, the mean of inputs costs nothing."""
@@ -36,7 +48,7 @@ class Scores:
         if not any(node.op.name == "experts" for node in member.param.users):
             if moments is not None and bias_of(member.param) is not None:
                 moments = replace(moments, second=moments.second - torch.outer(moments.mean, moments.mean))
-            return [Reader(weight.flatten(1), columns, moments)]
+            return [Reader(weight.flatten(1), columns, moments, slope=self._slopes.get(member.param))]
         stack = enumerate(weight)
         return [Reader(matrix, columns, None if moments is None else moments.of_expert(e)) for e, matrix in stack]
 
@@ -87,9 +99,7 @@ class Scores:
         moments = self._statistics.of(param)
         seen = moments.count / moments.count.sum()
         lost = seen * torch.stack([cost(w, moments.of_expert(e)) for e, w in enumerate(self._ctx.read(param))])
-        ranking = by_size(lost)
-        gone = lost[list(ranking.order)].flip(0).cumsum(0).flip(0)
-        return Ranking(ranking.order, torch.cat([gone, torch.zeros(1, dtype=gone.dtype)]))
+        return summed(lost)
 
     def _heads(self, place: Place, readers: Sequence[Reader], outer: int) -> Ranking:
         """Within each group the heads that matter least come last, and go in all groups at once."""
@@ -123,6 +133,8 @@ def bias_of(param: Param) -> Param | None:
 
 def _by_column(reader: Reader, score: str) -> Tensor:
     """Of each column of a reader: norms of weights times those of inputs, or the energy that fluctuates."""
+    if score == "taylor":
+        return _slope(reader)
     energy = reader.weight.double().square().sum(0)
     if reader.moments is None or score == "magnitude":
         return energy
@@ -130,6 +142,16 @@ def _by_column(reader: Reader, score: str) -> Tensor:
     if score == "activation":
         return reader.weight.double().abs().sum(0) * second.sqrt()
     return energy * (second - reader.moments.mean.square()).clamp_min(0)
+
+
+def _slope(reader: Reader) -> Tensor:
+    """The slope of every column: of a convolution's window, all of them have an equal share of it."""
+    if reader.slope is None:
+        raise PassError(
+            "what experts hold inside has no slope of its own", option="score", remedy="leave `score` out for experts"
+        )
+    window = reader.weight.shape[1] // len(reader.slope)
+    return reader.slope.repeat_interleave(window) / window
 
 
 def _energy(weight: Tensor, member: Member, size: int) -> Tensor:
