@@ -26,7 +26,7 @@ from passes.low_rank.rewrite import Stored
 from passes.low_rank.shared import Shared, again, rebound
 
 UNSEEN = 0.1  # of the tokens of a text: taken to be spread evenly over the table, which calibration saw little of
-BLOCK = 8192  # rows of a table that are float64 at a time
+BLOCK = 4096  # rows of a table whose products are summed in float32, before they go into a sum in float64
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Table(Shared):
         """The mean of e e^T over the rows e of the table: float64 [d, d]."""
         table = metrics.ctx.read(self.table)
         total = torch.zeros(self.columns, self.columns, dtype=torch.float64)
-        for rows in table.split(BLOCK):
-            total += rows.double().T @ rows.double()
+        for rows in table.float().split(BLOCK):
+            total += rows.T @ rows
         return total / len(table)
 
     def made(self, metrics: Metrics, first: Tensor, second: Sequence[Tensor]) -> Stored:
