@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
@@ -11,6 +12,9 @@ from backends.safetensors.unify import Mismatch
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
+from compiler.weights.ops.sparse import as_scatter
+
+ZEROS = "zeros of sparse weights are stored like other numbers and save nothing; `sparse: compact` leaves them out"
 
 ModelClass = Literal["auto", "stock", "generated"]
 
@@ -25,13 +29,20 @@ def emission_of(
     """
     found = _stock(graph, model_class, cache_bits, compact)
     if isinstance(found, Emission):
-        return found
+        return _noted(found, graph)
     if model_class == "stock":
         raise TargetError(
             _none(found.reason),
             remedy="leave out the pass that made it so, or let the checkpoint carry its own code (`class: auto`)",
         )
-    return _generated(graph, found.reason, cache_bits or 0, compact)
+    made = _generated(graph, found.reason, cache_bits or 0, compact)
+    return made if compact else _noted(made, graph)
+
+
+def _noted(emission: Emission, graph: Graph) -> Emission:
+    """``emission``, which says so where it stores zeros that it need not."""
+    sparse = any(as_scatter(param.expr) for param in graph.params.values())
+    return replace(emission, notes=(*emission.notes, ZEROS)) if sparse else emission
 
 
 def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission | Refusal:

@@ -134,44 +134,46 @@ class _Job:
 
     def _one(self, place: Place, parts: Parts, moments: Moments | None) -> Made:
         """``place`` made sparse, given the moments of what enters it."""
-        weight = self.ctx.read(place.param).double().reshape(place.shape)
-        weighs = self.wanted.weighs
-        problems = [self._problem(place, matrix, moments, expert, weighs) for expert, matrix in enumerate(weight)]
-        solved = [solve(problem, self.wanted.method, parts[place]) for problem in problems]
-        values = [sparse.to(place.param.storage) for _, sparse in solved]
-        lost, whole = (
-            sum(problem.cost(value) for problem, value in zip(problems, against, strict=True))
-            for against in ([value.double() for value in values], [torch.zeros_like(value) for value in weight])
-        )
-        kept = torch.stack([kept for kept, _ in solved])
-        return Made(_stored(self.ctx, place, parts, kept, torch.stack(values)), lost / whole if whole else 0.0)
-
-    def _problem(self, place: Place, weight: Tensor, moments: Moments | None, expert: int, weighs: bool) -> Problem:
-        rows = self._rows(place, expert) if weighs else None
-        rows = torch.ones_like(weight[:, 0]) if rows is None else rows
-        if moments is None:
-            return Problem(weight, torch.eye(weight.shape[1], dtype=weight.dtype), rows)
-        return Problem(weight, damped((moments.of_expert(expert) if place.stacked else moments).second), rows)
-
-    def _rows(self, place: Place, expert: int) -> Tensor | None:
-        """What an error of each output costs: the diagonal of M, damped; None where nothing was seen."""
-        assert self._known is not None
-        measured = self._known.of(place.param)
-        gradient = (measured.of_expert(expert) if place.stacked else measured).gradient
-        if gradient is None or not float(gradient.sum()):
-            return None
-        energy = gradient if gradient.ndim == 1 else gradient.diagonal()
-        return energy + DAMPING * energy.mean()
+        kept: list[Tensor] = []
+        values: list[Tensor] = []
+        lost = whole = 0.0
+        for problem in self._problems(place, moments, self.wanted.weighs):
+            mask, sparse = solve(problem, self.wanted.method, parts[place])
+            kept.append(mask)
+            values.append(sparse.to(place.param.storage))
+            lost += problem.cost(values[-1].double())
+            whole += problem.cost(torch.zeros_like(sparse))
+        expr = _stored(self.ctx, place, parts, torch.stack(kept), torch.stack(values))
+        return Made(expr, lost / whole if whole else 0.0)
 
     def _losses(self, place: Place) -> list[float]:
         assert self._known is not None
-        weight = self.ctx.read(place.param).double().reshape(place.shape)
-        moments = self._known.of(place.param)
         lost = torch.zeros(place.size + 1, dtype=torch.float64)
-        for expert, matrix in enumerate(weight):
-            smallest = self._problem(place, matrix, moments, expert, True).saliency().flatten().sort()[0]
-            lost[1:] += smallest.cumsum(0) / 2
+        for problem in self._problems(place, self._known.of(place.param), True):
+            lost[1:] += problem.saliency().flatten().sort()[0].cumsum(0) / 2
         return [float(lost[place.size - count]) for count in options(place, self.wanted.keep)]
+
+    def _problems(self, place: Place, moments: Moments | None, weighs: bool) -> Iterator[Problem]:
+        """The matrices of ``place``; without ``moments`` an error is what it is, whatever enters."""
+        columns = place.shape[2]
+        costs = self._costs(place) if weighs else torch.ones(place.shape[:2], dtype=torch.float64)
+        for expert, weight in enumerate(self.ctx.read(place.param).double().reshape(place.shape)):
+            if moments is None:
+                second = torch.eye(columns, dtype=torch.float64)
+            else:
+                second = damped(moments.second.reshape(-1, columns, columns)[expert])
+            yield Problem(weight, second, costs[expert])
+
+    def _costs(self, place: Place) -> Tensor:
+        """What an error of each output costs [experts, rows]: the diagonal of M, damped; 1 where nothing was seen."""
+        assert self._known is not None
+        experts, rows, _ = place.shape
+        gradient = self._known.of(place.param).gradient
+        assert gradient is not None
+        whole = gradient.ndim == 2 + place.stacked
+        energy = (gradient.diagonal(dim1=-2, dim2=-1) if whole else gradient).reshape(experts, rows)
+        mean = energy.mean(-1, keepdim=True)
+        return torch.where(mean > 0, energy + DAMPING * mean, 1.0)
 
 
 def _by_input(places: Mapping[Node, Sequence[Place]]) -> list[list[Place]]:

@@ -21,7 +21,7 @@ from passes.sparsify.places import Part, Pattern
 
 DAMPING = 0.01  # of the mean energy of inputs
 BLOCK = 128  # columns of which the elements that remain are chosen together
-FITTING = 8  # steps of conjugate gradients; further ones gain less than a hundredth
+FITTING = 8  # steps of conjugate gradients; the first few gain most
 
 
 @dataclass(frozen=True)
