@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
 FLOAT64 = 1e-9
+ROOT = Path(__file__).parent.parent
 METHODS = ["sparsegpt", "wanda", "magnitude"]
 
 
@@ -267,6 +271,9 @@ def test_bits_and_values_are_smaller_and_load_to_the_last_bit_and_are_saved_agai
     packed.save_pretrained(tmp_path / "again")
     again = load_model(tmp_path / "again", trust_remote_code=True)
     assert any(key.endswith("_mask") for key in _keys(tmp_path / "again"))
+    for command in (["check"], ["format", "--check"]):
+        ruff = [Path(sys.executable).with_name("ruff"), *command, "-q", "--config", ROOT / "pyproject.toml"]
+        assert not subprocess.run([*ruff, *written[True].glob("*.py")], check=False).returncode
     for key, tensor in dense.state_dict().items():
         assert torch.equal(packed.state_dict()[key], tensor) and torch.equal(again.state_dict()[key], tensor), key
     inputs = family.inputs()
