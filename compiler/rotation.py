@@ -86,12 +86,12 @@ def _reading(stream: Stream, untied: dict[str, Param]) -> Iterator[tuple[Node, P
 def _fold_multipliers(stream: Stream) -> None:
     """Let vectors that what is written gets multiplied by go into what writes it."""
     for node in stream.nodes:
-        vector = node.optional_input(1) if node.op.name == "mul" else None
-        if not isinstance(vector, Param) or node.output not in stream.part:
+        vector = next((v for v in node.inputs if isinstance(v, Param)), None) if node.op.name == "mul" else None
+        if vector is None or node.output not in stream.part:
             continue
-        source = node.input(0).node
-        users = [use for use in stream.writers if use.node is source]
-        if not users or len(node.input(0).users) > 1 or any(len(use.param.users) > 1 for use in users):
+        multiplied = next(v for v in node.inputs if v is not None and v is not vector)
+        users = [use for use in stream.writers if use.node is multiplied.node]
+        if not users or len(multiplied.users) > 1 or any(len(use.param.users) > 1 for use in users):
             raise PassError(f"what `{vector.name}` multiplies is used otherwise too", option="rotate")
         for use in users:
             use.param.expr = _scaled(use.param.expr, use.axis, _wide(vector))

@@ -309,6 +309,20 @@ def test_a_sublayer_that_is_taken_out_is_one_that_adds_nothing(name):
             assert torch.equal(tensor, there[output])
 
 
+@pytest.mark.parametrize(("what", "keep", "left"), [("layers", 2, 2), ("layers", 3, 3), ("sublayers", 5, 3)])
+def test_a_number_says_how_many_layers_remain(what, keep, left):
+    graph = capture(FAMILIES["llama"].build(layers=3))
+    Pipeline([Prune(what=what, keep=keep)]).run(graph, calibration=lambda _: batches("llama"))
+    assert len(layers(graph)) == left
+    assert len(attention_sites(graph)) + len(mlp_sites(graph)) == (keep if what == "sublayers" else 2 * keep)
+
+
+def test_more_layers_than_there_are_cannot_remain():
+    graph = capture(FAMILIES["llama"].build(layers=2))
+    with pytest.raises(PassError, match="there are 2 to keep, not 3"):
+        Pipeline([Prune(what="layers", keep=3)]).run(graph, calibration=lambda _: batches("llama"))
+
+
 def test_keep_counts_the_whole_model_if_asked_to():
     for what, where in (("hidden", "mlp"), ("channels", "mlp")):
         graph = capture(FAMILIES["llama"].config())

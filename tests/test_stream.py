@@ -108,3 +108,19 @@ def test_a_turned_stream_computes_the_same(name):
 @pytest.mark.parametrize("name", sorted(SCALED))
 def test_a_stream_that_norms_write_to_is_not_turned_and_the_reason_given(name):
     assert "norm writes to it" in refused(name) or "not linear" in refused(name)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_vector_that_multiplies_what_is_written_goes_into_what_writes_it(first):
+    graph = double(capture(FAMILIES["llama"].build(layers=1)))
+    given = FAMILIES["llama"].inputs(batch=1, tokens=5)
+    node = next(node for node in graph.nodes_named("linear") if node.scope.endswith("down_proj"))
+    size = int(node.output.shape[-1])
+    vector = graph.add_param("scale", literal([0.5 + i / size for i in range(size)], (size,), torch.float64))
+    vector.type = vector.type.with_dtype(torch.float64)
+    (after,) = node.output.users
+    made = graph.op("mul", [vector, node.output] if first else [node.output, vector], scope=node.scope, before=after)
+    graph.set_input(after, after.inputs.index(node.output), made)
+    wanted = outputs(graph, given)["logits"]
+    rotated(graph)
+    assert (outputs(graph, given)["logits"] - wanted).abs().max() <= ROUNDING * wanted.abs().max()

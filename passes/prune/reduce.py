@@ -63,7 +63,8 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
-    _check_smaller(graph, numbers)
+    if wanted.rotate:
+        _check_smaller(graph, numbers)
     _report(ctx, places, rankings, choice, alone, "influence" if wanted.score == "influence" else "predicted_loss")
     if wanted.refit and train and not ctx.planned:
         _refit(graph, original, same, views, ctx, params, train, held)
@@ -144,7 +145,7 @@ def _choose(
     held: Batches,
 ) -> Choice:
     if wanted.keep > 1:
-        return Choice(_counted(rankings, int(wanted.keep), wanted.align))
+        return Choice(_counted(rankings, int(wanted.keep), wanted.align), _surplus(alone, int(wanted.keep)))
     found = {"uniform": choose(rankings, alone, wanted.align, budget, uniform)}
     if wanted.sizes == "by-layer":
         found["by layer"] = choose(rankings, alone, wanted.align, budget, by_layer)
@@ -170,6 +171,13 @@ def _counted(rankings: Rankings, count: int, align: int) -> Counts:
                 remedy=f"choose from {', '.join(map(str, options(place, align)[:6]))} ...",
             )
     return dict.fromkeys(rankings, count)
+
+
+def _surplus(alone: Mapping[Block, float], count: int) -> tuple[Block, ...]:
+    """The blocks that go where ``count`` remain. Raises PassError when there are not so many."""
+    if alone and count > len(alone):
+        raise PassError(f"there are {len(alone)} to keep, not {count}", option="keep", remedy="keep fewer")
+    return tuple(sorted(alone, key=lambda block: alone[block])[: len(alone) - count]) if alone else ()
 
 
 def _trial(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores) -> Graph:
