@@ -32,6 +32,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(GGUF): | $(VENV)/.user
 	$(BIN)/python benchmarks/fetch.py smollm2
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
+	touch $@
+
 demo: $(VENV)/.user $(GGUF) ## install, fetch SmolLM2-135M, compress it, compare it, and let the result answer a prompt
 	$(BIN)/compress-model recipes/demo.yaml -o $(DEMO)
 	TQDM_DISABLE=1 $(BIN)/python benchmarks/answer.py $(DEMO) "What is the capital of France?"
@@ -55,10 +59,11 @@ bench-mla: $(VENV)/.user $(GGUF) ## compare latent attention with published conv
 	$(BIN)/python benchmarks/fetch.py wikipedia austen brown
 	$(BIN)/python benchmarks/mla.py --seeds 0 1 2
 
-bench-smaller: $(VENV)/.dev $(GGUF) ## compare factorised, pruned and sparse models with published methods: hours
+bench-smaller: $(VENV)/.bench $(GGUF) ## compare factorised, pruned and sparse models with published methods: hours
 	$(BIN)/python benchmarks/fetch.py wikipedia austen brown minilm dinov2 whisper fashion speech
 	$(BIN)/python benchmarks/low_rank.py --seeds 0 1 2
 	$(BIN)/python benchmarks/prune.py --seeds 0 1 2
+	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sparsify.py --seeds 0 1 2
 	$(BIN)/python benchmarks/encoders.py
 

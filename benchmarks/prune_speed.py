@@ -6,7 +6,7 @@ result, torch.onnx.export writes the original and the pruned model as ONNX, and 
 of the thread's own time counts. Of the prompt's logits those of the last token are computed, as generation does. The
 loss is measured on text that nothing was calibrated on: above the original in nats, and relative error of what an
 encoder yields.
-Needs onnx, onnxruntime and onnxscript.
+Needs onnx, onnxruntime and onnxscript: ``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations

@@ -49,6 +49,11 @@ class Pass(ABC):
         """Whether these options ask for calibration data."""
         return False
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages beyond those of every run whose versions these options make the output depend on."""
+        return ()
+
     @classmethod
     def key(cls) -> str:
         """The recipe key: ``GqaToMla`` is ``gqa-to-mla``."""

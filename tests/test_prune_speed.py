@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from compiler.latency.measure import in_turns, measuring, sample
 from compiler.latency.onnx import Builder, lowered
 from compiler.pipeline import Pipeline
 from compiler.recipe import Recipe
+from compiler.report.lock import resolved
 from passes.prune import Prune
 from passes.prune.choose import by_layer, choose, uniform
 from passes.prune.places import Place
@@ -61,7 +64,7 @@ def seconds(graph: Graph, table: Table) -> float:
     [
         ("llama", 1.25, {"what": ("channels", "groups")}),
         ("gpt2", 1.3, {"what": ("channels", "heads"), "sizes": "by-layer"}),
-        ("mixtral", 1.02, {"what": "experts"}),
+        ("mixtral", 1.001, {"what": "experts"}),
         ("whisper", 1.05, {"what": "channels"}),
         ("gemma2", 1.4, {"what": ("channels", "layers")}),
     ],
@@ -152,6 +155,91 @@ def test_a_file_that_is_no_table_is_an_error(text, tmp_path):
         Table.read(path)
     with pytest.raises(PassError, match="cannot read"):
         Table.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("microseconds", ["NaN", "Infinity", "-1.0"])
+def test_a_table_of_impossible_times_is_an_error(microseconds, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(f'{{"microseconds": {{"add(f32[1], f32[1])": {microseconds}}}}}')
+    with pytest.raises(PassError, match=r"add\(f32\[1\], f32\[1\]\) takes .* microseconds"):
+        Table.read(path)
+
+
+def test_what_a_table_was_measured_with_counts_and_no_option_may_say_otherwise(tmp_path, device):
+    entry = prune(capture(FAMILIES["llama"].build()), faster=1.25)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(entry.records["latency"]))
+    again = prune(capture(FAMILIES["llama"].build()), faster=1.25, latency=path, tokens=128)
+    assert again.after.parameters == entry.after.parameters
+    assert any("`tokens` is 8, as the table" in skip.reason for skip in again.skipped)
+    for name, other in (("tokens", 16), ("batch", 2), ("threads", 3), ("runtime", "torch")):
+        with pytest.raises(PassError, match=f"is of `{name}: .*`, not of `{name}: {other}`") as raised:
+            prune(capture(FAMILIES["llama"].build()), faster=1.25, latency=path, **{name: other})
+        assert raised.value.option == name
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"latency": Path("table.json")}, "latency"),
+        ({"runtime": "torch"}, "runtime"),
+        ({"batch": 2}, "batch"),
+        ({"tokens": 1}, "tokens"),
+        ({"threads": 2}, "threads"),
+        ({"faster": 1.5, "of": "model"}, "of"),
+        ({"what": ()}, "what"),
+        ({"what": "experts", "score": "taylor"}, "score"),
+        ({"what": "experts", "score": "activation"}, "score"),
+        ({"what": ("channels", "experts"), "score": "fluctuation"}, "score"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, option):
+    with pytest.raises(PassError) as raised:
+        Prune(**options)
+    assert raised.value.option == option
+
+
+def test_a_plan_refuses_slopes_of_what_experts_hold_inside():
+    with pytest.raises(PassError, match="no slope of its own"):
+        Pipeline([Prune(keep=0.8, align=8, score="taylor")]).run(capture(FAMILIES["mixtral"].config()), planned=True)
+
+
+def test_a_plan_leaves_to_seconds_what_multiplications_cannot_tell():
+    entry = prune(capture(FAMILIES["mixtral"].config()), "mixtral", planned=True, faster=1.05, what="experts")
+    assert any("multiplications do not tell" in skip.reason for skip in entry.skipped)
+    assert entry.after.parameters == entry.before.parameters
+
+
+def test_multiplications_of_experts_and_attention_are_those_that_torch_counts():
+    """By torch's own counter, to which a multiplication is two operations, and which sees no fused attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    wanted = {"experts", "attention"}
+    tasks = [task for task in tasks_of(capture(FAMILIES["deepseek_v3"].config())).values() if task.op.name in wanted]
+    for task in tasks:
+        tensors = [None if type is None else sample(type) for type in task.operands]
+        tensors += [None] * (len(task.op.operands.split()) - len(tensors))
+        with FlopCounterMode(display=False) as counted:
+            task.op.eval(*tensors, **task.op.all_attrs(task.attrs))
+        assert task.products * 2 == counted.get_total_flops(), str(task)
+    assert {task.op.name for task in tasks} == {"experts", "attention"}
+
+
+def test_the_mel_axis_is_not_one_of_tokens():
+    names = tasks_of(capture(FAMILIES["whisper"].config()))
+    convolutions = [task for task in names.values() if task.op.name == "conv"]
+    assert convolutions
+    for task in convolutions:
+        x, weight = task.operands[:2]
+        assert x.static_shape[1] == weight.static_shape[1] * task.op.all_attrs(task.attrs)["groups"]
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_what_a_runtime_cannot_run_is_named(runtime):
+    task = next(task for task in tasks_of(capture(FAMILIES["opt"].config(layers=1))).values() if task.op.name == "add")
+    odd = replace(task, operands=(task.operands[0].with_shape((3, 5)), task.operands[1].with_shape((3, 7))))
+    with pytest.raises(PassError, match=r"cannot run add\(f32\[3,5\], .*f32\[3,7\]\)"):
+        measuring(Workload(runtime))([odd])
 
 
 def test_a_plan_measures_nothing():
@@ -249,5 +337,18 @@ def test_the_command_leaves_the_table_and_locks_the_one_it_is_given(tmp_path, de
     assert second.document["recipe"]["passes"][0]["prune"]["latency"] == "table.json"
     assert len(second.document["inputs"]["1-latency"]["sha256"]) == 64
     assert second.document["output"]["tensor_bytes"] == first.document["output"]["tensor_bytes"]
+    assert "onnxruntime" in first.document["versions"] and "onnxruntime" not in second.document["versions"]
+    with pytest.raises(RecipeError, match="is a directory"):
+        Recipe.load(write_recipe(folder, f"\n  - prune: {options}, latency: tiny}}"))
     with pytest.raises(RecipeError, match="there is no file"):
         Recipe.load(write_recipe(folder, f"\n  - prune: {options}, latency: none.json}}"))
+
+
+def test_the_lock_names_the_table_of_an_included_recipe_from_where_the_recipe_is(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "table.json").write_text('{"microseconds": {}}')
+    (tmp_path / "parts" / "part.yaml").write_text("passes: [prune: {faster: 1.5, latency: table.json}]\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a/b\ninclude: parts/part.yaml\ncalibration: {data: text.txt}\n")
+    (tmp_path / "text.txt").write_text("words")
+    assert resolved(Recipe.load(path))["passes"][0]["prune"]["latency"] == "parts/table.json"

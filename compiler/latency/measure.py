@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from compiler.errors import CompressError, PassError
 from compiler.ir.types import TensorType
 from compiler.latency.table import Measure, Workload
 from compiler.latency.task import Task
@@ -42,7 +43,7 @@ def _in_torch(threads: int, tasks: Sequence[Task]) -> list[float]:
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            groups = ([_torch_runner(task) for task in group] for group in _groups(tasks))
+            groups = ([_started(task, _torch_runner) for task in group] for group in _groups(tasks))
             return [seconds for group in groups for seconds in in_turns(group, _clock(threads))]
     finally:
         torch.set_num_threads(before)
@@ -59,8 +60,25 @@ def _in_onnxruntime(threads: int, tasks: Sequence[Task]) -> list[float]:
 
     found: list[float] = []
     for group in _groups(tasks):
-        nothing, *own = in_turns([idle(threads), *(runner(task, threads) for task in group)], _clock(threads))
+        runners = [_started(task, partial(runner, threads=threads)) for task in group]
+        nothing, *own = in_turns([idle(threads), *runners], _clock(threads))
         found += [max(seconds - nothing, 0.0) for seconds in own]
+    return found
+
+
+def _started(task: Task, make: Callable[[Task], Runner]) -> Runner:
+    """What runs ``task``, after it has run once. Raises PassError, naming the task, when the runtime cannot."""
+    try:
+        found = make(task)
+        found()
+    except CompressError:
+        raise
+    except Exception as reason:  # every runtime has classes of its own
+        raise PassError(
+            f"the runtime cannot run {task}: {reason}",
+            option="runtime",
+            remedy="write another `runtime`, or bring a table with `latency: table.json`",
+        ) from reason
     return found
 
 

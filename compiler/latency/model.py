@@ -22,7 +22,7 @@ class Latency:
         self._graph = graph
         self.table = table
         symbols = {d for v in graph.inputs.values() for d in v.shape if isinstance(d, str)}
-        self._sizes = {symbol: batch if symbol == "B" else tokens for symbol in symbols}
+        self._sizes = {symbol: batch if symbol == "B" else tokens for symbol in symbols} | _channels(graph)
         self._last = _head(graph)
         self._plain = {node: self._task(node, {}) for node in graph.nodes}
         self._readers = {node: {*node.inputs, *node.outputs} for node in self._plain}
@@ -64,6 +64,16 @@ class Latency:
     def _task(self, node: Node, changed: Types) -> Task | None:
         sizes = {name: size if name == "B" else 1 for name, size in self._sizes.items()}
         return task_of(node, sizes if node in self._last else self._sizes, changed)
+
+
+def _channels(graph: Graph) -> dict[str, int]:
+    """The axes that convolutions take for channels, such as mel bands, and how many their weights want."""
+    found: dict[str, int] = {}
+    for node in graph.nodes_named("conv"):
+        channels = node.input(0).shape[1]
+        if isinstance(channels, str):
+            found[channels] = node.input(1).type.static_shape[1] * node.op.all_attrs(node.attrs)["groups"]
+    return found
 
 
 def _head(graph: Graph) -> set[Node]:

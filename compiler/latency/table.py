@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,13 @@ from compiler.latency.task import Task
 Runtime = Literal["onnxruntime", "torch"]
 Measure = Callable[[Sequence[Task]], Sequence[float]]
 SHOWN = 3
+
+
+def _seconds(task: str, microseconds: float) -> float:
+    """Raises PassError for what no operation can take."""
+    if not math.isfinite(microseconds) or microseconds < 0:
+        raise PassError(f"the table of latencies says that {task} takes {microseconds} microseconds", option="latency")
+    return microseconds * 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Table:
         try:
             about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found: Mapping[str, Any] = about.pop("microseconds")
-            return cls(about, {name: float(value) * 1e-6 for name, value in found.items()})
+            return cls(about, {name: _seconds(name, float(value)) for name, value in found.items()})
         except OSError as reason:
             raise PassError(f"cannot read {path.name}: {reason.strerror}", option="latency") from reason
         except (ValueError, LookupError, TypeError, AttributeError) as reason:

@@ -12,6 +12,7 @@ from compiler.ir.graph import Node, Param, Value
 from compiler.ir.opdef import OpDef
 from compiler.ir.types import TensorType
 
+Shape = tuple[int, ...]
 FREE = {"reshape", "expand", "slice", "concat", "take", "gather", "arange", "full", "rope_table", "merge_heads"}
 """What runtimes do without moving data, or once. So is whatever makes integers or booleans."""
 
@@ -42,13 +43,39 @@ class Task:
 
     @property
     def products(self) -> int:
-        """Multiplications in products with a weight."""
-        weight = self.operands[1] if len(self.operands) > 1 else None
-        if self.op.name not in ("linear", "conv", "matmul") or weight is None:
-            return 0
-        (result,) = self.op.infer_types(list(self.operands), self.attrs)
-        summed = weight.static_shape[-2] if self.op.name == "matmul" else math.prod(weight.static_shape[1:])
-        return result.numel * summed
+        """Multiplications in products of matrices; of experts, those of the ones that a token goes through."""
+        shapes = [None if type is None else type.static_shape for type in self.operands]
+        match self.op.name:
+            case "linear" | "conv" | "matmul":
+                (result,) = self.op.infer_types(list(self.operands), self.attrs)
+                second = _known(shapes[1])
+                return result.numel * (second[-2] if self.op.name == "matmul" else math.prod(second[1:]))
+            case "attention":
+                return _attention(_known(shapes[0]), _known(shapes[1]), _known(shapes[2]))
+            case "latent_attention":
+                return _latent(_known(shapes[0]), _known(shapes[1]), shapes[2], _known(shapes[3]))
+            case "experts":
+                gate_up, down = _known(shapes[3])[1:], _known(shapes[4])[1:]
+                return math.prod(_known(shapes[1])) * (math.prod(gate_up) + math.prod(down))
+            case _:
+                return 0
+
+
+def _known(shape: Shape | None) -> Shape:
+    assert shape is not None  # of an operand that is not optional
+    return shape
+
+
+def _attention(query: Shape, key: Shape, value: Shape) -> int:
+    """Queries [B, H, T, n] with keys [B, G, S, n], and what they weigh: values [B, G, S, v]."""
+    return math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _latent(query: Shape, latent: Shape, rotary: Shape | None, up: Shape) -> int:
+    """Attention with the keys and values that ``up`` [H (n + v), r] makes of latents [B, S, r]."""
+    unrotated = query[3] - (0 if rotary is None else rotary[2])
+    value = up[0] // query[1] - unrotated
+    return math.prod(latent) * up[0] + math.prod(query[:3]) * latent[1] * (query[3] + value)
 
 
 def task_of(node: Node, sizes: Mapping[str, int], changed: Mapping[Value, TensorType]) -> Task | None:

@@ -246,7 +246,7 @@ class _Checker:
             raise RecipeError(f"there is no pass `{name}`", span=tree.place, remedy=remedy)
         step = build(pass_class(name), tree, name)
         options = {option for option, value in step.options().items() if isinstance(value, Path)}
-        files = {option.replace("-", "_"): self._data(tree.items[option]) for option in options}
+        files = {option.replace("-", "_"): self._file(tree.items[option]) for option in options}
         return replace(step, **files) if files else step
 
     def _emit(self, entries: dict[str, Tree]) -> tuple[Any, ...]:
@@ -289,6 +289,11 @@ class _Checker:
             )
         return path
 
+    def _file(self, tree: Tree) -> Path:
+        if self._resolve(tree).is_dir():
+            raise RecipeError(f"`{tree.value}` is a directory", span=tree.span, remedy="name a file")
+        return self._data(tree)
+
     def _resolve(self, tree: Tree) -> Path:
         """The path that ``tree`` names. One written in an included recipe may not leave the recipe's directory."""
         path = tree.span.path.parent / str(tree.value)
@@ -321,17 +326,19 @@ class _Checker:
     def _as_written(self, key: str, tree: Tree) -> Any:
         """Plain data of ``tree``; relative paths of included recipes made relative to the recipe."""
         if key == "model" and isinstance(tree.value, str) and self._resolve(tree).exists():
-            return self._relative(tree)
+            return relative(tree, self._path)
         plain = tree.plain()
         if key in ("calibration", "evaluate"):
-            plain["data"] = self._relative(tree.items["data"])
+            plain["data"] = relative(tree.items["data"], self._path)
         return plain
 
-    def _relative(self, tree: Tree) -> str:
-        text = str(tree.value)
-        if Path(text).is_absolute():
-            return text
-        return Path(os.path.relpath(tree.span.path.parent / text, self._path.parent)).as_posix()
+
+def relative(tree: Tree, recipe: Path) -> str:
+    """The path that ``tree`` writes, relative to ``recipe``, which may include the file that ``tree`` stands in."""
+    text = str(tree.value)
+    if Path(text).is_absolute():
+        return text
+    return Path(os.path.relpath(tree.span.path.parent / text, recipe.parent)).as_posix()
 
 
 def _is_hub_id(text: str) -> bool:

@@ -15,7 +15,7 @@ from compiler.datafiles import fingerprint
 from compiler.ir.graph import Graph
 from compiler.pipeline import Pass
 from compiler.plan import file_bytes
-from compiler.recipe import Recipe
+from compiler.recipe import Recipe, relative
 from compiler.recipe.schema import spell
 from compiler.recipe.yamltree import Tree
 
@@ -34,7 +34,7 @@ def make_lock(recipe: Recipe, graph: Graph) -> dict[str, Any]:
         "versions": {
             "compress-model": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: _version(name) for name in (*PACKAGES, *_measured_with(recipe))},
         },
     }
 
@@ -46,7 +46,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     if recipe.calibration is not None:
         settled["calibration"] = _options(recipe.calibration, text.get("calibration", {}))
     places = recipe.entries or (None,) * len(recipe.passes)
-    settled["passes"] = [{step.key(): _settled(step, place)} for step, place in zip(recipe.passes, places, strict=True)]
+    settled["passes"] = [
+        {step.key(): _settled(step, place, recipe.path)} for step, place in zip(recipe.passes, places, strict=True)
+    ]
     settled["emit"] = [{_emitter(options): _options(options, {})} for options in recipe.emit]
     if recipe.evaluate is not None:
         settled["evaluate"] = _options(recipe.evaluate, text.get("evaluate", {}))
@@ -100,12 +102,14 @@ def without_folder(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _settled(step: Pass, place: Tree | None) -> dict[str, Any]:
-    """The options of a pass; the path of a file as the recipe writes it."""
+def _settled(step: Pass, place: Tree | None, recipe: Path | None) -> dict[str, Any]:
+    """The options of a pass; the path of a file as the recipe writes it, or would if an included one does."""
     options = step.options()
     for name, value in options.items():
         if isinstance(value, Path):
-            options[name] = without_folder(str(place.items[name].value if place is not None else value))
+            options[name] = without_folder(
+                relative(place.items[name], recipe) if place is not None and recipe is not None else str(value)
+            )
     return plain(options)
 
 
@@ -130,6 +134,10 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
         files = {name: value for name, value in step.options().items() if isinstance(value, Path)}
         inputs |= {f"{number}-{name}": {"sha256": fingerprint(path)} for name, path in files.items()}
     return inputs
+
+
+def _measured_with(recipe: Recipe) -> list[str]:
+    return sorted({name for step in recipe.passes for name in step.packages})
 
 
 def _version(package: str) -> str:

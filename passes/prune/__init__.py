@@ -8,18 +8,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from compiler.errors import PassError
 from compiler.ir.graph import Graph
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
+from passes.prune.conflicts import DEPTH, check
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=2)]
 Runtime = Literal["onnxruntime", "torch"]
 Kind = Literal["channels", "groups", "heads", "experts", "layers", "sublayers", "hidden"]
-
-DEPTH = frozenset({"layers", "sublayers"})
-FEW = DEPTH | {"groups", "heads", "experts"}
 
 
 @dataclass(frozen=True)
@@ -75,44 +72,7 @@ class Prune(Pass):
     exact_when: ClassVar = {"keep": 1.0, "faster": 1.0}
 
     def __post_init__(self) -> None:
-        if self.keep != 1 and self.faster != 1:
-            raise PassError(
-                "`keep` and `faster` both say how much goes",
-                option="faster",
-                remedy="leave one of them out",
-            )
-        if self.keep > 1 and (len(self.kinds) > 1 or self.sizes == "by-layer"):
-            raise PassError(
-                "a number of what remains is the same for each place, and of one kind",
-                option="keep",
-                remedy="write a part, such as `keep: 80%`",
-            )
-        if self.score == "influence" and set(self.kinds) - DEPTH:
-            raise PassError(
-                "only layers and sublayers have an influence",
-                option="score",
-                remedy="prune other dimensions in a pass of their own",
-            )
-        if self.score == "output" and set(self.kinds) - FEW:
-            raise PassError(
-                "channels and widths are too many to leave out one by one",
-                option="score",
-                remedy=f"use it for {', '.join(sorted(FEW))}",
-            )
-        if set(self.kinds) >= DEPTH:
-            raise PassError("sublayers are parts of layers", option="what", remedy="name one of them")
-        if self.keep > 1 and self.of == "model":
-            raise PassError("a number says what remains of each place, not of the model", option="of")
-        if self.rotate and "hidden" not in self.kinds:
-            raise PassError(
-                "only the residual stream is turned", option="rotate", remedy="write `what: hidden`, or leave it out"
-            )
-        if self.sizes == "by-layer" and self.score != "loss":
-            raise PassError(
-                f"`score: {self.score}` does not compare between layers",
-                option="sizes",
-                remedy="leave `score` out, or `sizes`",
-            )
+        check(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -122,6 +82,11 @@ class Prune(Pass):
     def calibrated(self) -> bool:
         measured = self.score != "magnitude" or self.refit or self.rotate
         return not self.exact and (measured or bool(DEPTH & set(self.kinds)))
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        measures = self.faster > 1 and self.latency is None and self.runtime == "onnxruntime"
+        return ("onnx", "onnxruntime") if measures else ()
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when nothing of the kinds asked for can be pruned, or so little cannot be kept."""

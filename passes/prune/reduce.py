@@ -25,7 +25,7 @@ from passes.prune.perturbation import perturbed
 from passes.prune.places import Place, matching, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
-from passes.prune.scores import Scores
+from passes.prune.scores import Scores, check_slopes
 from passes.prune.speed import Seconds, budget_of, report_speed
 from passes.prune.turned import turned
 
@@ -53,6 +53,7 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     blocks = blocks_of(graph, ctx, wanted.kinds)
     if not places and not blocks:
         raise PassError("the model has nothing of the kinds in `what`", option="what")
+    check_slopes(wanted.score, places)
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = _rankings(graph, ctx, wanted, places, scores, held)
     alone = _alone(graph, wanted, blocks, held)
@@ -146,9 +147,7 @@ def _choose(
 ) -> Choice:
     if wanted.keep > 1:
         return Choice(_counted(rankings, int(wanted.keep), wanted.align), _surplus(alone, int(wanted.keep)))
-    found = {"uniform": choose(rankings, alone, wanted.align, budget, uniform)}
-    if wanted.sizes == "by-layer":
-        found["by layer"] = choose(rankings, alone, wanted.align, budget, by_layer)
+    found = _choices(ctx, wanted, budget, rankings, alone)
     if ctx.planned or not held or len(found) == 1:
         return list(found.values())[-1]
     fidelity = Fidelity(graph, held)
@@ -159,6 +158,20 @@ def _choose(
     for name, distance in distances.items():
         ctx.tried(f"sizes {name}", distance, name == best)
     return found[best]
+
+
+def _choices(
+    ctx: Context, wanted: Prune, budget: Budget, rankings: Rankings, alone: Mapping[Block, float]
+) -> dict[str, Choice]:
+    """By every way to share. Where only seconds can tell what is within the budget, a plan leaves all as it is."""
+    shares = {"uniform": uniform} | ({"by layer": by_layer} if wanted.sizes == "by-layer" else {})
+    try:
+        return {name: choose(rankings, alone, wanted.align, budget, share) for name, share in shares.items()}
+    except PassError:
+        if not isinstance(budget, Seconds) or not budget.guessed:
+            raise
+        ctx.skipped("", "multiplications do not tell what reaches this speed: this plan shows all as it is")
+        return {"uniform": Choice({place: place.size for place in rankings})}
 
 
 def _counted(rankings: Rankings, count: int, align: int) -> Counts:

@@ -118,6 +118,15 @@ class Scores:
         return Ranking(first, losses, rows)
 
 
+def check_slopes(score: str, places: Sequence[Place]) -> None:
+    """Raises PassError where ``score`` goes by slopes and a place is read by experts, which have none of their own."""
+    readers = (member.param for place in places for member in place.readers)
+    if score == "taylor" and any(node.op.name == "experts" for param in readers for node in param.users):
+        raise PassError(
+            "what experts hold inside has no slope of its own", option="score", remedy="leave `score` out for experts"
+        )
+
+
 def _root(gram: Tensor) -> Tensor:
     """R [n, n] with R^T R = ``gram``."""
     values, vectors = torch.linalg.eigh(gram)
@@ -146,10 +155,7 @@ def _by_column(reader: Reader, score: str) -> Tensor:
 
 def _slope(reader: Reader) -> Tensor:
     """The slope of every column: of a convolution's window, all of them have an equal share of it."""
-    if reader.slope is None:
-        raise PassError(
-            "what experts hold inside has no slope of its own", option="score", remedy="leave `score` out for experts"
-        )
+    assert reader.slope is not None  # see check_slopes
     window = reader.weight.shape[1] // len(reader.slope)
     return reader.slope.repeat_interleave(window) / window
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,11 @@ class Seconds:
         self.most = self.whole / faster
         self.cost = cache(self._cost)
 
+    @property
+    def guessed(self) -> bool:
+        """Whether multiplications stand for the seconds that only the run will know."""
+        return self.latency.table.measure is _multiplications
+
     def _cost(self, place: Place, count: int) -> float:
         changed = types_with({place: count})
         return self.latency.seconds(changed, self.latency.touched(changed))
@@ -57,7 +62,9 @@ def budget_of(graph: Graph, ctx: Context, wanted: Prune, places: Sequence[Place]
 
     Raises PassError when the table that was given lacks something, or the runtime is not installed.
     """
-    latency = Latency(graph, _table(ctx, wanted), wanted.batch, wanted.tokens)
+    table = _table(ctx, wanted)
+    about = _workload(ctx, wanted, table)
+    latency = Latency(graph, table, about["batch"], about["tokens"])
     latency.prepare(types_with({place: n}) for place in places for n in options(place, wanted.align))
     budget = Seconds(latency, wanted.faster)
     if not budget.whole:
@@ -80,6 +87,29 @@ def _table(ctx: Context, wanted: Prune) -> Table:
     return table
 
 
+def _workload(ctx: Context, wanted: Prune, table: Table) -> dict[str, Any]:
+    """What ``table`` says it was measured with, and the options where it does not say.
+
+    Raises PassError where an option is given that says otherwise.
+    """
+    found: dict[str, Any] = {}
+    for name, default in asdict(Workload()).items():
+        own = getattr(wanted, name)
+        found[name] = table.about.get(name, own)
+        if found[name] == own:
+            continue
+        if own != default:
+            raise PassError(
+                f"the table of latencies is of `{name}: {found[name]}`, not of `{name}: {own}`",
+                option=name,
+                remedy="leave the option out, or bring a table that was measured with it",
+            )
+        if isinstance(default, int) and (type(found[name]) is not int or found[name] < 1):
+            raise PassError(f"the table of latencies is of `{name}: {found[name]}`, no number", option="latency")
+        ctx.skipped("", f"`{name}` is {found[name]}, as the table of latencies says")
+    return found
+
+
 def _multiplications(tasks: Sequence[Task]) -> list[float]:
     return [float(task.products) for task in tasks]
 
@@ -96,7 +126,7 @@ def report_speed(ctx: Context, budget: Seconds, choice: Choice) -> None:
     """Say how fast the choice is predicted to be, and leave the table that it went by."""
     left = budget.total(choice.counts, choice.gone)
     speed = f"{budget.whole / left:.2f} times as fast"
-    if ctx.planned and budget.latency.table.measure is not None:
+    if budget.guessed:
         ctx.rewrote("", f"{speed} by the number of multiplications")
         return
     ctx.rewrote(
