@@ -210,19 +210,12 @@ def test_a_plan_leaves_to_seconds_what_multiplications_cannot_tell():
     assert entry.after.parameters == entry.before.parameters
 
 
-def test_multiplications_of_experts_and_attention_are_those_that_torch_counts():
-    """By torch's own counter, to which a multiplication is two operations, and which sees no fused attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    wanted = {"experts", "attention"}
-    tasks = [task for task in tasks_of(capture(FAMILIES["deepseek_v3"].config())).values() if task.op.name in wanted]
-    for task in tasks:
-        tensors = [None if type is None else sample(type) for type in task.operands]
-        tensors += [None] * (len(task.op.operands.split()) - len(tensors))
-        with FlopCounterMode(display=False) as counted:
-            task.op.eval(*tensors, **task.op.all_attrs(task.attrs))
-        assert task.products * 2 == counted.get_total_flops(), str(task)
-    assert {task.op.name for task in tasks} == {"experts", "attention"}
+def test_multiplications_of_experts_and_attention_are_counted():
+    found = {task.op.name: task for task in tasks_of(capture(FAMILIES["mixtral"].config())).values()}
+    (tokens, active), (_, two_inner, width) = (found["experts"].operands[i].static_shape for i in (1, 3))
+    assert found["experts"].products == tokens * active * width * (two_inner + two_inner // 2)
+    (_, heads, length, depth) = found["attention"].operands[0].static_shape
+    assert found["attention"].products == heads * length * length * 2 * depth
 
 
 def test_the_mel_axis_is_not_one_of_tokens():
