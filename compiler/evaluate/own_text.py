@@ -17,7 +17,7 @@ from compiler.evaluate.inputs import is_causal, position_limit
 from compiler.evaluate.texts import Tokenizer
 
 LENGTH = 256  # the first tokens are the most varied, and short samples are quicker to write
-BATCH = 32
+BATCH = 64
 
 
 def own_text(model: Any, tokenizer: Tokenizer, samples: int, length: int, seed: int) -> Tensor:
