@@ -35,7 +35,7 @@ from benchmarks.peers_mla import transmla
 from benchmarks.peers_mla.as_graph import TransMla
 from benchmarks.peers_mla.attention import shape_of
 from compiler import Pipeline, capture
-from compiler.calibrate import token_batches
+from compiler.calibration.sweep import token_batches
 from compiler.evaluate import load_model
 from compiler.ir.graph import Graph
 from compiler.pipeline import Observer, Pass, PassReport

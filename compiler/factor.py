@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import Moments
 from compiler.errors import PassError
-from compiler.moments import Moments
 
 INPUT_RIDGE = 1e-5  # of the mean energy, so that what calibration never saw does not come for free
 GRADIENT_RIDGE = 1e-2

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from backends.safetensors import Emission, emit
-from compiler.calibrate import token_batches
+from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import verify_by_reload

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from compiler.allocate import Option, allocate
+from compiler.calibration.fidelity import Fidelity, spread
+from compiler.calibration.moments import Statistics, measure
 from compiler.errors import PassError
 from compiler.factor import Factors, Kind, Metric, best, left_of, right_of, spectrum
-from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.ir.select import Selector
-from compiler.moments import Statistics, measure
 from compiler.pipeline import Context, Pass
 from compiler.weights.expr import Expr
 

@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.calibrate import sweep, token_batches
+from compiler.calibration.sweep import sweep, token_batches
 from compiler.errors import CheckpointError, DataError
 from compiler.evaluate import compare_speed, evaluate_model, generate, kv_cache, load_model
 from compiler.evaluate.metrics import METRICS, Scored, Sums

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import passes.heal.whole
-from compiler.calibrate import differentiable
+from compiler.calibration.fidelity import Fidelity
+from compiler.calibration.sweep import differentiable
 from compiler.errors import PassError, SelectorError
-from compiler.fidelity import Fidelity
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoModel
 
 from backends.safetensors import emit
+from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError, SelectorError
 from compiler.evaluate import load_model
 from compiler.factor import Metric, best, root, spectrum
-from compiler.fidelity import Fidelity
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.facts import parameter_count

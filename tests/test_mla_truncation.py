@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from backends.safetensors import emit
-from compiler.calibrate import sweep
+from compiler.calibration.sweep import sweep
 from compiler.errors import PassError
 from compiler.evaluate import load_model
 from compiler.frontend.capture import capture

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiler import moments as m
-from compiler.calibrate import sweep
-from compiler.fidelity import Fidelity
+from compiler.calibration import moments as m
+from compiler.calibration.fidelity import Fidelity
+from compiler.calibration.products import products
+from compiler.calibration.slopes import slopes
+from compiler.calibration.sweep import sweep
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of
-from compiler.products import products
-from compiler.slopes import slopes
 from compiler.weights.expr import load
 from compiler.weights.spill import Progress, SpillSource
 from tests.families import FAMILIES

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backends.safetensors import emit, require
+from compiler.calibration.moments import Moments
 from compiler.errors import PassError, SelectorError, TargetError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
@@ -15,9 +16,8 @@ from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
 from compiler.ir.layers import copy_of
 from compiler.ledger import measure
-from compiler.moments import Moments
 from compiler.pipeline import Context, PassReport, Pipeline
-from compiler.rotation import turn
+from compiler.rewrite.rotation import turn
 from compiler.target import emission_of
 from compiler.weights.ops.basic import literal
 from passes.low_rank import LowRank

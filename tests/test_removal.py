@@ -15,7 +15,7 @@ from compiler.ir.layers import copy_of
 from compiler.ir.ops import op_named
 from compiler.ir.types import TensorType
 from compiler.ir.verify import signature, verify
-from compiler.removal import remove, reorder
+from compiler.rewrite.removal import remove, reorder
 from tests.families import FAMILIES
 from tests.graphs import GROUPS, HEAD, HEADS, tiny_llama, tokens
 from tests.removed import double, outputs, zero

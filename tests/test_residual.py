@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from backends.safetensors import emit
+from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError
 from compiler.evaluate import load_model
-from compiler.fidelity import Fidelity
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.pipeline import Pipeline

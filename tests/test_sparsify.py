@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from backends.safetensors import emit
 from compiler import Recipe
+from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError, TargetError
 from compiler.evaluate import load_model
-from compiler.fidelity import Fidelity
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ledger import stored_params

@@ -11,8 +11,8 @@ from compiler.ir.coupling import CouplingGroup, coupling_groups
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
 from compiler.ir.verify import signature, verify
-from compiler.rotation import turn, unscale
-from compiler.stream import narrow, residual
+from compiler.rewrite.rotation import turn, unscale
+from compiler.rewrite.stream import narrow, residual
 from compiler.weights.ops.basic import literal
 from tests.families import FAMILIES
 from tests.removed import double, outputs, zero

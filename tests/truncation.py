@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compiler.calibrate import sweep
+from compiler.calibration.sweep import sweep
 from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.calibrate import quick_products
+from compiler.calibration.sweep import quick_products
 from compiler.errors import DataError
 from compiler.evaluate.inputs import is_causal, position_limit
 from compiler.evaluate.texts import Tokenizer

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from compiler.calibration.fidelity import Fidelity, spread
 from compiler.errors import PassError
-from compiler.fidelity import Fidelity, spread
 from compiler.ir.graph import Graph, Node
 from compiler.pipeline import Context
 from passes.gqa_to_mla.latent import Layout, largest_rank

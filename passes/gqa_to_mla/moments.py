@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, quick_products
+from compiler.calibration.sweep import Stage, quick_products
 from compiler.ir.ops.nn import attention_mask
 from passes.gqa_to_mla.source import Source
 from passes.gqa_to_mla.turns import Turns

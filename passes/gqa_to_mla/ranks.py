@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.allocate import Option, allocate
-from compiler.fidelity import Fidelity
+from compiler.calibration.fidelity import Fidelity
 from passes.gqa_to_mla.latent import Layout, largest_rank, latent_maps
 from passes.gqa_to_mla.measured import Measured
 from passes.gqa_to_mla.trial import Trials

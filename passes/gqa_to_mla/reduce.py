@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, sweep
-from compiler.fidelity import positions, spread
+from compiler.calibration.fidelity import positions, spread
+from compiler.calibration.sweep import Stage, sweep
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context, no_calibration
 from passes.gqa_to_mla.build import add_zero_bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compiler.fidelity import Fidelity
+from compiler.calibration.fidelity import Fidelity
 from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of

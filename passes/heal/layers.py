@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, quick_products, sweep
-from compiler.fidelity import spread
+from compiler.calibration.fidelity import spread
+from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Param, Value
 from compiler.ir.layers import layer_of, segments
 from passes.heal.job import Job

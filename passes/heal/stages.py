@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from compiler.fidelity import Fidelity
+from compiler.calibration.fidelity import Fidelity
 from compiler.instrument import peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context

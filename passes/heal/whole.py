@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from compiler.calibrate import differentiable, quick_products
+from compiler.calibration.sweep import differentiable, quick_products
 from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Param, Value
 from compiler.weights.expr import Expr

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.calibration.fidelity import positions
 from compiler.errors import PassError
-from compiler.fidelity import positions
 from compiler.ir.graph import Graph
 
 Batch = Mapping[str, Tensor]

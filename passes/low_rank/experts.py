@@ -15,11 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import Moments
+from compiler.calibration.products import matrix_shape
 from compiler.factor import Metric
 from compiler.ir.graph import Graph, Node, Param
-from compiler.moments import Moments
 from compiler.pipeline import Context
-from compiler.products import matrix_shape
 from compiler.weights.ops.basic import transpose
 from passes.low_rank.basis import Member
 from passes.low_rank.metrics import Metrics

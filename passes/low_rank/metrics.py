@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compiler.calibration.fidelity import spread
+from compiler.calibration.moments import Moments, Statistics, measure
 from compiler.factor import Factors, Kind, Metric, left_of, right_of
-from compiler.fidelity import spread
 from compiler.ir.graph import Graph
-from compiler.moments import Moments, Statistics, measure
 from compiler.pipeline import Context
 from passes.low_rank.places import Place, bias_of
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from compiler.calibration.products import matrix_shape
 from compiler.ir.graph import Param
-from compiler.products import matrix_shape
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from compiler.allocate import numbers_left
+from compiler.calibration.fidelity import Fidelity, spread
 from compiler.factor import best, spectrum
-from compiler.fidelity import Fidelity, spread
 from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compiler.calibration.products import products
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
-from compiler.products import products
 from passes.low_rank import experts
 from passes.low_rank.experts import Stack
 from passes.low_rank.places import Place

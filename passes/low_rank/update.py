@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, quick_products, sweep
+from compiler.calibration.fidelity import spread
+from compiler.calibration.moments import Moments
+from compiler.calibration.products import entering
+from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.factor import best
-from compiler.fidelity import spread
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
-from compiler.moments import Moments
-from compiler.products import entering
 from passes.low_rank.choose import Ranked
 from passes.low_rank.metrics import Batches, Metrics
 from passes.low_rank.places import Form, Place

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compiler.ir.graph import Graph, Param, Value
 from compiler.pipeline import Context
-from compiler.removal import remove, reorder
-from compiler.stream import narrow
+from compiler.rewrite.removal import remove, reorder
+from compiler.rewrite.stream import narrow
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape
 from passes.prune.choose import Counts

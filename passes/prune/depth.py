@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compiler.calibrate import sweep
-from compiler.fidelity import Fidelity
+from compiler.calibration.fidelity import Fidelity
+from compiler.calibration.sweep import sweep
 from compiler.ir.graph import Graph, Node, Param, Value, ancestors
 from compiler.ir.layers import copy_of, segments
 from compiler.pipeline import Context
-from compiler.removal import stream_of
+from compiler.rewrite.removal import stream_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def influences(graph: Graph, blocks: Sequence[Block], batches: Sequence[Mapping[
 
 
 def losses(graph: Graph, blocks: Sequence[Block], batches: Sequence[Mapping[str, Tensor]]) -> dict[Block, float]:
-    """How far from the original the model is without each block, in the units of ``compiler.fidelity``."""
+    """How far from the original the model is without each block, in the units of ``compiler.calibration.fidelity``."""
     fidelity = Fidelity(graph, batches)
     return {block: fidelity.distance(_without(graph, block)) for block in blocks}
 

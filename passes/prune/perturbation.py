@@ -1,5 +1,5 @@
 """Rank indices by what the model's output changes by without them, one by one: no gradient, no task (LD-Pruner, arXiv
-2404.11936). The distance is that of ``compiler.fidelity``.
+2404.11936). The distance is that of ``compiler.calibration.fidelity``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from compiler.fidelity import Fidelity
+from compiler.calibration.fidelity import Fidelity
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
-from compiler.removal import remove
+from compiler.rewrite.removal import remove
 from passes.prune.places import Place, matching
 from passes.prune.ranking import Ranking, summed
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from compiler.calibration.products import matrix_shape, products
 from compiler.errors import PassError
 from compiler.ir.coupling import CouplingGroup, Member, coupling_groups
 from compiler.ir.facts import expert_sites
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.roles import has_role, roles
 from compiler.pipeline import Context
-from compiler.products import matrix_shape, products
-from compiler.stream import residual
+from compiler.rewrite.stream import residual
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compiler.moments import Moments
+from compiler.calibration.moments import Moments
 
 RIDGE = 1e-2
 """Of the median energy of inputs: what calibration has hardly seen stays as it is."""

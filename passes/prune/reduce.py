@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from compiler.allocate import numbers_left
+from compiler.calibration.fidelity import Fidelity, spread
+from compiler.calibration.moments import measure
+from compiler.calibration.slopes import slopes
 from compiler.errors import PassError
-from compiler.fidelity import Fidelity, spread
 from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
-from compiler.moments import measure
 from compiler.pipeline import Context
-from compiler.slopes import slopes
 from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
 from passes.prune.cut import View, cut
 from passes.prune.depth import Block, blocks_of, influences, losses, take_out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, quick_products, sweep
+from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 from passes.prune.cut import View

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import Moments, Statistics, cost
 from compiler.errors import PassError
 from compiler.ir.coupling import Member
 from compiler.ir.graph import Param
-from compiler.moments import Moments, Statistics, cost
 from compiler.pipeline import Context
 from passes.prune.places import Place
 from passes.prune.ranking import Ranking, Reader, by_size, in_metric, summed, surgeon

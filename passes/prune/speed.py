@@ -15,7 +15,7 @@ from compiler.ir.types import TensorType
 from compiler.latency import Latency, Table, Task, Workload
 from compiler.latency.table import Measure
 from compiler.pipeline import Context
-from compiler.removal import shrunk
+from compiler.rewrite.removal import shrunk
 from passes.prune.choose import Choice, Counts, options
 from passes.prune.depth import Block
 from passes.prune.places import Place

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import measure
+from compiler.calibration.products import products
 from compiler.ir.coupling import CouplingGroup, coupling_groups
 from compiler.ir.graph import Graph, Param
-from compiler.moments import measure
 from compiler.pipeline import Context
-from compiler.products import products
-from compiler.rotation import turn, unscale
-from compiler.stream import Stream, residual
+from compiler.rewrite.rotation import turn, unscale
+from compiler.rewrite.stream import Stream, residual
 
 Batches = Sequence[Mapping[str, Tensor]]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.allocate import Option, allocate
+from compiler.calibration.products import matrix_shape, products
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
-from compiler.products import matrix_shape, products
 
 STEPS = 20  # parts of a matrix that it may keep, when the parts may differ
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compiler.calibrate import sweep
-from compiler.fidelity import Fidelity, spread
+from compiler.calibration.fidelity import Fidelity, spread
+from compiler.calibration.moments import Moments, Statistics, at_stage, measure
+from compiler.calibration.sweep import sweep
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import copy_of
-from compiler.moments import Moments, Statistics, at_stage, measure
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape
@@ -99,7 +99,7 @@ class _Job:
         return trial
 
     def losses(self) -> dict[Place, list[float]]:
-        """What the options of every place are predicted to lose, in the units of ``compiler.moments``."""
+        """What the options of every place are predicted to lose, in the units of ``compiler.calibration.moments``."""
         return {place: self._losses(place) for place in self.places}
 
     def _measured(self) -> Statistics | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from compiler.calibrate import sweep
+from compiler.calibration.sweep import sweep
 from compiler.ir.graph import Graph
 
 POSITIONS = 128  # of each sample, evenly spaced: distributions over a vocabulary are large

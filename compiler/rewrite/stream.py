@@ -19,7 +19,7 @@ import torch
 from compiler.errors import PassError
 from compiler.ir.coupling import CouplingGroup
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.removal import remove
+from compiler.rewrite.removal import remove
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import add, cast, full, scale
 

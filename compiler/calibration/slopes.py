@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import Batches, Store, backwards, key_of
+from compiler.calibration.products import products
 from compiler.ir.graph import Graph, Param, Value
-from compiler.moments import Batches, Store, backwards, key_of
-from compiler.products import products
 from compiler.weights.spill import Progress
 
 

@@ -14,7 +14,7 @@ import torch
 from compiler.errors import PassError
 from compiler.ir.coupling import CouplingGroup
 from compiler.ir.graph import Graph, Node, Param
-from compiler.stream import Stream, Use
+from compiler.rewrite.stream import Stream, Use
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import add, cast, eye, full, matmul, mul, reshape, sub, transpose
 

@@ -7,9 +7,9 @@ y = W x. To second order, an error E of W costs
 g being the gradient of the model's own loss at y. Of logits the loss is that of labels drawn from the model's own
 distribution (the Fisher information), and the cost is the divergence KL(original || changed) in nats per prediction; of
 other outputs g is the gradient of a random signed sum, and the cost is the mean square error relative to the
-output's energy: the units of ``compiler.fidelity``. It is taken that x and g are independent, and so are the errors of
-different tokens: Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv 1503.05671), for weights that meet
-every token in its "expand" form (Eschenhagen et al., arXiv 2311.00636).
+output's energy: the units of ``compiler.calibration.fidelity``. It is taken that x and g are independent, and so are
+the errors of different tokens: Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv 1503.05671), for
+weights that meet every token in its "expand" form (Eschenhagen et al., arXiv 2311.00636).
 
 Memory: C is measured a layer at a time, with the activations of all batches there. M is measured by whole passes
 through the model, with at most ``GRADIENT_BYTES`` of sums at a time, in as many passes as that takes.
@@ -26,10 +26,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compiler.calibrate import Stage, differentiable, quick_products, sweep
+from compiler.calibration.products import Rows, entering, leaving, matrix_shape, products, reads
+from compiler.calibration.sweep import Stage, differentiable, quick_products, sweep
 from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.products import Rows, entering, leaving, matrix_shape, products, reads
 from compiler.weights.spill import Progress
 
 FULL_WIDTH = 2048  # of outputs; of wider ones only the diagonal of M is kept
@@ -107,8 +107,8 @@ def measure(
 ) -> Statistics:
     """The moments of ``params`` on ``batches`` (inputs by name), and M on ``gradients`` where there are any.
 
-    Weights that ``compiler.products`` finds no product with are left out. What ``progress`` holds is not measured
-    again. Labels and signs are drawn with ``seed``.
+    Weights that ``compiler.calibration.products`` finds no product with are left out. What ``progress`` holds is not
+    measured again. Labels and signs are drawn with ``seed``.
     """
     nodes = {param: found for param, found in products(graph).items() if param in set(params)}
     key = key_of(graph, nodes, batches, gradients, seed)
@@ -125,7 +125,7 @@ def measure(
 def at_stage(graph: Graph, stage: Stage, params: Sequence[Param]) -> dict[Param, Moments]:
     """The moments of ``params`` over their products in ``stage`` of a sweep, on what enters them there now; without M.
 
-    Raises KeyError for a weight that ``compiler.products`` finds no product with.
+    Raises KeyError for a weight that ``compiler.calibration.products`` finds no product with.
     """
     known, inside = products(graph), set(stage.nodes)
     nodes = {param: [node for node in known[param] if node in inside] for param in params}
