@@ -386,6 +386,22 @@ def test_options_that_do_not_go_together_are_refused():
         Prune(keep=64, of="model")
     with pytest.raises(PassError, match="does not compare between layers"):
         Prune(sizes="by-layer", score="magnitude")
+    with pytest.raises(PassError, match="layers hold parts of the residual stream"):
+        Prune(what=("hidden", "layers"))
+    with pytest.raises(PassError, match="what layers cost does not compare with `score: magnitude`"):
+        Prune(what=("channels", "layers"), score="magnitude")
+
+
+def test_curves_say_what_every_place_would_lose_and_what_it_got():
+    graph = capture(FAMILIES["llama"].build(layers=2))
+    pipeline = Pipeline([Prune(keep=0.8, align=8, refit=False)])
+    (report,) = pipeline.run(graph, calibration=lambda _: batches("llama")).passes
+    kept = {rewrite.scope: rewrite.numbers for rewrite in report.rewritten}
+    assert {curve.scope for curve in report.curves} == set(kept)
+    for curve in report.curves:
+        assert curve.chosen == kept[curve.scope]["parameters_after"] / kept[curve.scope]["parameters_before"]
+        assert all(more >= less for more, less in pairwise(curve.lost))
+        assert curve.lost[-1] == 0
 
 
 def test_frozen_groups_are_in_the_report():

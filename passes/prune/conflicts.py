@@ -32,6 +32,8 @@ def _of_what(wanted: Prune) -> Iterator[Conflict]:
     kinds = set(wanted.kinds)
     yield not kinds, "what", "`what` names nothing to prune", "leave it out for channels"
     yield kinds >= DEPTH, "what", "sublayers are parts of layers", "name one of them"
+    both = "hidden" in kinds and bool(kinds & DEPTH)
+    yield both, "what", "layers hold parts of the residual stream", "prune them one after the other, in two passes"
     remedy = "write `what: hidden`, or leave it out"
     yield wanted.rotate and "hidden" not in kinds, "rotate", "only the residual stream is turned", remedy
 
@@ -60,6 +62,8 @@ def _of_scores(wanted: Prune) -> Iterator[Conflict]:
     yield score == "influence" and bool(kinds - DEPTH), "score", "only layers and sublayers have an influence", apart
     cause, few = "channels and widths are too many to leave out one by one", f"use it for {', '.join(sorted(FEW))}"
     yield score == "output" and bool(kinds - FEW), "score", cause, few
+    cause = f"what layers cost does not compare with `score: {score}`"
+    yield score in (*BY_COLUMN, "magnitude") and bool(kinds & DEPTH) and bool(kinds - DEPTH), "score", cause, apart
     cause = f"experts are not ranked by `{score}`"
     yield score in BY_COLUMN and "experts" in kinds, "score", cause, "use `loss`, `magnitude` or `output` for experts"
     cause = f"`score: {score}` does not compare between layers"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 GRADIENT_TOKENS = 12288
 PROBE_TOKENS = 1024
 REFIT_TOKENS = 24576
+CURVE = 24
+"""Steps of the curves in the report."""
 HELD_EVERY = 16
 """Of the samples one in so many is for choices; nothing else sees it."""
 
@@ -258,6 +260,7 @@ def _report(
         if lost & place.params.keys():
             continue
         kept = choice.counts[place]
+        _weighed(ctx, place, rankings[place], kept)
         if kept == place.size:
             ctx.skipped(place.name, f"keeps all {kept} {place.kind}")
             continue
@@ -269,3 +272,12 @@ def _report(
             parameters_after=place.cost * kept,
             predicted_loss=float(rankings[place].losses[kept]),
         )
+
+
+def _weighed(ctx: Context, place: Place, ranking: Ranking, kept: int) -> None:
+    """Report what ``place`` would lose with a few numbers of its indices, where that is predicted."""
+    if not ranking.losses.any():
+        return
+    counts = sorted({round(place.size * step / CURVE) for step in range(CURVE + 1)})
+    losses = [float(ranking.losses[count]) for count in counts]
+    ctx.weighed(place.name, [count / place.size for count in counts], losses, kept / place.size)
