@@ -1,0 +1,100 @@
+"""Places: which of the selected weights can be quantised, and which groups fit them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from compiler.errors import PassError
+from compiler.ir.facts import expert_sites
+from compiler.ir.graph import Graph, Node, Param
+from compiler.pipeline import Context
+
+# operands that are matrices [..., out, in], by operation
+MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
+
+ROUTER = "is a router: rounding it changes which experts are chosen"
+
+
+def chosen_of(graph: Graph, ctx: Context, params: Sequence[Param], tied: str) -> list[Param]:
+    """Those of ``params`` that can be quantised, tied heads as copies if ``tied`` says so; others are reported."""
+    chosen: list[Param] = []
+    routers = {site.router.input(1) for site in expert_sites(graph) if site.router is not None}
+    for param in params:
+        reason = ROUTER if param in routers else _refusal(param)
+        if reason:
+            ctx.skipped(param.name, reason)
+        elif not _is_tied(param):
+            chosen.append(param)
+        elif tied == "copy":
+            chosen.append(_untie(graph, param))
+        else:
+            ctx.skipped(param.name, "shares its tensor with the embedding; `tied: copy` gives the head a copy")
+    return chosen
+
+
+def check_groups(params: list[Param], group: int) -> None:
+    """Raises PassError when ``group`` (0: a whole row) does not divide the input width of every weight."""
+    if group < 0:
+        raise PassError(f"group {group} is negative", option="group", remedy="0 is one scale a row")
+    wrong = [param for param in params if group and _width(param) % group]
+    if not wrong:
+        return
+    first = wrong[0]
+    more = f" (nor that of {len(wrong) - 1} more weights)" if len(wrong) > 1 else ""
+    raise PassError(
+        f"groups of {group} do not divide {_width(first)}, the input width of {first.name}{more}",
+        remedy=f"groups that divide every selected width: {_nearest_groups(params, group)}; "
+        "0 is one scale a row; `skip` leaves weights out",
+        option="group",
+    )
+
+
+def _width(param: Param) -> int:
+    return param.type.static_shape[-1]
+
+
+def _nearest_groups(params: list[Param], group: int) -> str:
+    """The divisors common to all widths that lie nearest to ``group``, by ratio."""
+    common = math.gcd(*(_width(param) for param in params))
+    divisors = [size for size in range(2, common + 1) if common % size == 0]
+    nearest = sorted(divisors, key=lambda size: abs(math.log(size / group)))[:3]
+    return ", ".join(map(str, nearest)) or "none"
+
+
+def _refusal(param: Param) -> str:
+    """Why a weight cannot be quantised; "" when it can."""
+    if param.expr.op == "dequantize":
+        return f"is quantised already, to {param.expr.attr('bits')} bits"
+    if param.type.rank not in (2, 3) or not param.storage.is_floating_point:
+        return f"is no matrix of floats but {param.type}"
+    others = [node.op.name for node in param.users if not _reads_as_matrix(node, param)]
+    return f"is read by `{others[0]}`, and not as a matrix that can be quantised" if others else ""
+
+
+def _reads_as_matrix(node: Node, param: Param) -> bool:
+    operands = [index for index, value in enumerate(node.inputs) if value is param]
+    return set(operands) <= set(MATRIX_OPERANDS.get(node.op.name, ()))
+
+
+def _is_tied(param: Param) -> bool:
+    operations = {node.op.name for node in param.users}
+    return "embedding" in operations and len(operations) > 1
+
+
+def _untie(graph: Graph, param: Param) -> Param:
+    """Give the linear maps that read an embedding's table a parameter of their own."""
+    heads = [node for node in param.users if node.op.name != "embedding"]
+    name = _own_name(param, heads[0])
+    copy = graph.add_param(name, param.expr, param.storage, dtype=param.type.dtype)
+    for node in heads:
+        for index, value in enumerate(node.inputs):
+            if value is param:
+                graph.set_input(node, index, copy)
+    param.aliases = tuple(alias for alias in param.aliases if alias != name)
+    return copy
+
+
+def _own_name(param: Param, head: Node) -> str:
+    fallback = f"{head.scope or 'head'}.weight"
+    return next((alias for alias in param.aliases if alias.startswith(f"{head.scope}.")), fallback)
