@@ -10,11 +10,11 @@ from backends.torch_module.caches import CACHE_LAYERS, cache_context, cache_kind
 from backends.torch_module.code import names_in
 from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
-from backends.torch_module.prepare import POSITIONS
 from backends.torch_module.program import ATTENTION, Body, Loop
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value
+from compiler.ir.positions import POSITIONS
 
 
 class CausalAssembly(Assembly):

@@ -12,13 +12,13 @@ from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
 from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
-from backends.torch_module.prepare import POSITIONS
 from backends.torch_module.program import ATTENTION, NOTHING, Body, Call, Extras, Loop
-from backends.torch_module.relative import KEYS, QUERIES, biases
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value, ancestors
 from compiler.ir.layers import layer_of
+from compiler.ir.positions import POSITIONS
+from compiler.ir.relative import KEYS, QUERIES, biases
 
 DECODER = "decoder_input_ids"
 KEPT = ("decoder_start_token_id", "num_mel_bins")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from backends.torch_module.positions import positions
-from backends.torch_module.relative import by_position, hoist
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import Layer, layer_of, subgraph
-from compiler.ir.types import TensorType
+from compiler.ir.positions import given_positions
+from compiler.ir.relative import by_position, hoist
 
-POSITIONS = "position_ids"
 SHARED_TABLES = 4
 
 
@@ -21,25 +17,12 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
     hoist(copy)
     if tokens:
         by_position(copy, tokens)
-        counted = positions(copy, tokens)
-        given = copy.add_input(POSITIONS, TensorType(torch.int64, copy.inputs[tokens].shape))
-        for value in counted:
-            _take_over(copy, value, given)
+        given_positions(copy, tokens)
     _sort_tables(copy)
     _own_tables(copy)
     _join_split_heads(copy)
     copy.prune()
     return copy
-
-
-def _take_over(graph: Graph, counted: Value, given: Value) -> None:
-    """Let ``given`` [B, T] stand for ``counted``; what picks rows by [T] picks them for every sample then."""
-    if counted.type.rank > 1:
-        graph.replace(counted, given)
-        return
-    for user in list(counted.users):
-        picked = graph.op(user.op.name, [user.input(0), given], user.attrs, scope=user.scope, before=user)
-        graph.replace(user.output, picked)
 
 
 def _copied(graph: Graph) -> Graph:

@@ -8,9 +8,30 @@ from torch import Tensor
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value, ancestors
 from compiler.ir.layers import subgraph
+from compiler.ir.types import TensorType
 
+POSITIONS = "position_ids"
 SIZES = ((2, 5), (3, 8))
 MAKERS = frozenset({"arange", "full", "reshape", "expand", "cumsum", "sub", "add", "cast", "transpose"})
+
+
+def given_positions(graph: Graph, tokens: str) -> Value:
+    """Make token positions an input ``position_ids`` [B, T] of ``graph``, like the input ``tokens``, and return it."""
+    counted = positions(graph, tokens)
+    given = graph.add_input(POSITIONS, TensorType(torch.int64, graph.inputs[tokens].shape))
+    for value in counted:
+        _take_over(graph, value, given)
+    return given
+
+
+def _take_over(graph: Graph, counted: Value, given: Value) -> None:
+    """Let ``given`` [B, T] stand for ``counted``; what picks rows by [T] picks them for every sample then."""
+    if counted.type.rank > 1:
+        graph.replace(counted, given)
+        return
+    for user in list(counted.users):
+        picked = graph.op(user.op.name, [user.input(0), given], user.attrs, scope=user.scope, before=user)
+        graph.replace(user.output, picked)
 
 
 def positions(graph: Graph, tokens: str) -> set[Value]:
