@@ -21,9 +21,9 @@ from torch import Tensor
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
+from compiler.weights.ops.codec import CHUNK_ELEMENTS, least, weighted_squares
 
 SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
-CHUNK_ELEMENTS = 1 << 18
 
 
 def quantise(
@@ -92,11 +92,12 @@ def _infer_zero(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 def _compute_zero(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, bits = tensors[0], attrs["bits"]
     groups = _group_count(weight.shape[-1], attrs["group"])
-    parts = [_zero_of_rows(_grouped(rows, groups), bits) for rows, _ in _row_chunks(weight, ())]
+    parts = [zeros_of(_grouped(rows, groups), bits) for rows, _ in _row_chunks(weight, ())]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)
 
 
-def _zero_of_rows(grouped: Tensor, bits: int) -> Tensor:
+def zeros_of(grouped: Tensor, bits: int) -> Tensor:
+    """Zero points int8 [...] of groups float32 [..., group]."""
     low, high = _bounds(grouped)
     least, most = code_range(bits)
     span = (high - low).double()
@@ -115,30 +116,28 @@ def _infer_scale(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 
 def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, zero = tensors[0], tensors[1] if len(tensors) > 1 else None
-    groups = _group_count(weight.shape[-1], attrs["group"])
-    parts = [_scale_of_rows(_grouped(rows, groups), zeros, attrs) for rows, (zeros,) in _row_chunks(weight, [zero])]
+    groups, bits, dtype = _group_count(weight.shape[-1], attrs["group"]), attrs["bits"], attrs["dtype"]
+    parts = [
+        scales_of(_grouped(rows, groups), zeros, bits, dtype, search=attrs["search"])
+        for rows, (zeros,) in _row_chunks(weight, [zero])
+    ]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)
 
 
-def _scale_of_rows(grouped: Tensor, zero: Tensor | None, attrs: Attrs) -> Tensor:
-    """Scales [rows, groups] of rows [rows, groups, group], each the best of its candidates."""
-    bits, dtype = attrs["bits"], attrs["dtype"]
+def scales_of(
+    grouped: Tensor, zero: Tensor | None, bits: int, dtype: torch.dtype, *, search: bool, weights: Tensor | None = None
+) -> Tensor:
+    """Scales [...] of groups float32 [..., group]: without ``search`` those that clip nothing.
+
+    With it the candidates of least squared error, each element's times its weight.
+    """
     low, high = _bounds(grouped)
     amplitude = torch.maximum(-low, high) if zero is None else high - low
     exponent = bits - 1 if zero is None else bits
-    if not attrs["search"]:
+    if not search:
         return _rounded_scale(amplitude, _unclipped(exponent), exponent, dtype)
-    best, least = None, None
-    for factor in candidate_factors(exponent):
-        scale = _rounded_scale(amplitude, factor, exponent, dtype)
-        error = _squared_error(grouped, scale.float(), zero, bits)
-        if best is None or least is None:
-            best, least = scale, error
-        else:
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    assert best is not None  # there is at least one candidate
-    return best
+    scales = (_rounded_scale(amplitude, factor, exponent, dtype) for factor in candidate_factors(exponent))
+    return least((scale, _squared_error(grouped, scale.float(), zero, bits, weights)) for scale in scales)
 
 
 def candidate_factors(exponent: int) -> list[float]:
@@ -160,18 +159,18 @@ def _rounded_scale(amplitude: Tensor, factor: float, exponent: int, dtype: torch
     return torch.where(amplitude > 0, scale.clamp(min=tiny), torch.ones((), dtype=dtype))
 
 
-def _squared_error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    error = _codes(grouped, scale, zero, bits)
+def _squared_error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, weights: Tensor | None) -> Tensor:
+    error = codes_of(grouped, scale, zero, bits)
     if zero is not None:
         error -= zero.unsqueeze(-1)
-    return error.mul_(scale.unsqueeze(-1)).sub_(grouped).square_().sum(-1)
+    return weighted_squares(error.mul_(scale.unsqueeze(-1)).sub_(grouped), weights)
 
 
 # --- codes -------------------------------------------------------------------------------------------------------
 
 
-def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Codes of [rows, groups, group] as floats."""
+def codes_of(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The nearest codes, as floats, of groups float32 [..., group] with scales and zero points [...]."""
     codes = grouped / scale.unsqueeze(-1)
     if zero is not None:
         codes += zero.unsqueeze(-1)
@@ -195,7 +194,7 @@ def _compute_quantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     start = 0
     for rows, (scales, zeros) in _row_chunks(weight, [scale, zero]):
         assert scales is not None  # only the zero point may be absent
-        part = _codes(_grouped(rows, groups), scales.float(), zeros, attrs["bits"])
+        part = codes_of(_grouped(rows, groups), scales.float(), zeros, attrs["bits"])
         codes[start : start + len(rows)] = part.reshape(rows.shape)
         start += len(rows)
     return codes.reshape(weight.shape)

@@ -1,0 +1,87 @@
+"""What a number system of quantised weights can do, for round-to-nearest and for solvers that choose code by code.
+
+Below, axis 0 of values are the rows of a matrix and their last axis are elements that share parameters: [rows, n] or
+[rows, groups, n]. Parameters have the axes of values but the last. Elements may be fewer than a group: a solver
+rounds column by column with the parameters it fitted to the whole group.
+
+    codec = codec.for_matrix(matrix)
+    parameters = codec.fit(matrix[:, :64], importance)
+    codes = codec.encode(matrix[:, :1], parameters)
+    codec.decode(codes, parameters)  # what a loader computes with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from compiler.weights.expr import Expr
+
+Parameters = tuple[Tensor, ...]
+CHUNK_ELEMENTS = 1 << 18
+DEQUANTIZE = ("dequantize", "dequantize_fp8", "dequantize_mx", "dequantize_nvfp4")
+
+
+class Codec(Protocol):
+    """A number system. ``bits`` a code; ``group`` consecutive inputs of a row share parameters (0: all of them)."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    def for_matrix(self, matrix: Tensor) -> Codec:
+        """The codec with what all of ``matrix`` [rows, in] shares."""
+        ...
+
+    def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
+        """Parameters of least squared error, each element's error times its weight (which broadcast to values)."""
+        ...
+
+    def encode(self, values: Tensor, parameters: Parameters) -> Tensor:
+        """The codes nearest to ``values``, in the dtype that codes have in expressions."""
+        ...
+
+    def decode(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        """float32: the values that codes stand for, rounded as the loaders of the format round them."""
+        ...
+
+    def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
+        """The tensors to keep for codes [rows, in] and their parameters [rows, groups]."""
+        ...
+
+    def expression(self, parts: Sequence[Expr]) -> Expr:
+        """The weight that the expressions of ``stored`` tensors make up."""
+        ...
+
+
+def is_quantised(expr: Expr) -> bool:
+    """Whether ``expr`` is the value of a quantised weight: codes and their scales."""
+    return expr.op in DEQUANTIZE
+
+
+def row_chunks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows (indices of axis 0) of all, few enough that float32 temporaries stay in the cache."""
+    rows = tensors[0].shape[0]
+    step = max(1, CHUNK_ELEMENTS * rows // max(1, tensors[0].numel()))
+    for start in range(0, rows, step):
+        yield tuple(tensor[start : start + step] for tensor in tensors)
+
+
+def weighted_squares(error: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of squares along the last axis of ``error``, which is overwritten."""
+    error.square_()
+    return (error if weights is None else error.mul_(weights)).sum(-1)
+
+
+def least(candidates: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of candidates and their errors, both of one shape, element by element the first candidate of least error."""
+    pairs = iter(candidates)
+    best, error = next(pairs)
+    for candidate, other in pairs:
+        better = other < error
+        best, error = candidate.where(better, best), other.where(better, error)
+    return best

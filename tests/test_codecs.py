@@ -1,0 +1,73 @@
+"""Number systems as solvers use them: group by group they give what the expressions of a whole matrix give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compiler.weights.evaluate import evaluate
+from compiler.weights.ops.codec import Codec
+from compiler.weights.ops.integer import Integer
+from compiler.weights.ops.quant import quantise
+from tests.test_packing import bound
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+INTEGERS = [(bits, group, symmetric) for bits in (2, 4, 8) for group in (0, 16) for symmetric in (True, False)]
+
+
+def matrix(dtype: torch.dtype, rows: int = 24, columns: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_group(codec: Codec, weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors to store when each group is fitted by itself and its columns are rounded one by one."""
+    codec, width = codec.for_matrix(weight), codec.group or weight.shape[1]
+    codes, fitted = [], []
+    for columns in weight.float().split(width, 1):
+        parameters = codec.fit(columns)
+        codes += [codec.encode(column, parameters) for column in columns.split(1, 1)]
+        fitted.append(parameters)
+    return list(codec.stored(torch.cat(codes, 1), tuple(torch.stack(p, 1) for p in zip(*fitted, strict=True))))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), INTEGERS)
+def test_integers_by_column_are_those_of_the_whole(bits, group, symmetric, dtype):
+    weight = matrix(dtype)
+    codec = Integer(bits, group, dtype, symmetric)
+    parts = by_group(codec, weight)
+    (expr,), sources = bound(w=weight)
+    value = quantise(expr, bits, group, symmetric=symmetric, scale_dtype=dtype)
+    for ours, whole in zip(parts, evaluate(list(value.args), sources), strict=True):
+        assert ours.dtype == whole.dtype and torch.equal(ours, whole)
+    exprs, stored = bound(**{f"p{index}": part for index, part in enumerate(parts)})
+    assert codec.expression(exprs).attrs == value.attrs
+    assert torch.equal(evaluate([codec.expression(exprs)], stored)[0], evaluate([value], sources)[0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), INTEGERS)
+def test_integers_decode_to_what_is_stored(bits, group, symmetric, dtype):
+    weight = matrix(dtype, columns=16)
+    codec = Integer(bits, 16, dtype, symmetric)
+    parameters = codec.fit(weight.float())
+    codes = codec.encode(weight.float(), parameters)
+    parts = codec.stored(codes, tuple(parameter.unsqueeze(1) for parameter in parameters))
+    exprs, stored = bound(**{f"p{index}": part for index, part in enumerate(parts)})
+    assert torch.equal(evaluate([codec.expression(exprs)], stored)[0].float(), codec.decode(codes, parameters))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_weighs_nothing_is_clipped_for_what_weighs(symmetric):
+    """An outlier without weight costs the other elements no accuracy."""
+    values = torch.linspace(-1, 1, 33)[None, :32].clone()
+    values[0, 5] = 1.6
+    weights = torch.ones(32)
+    weights[5] = 0.0
+    codec = Integer(3, 32, torch.float32, symmetric)
+    errors = []
+    for importance in (None, weights):
+        parameters = codec.fit(values, importance)
+        error = codec.decode(codec.encode(values, parameters), parameters) - values
+        errors.append(float((error.square() * weights).sum()))
+    assert errors[1] < errors[0]
