@@ -55,6 +55,9 @@ def test_moments_predict_outputs_of_every_product(name):
         assert found.count == count
         torch.testing.assert_close((weight @ found.second * weight).sum(), square / count, rtol=1e-5, atol=0)
         torch.testing.assert_close(weight @ found.mean, total / count, rtol=1e-4, atol=1e-5)
+        spread = found.second.diagonal() * (1 + 1e-5)
+        assert (found.mean.abs() <= found.magnitude * (1 + 1e-5)).all() and (found.magnitude.square() <= spread).all()
+        assert (spread <= found.largest.square() * (1 + 1e-4)).all()
 
 
 def one_token(name, seed=3):

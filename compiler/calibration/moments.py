@@ -46,18 +46,22 @@ class Moments:
 
     All float64; a stack's have an axis of experts in front. ``count`` [] of vectors seen, ``mean`` [in] of them,
     ``second`` [in, in] their second moment C (both zero where nothing was seen), and ``gradient`` M [out, out], or its
-    diagonal [out] for outputs wider than ``FULL_WIDTH``, or None when it was not asked for.
+    diagonal [out] for outputs wider than ``FULL_WIDTH``, or None when it was not asked for. ``magnitude`` and
+    ``largest`` [in] are the mean and the maximum of the elements' magnitudes.
     """
 
     count: Tensor
     mean: Tensor
     second: Tensor
     gradient: Tensor | None = None
+    magnitude: Tensor | None = None
+    largest: Tensor | None = None
 
     def of_expert(self, expert: int) -> Moments:
         """The moments of one matrix of a stack."""
-        gradient = None if self.gradient is None else self.gradient[expert]
-        return Moments(self.count[expert], self.mean[expert], self.second[expert], gradient)
+        others = (self.gradient, self.magnitude, self.largest)
+        own = (None if tensor is None else tensor[expert] for tensor in others)
+        return Moments(self.count[expert], self.mean[expert], self.second[expert], *own)
 
 
 class Statistics:
@@ -136,9 +140,10 @@ def at_stage(graph: Graph, stage: Stage, params: Sequence[Param]) -> dict[Param,
 
 def _moments(param: Param, bundles: Sequence[Mapping[str, Tensor]], gradient: Tensor | None) -> Moments:
     """The moments of ``param`` from sums over parts of its products."""
-    count, first, second = (torch.stack([bundle[key] for bundle in bundles]).sum(0) for key in _Sums.KEYS)
+    whole = {key: torch.stack([bundle[key] for bundle in bundles]) for key in _Sums.KEYS}
+    count, first, second, sizes = (whole[key].sum(0) for key in _Sums.KEYS[:4])
     seen = count.clamp_min(1)[:, None]
-    found = Moments(count, first / seen, second / seen[..., None], gradient)
+    found = Moments(count, first / seen, second / seen[..., None], gradient, sizes / seen, whole["largest"].amax(0))
     return found if _stacked(param) else found.of_expert(0)
 
 
@@ -157,19 +162,24 @@ def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradie
 
 
 class _Sums:
-    """Sums over vectors, in float64, for each of a number of experts."""
+    """Sums over vectors, in float64, and the largest magnitudes, for each of a number of experts."""
 
-    KEYS = ("count", "first", "second")
+    KEYS = ("count", "first", "second", "sizes", "largest")
 
     def __init__(self, experts: int, width: int) -> None:
         self.count = torch.zeros(experts, dtype=torch.float64)
         self.first = torch.zeros(experts, width, dtype=torch.float64)
         self.second = torch.zeros(experts, width, width, dtype=torch.float64)
+        self.sizes = torch.zeros(experts, width, dtype=torch.float64)
+        self.largest = torch.zeros(experts, width, dtype=torch.float64)
 
     def add(self, rows: Rows) -> None:
         for expert, vectors in rows:
             self.count[expert] += len(vectors)
             self.first[expert] += vectors.sum(0, dtype=torch.float64)
+            sizes = vectors.abs()
+            self.sizes[expert] += sizes.sum(0, dtype=torch.float64)
+            self.largest[expert] = torch.maximum(self.largest[expert], sizes.amax(0).double())
             for block in vectors.split(BLOCK):
                 self.second[expert] += block.T @ block
 
