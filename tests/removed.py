@@ -19,7 +19,7 @@ def double(graph: Graph) -> Graph:
     """Let ``graph`` compute in float64."""
     for param in graph.params.values():
         if param.storage.is_floating_point:
-            param.type = param.type.with_dtype(torch.float64)
+            param.type, param.storage = param.type.with_dtype(torch.float64), torch.float64
     for value in graph.inputs.values():
         if value.type.dtype.is_floating_point:
             value.type = value.type.with_dtype(torch.float64)

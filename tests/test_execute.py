@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from compiler.errors import OpError
 from compiler.frontend.capture import capture
-from compiler.ir.execute import bind_dims, evaluate_dim, run, run_nodes, to_torch
+from compiler.ir.execute import bind_dims, evaluate_dim, read_param, run, run_nodes, to_torch
 from compiler.ir.graph import Graph, Value
 from compiler.ir.types import TensorType, resolve_dim
+from compiler.weights.ops.basic import literal
 from tests.families import FAMILIES
 from tests.graphs import Builder, tiny_llama, tokens
 
@@ -28,6 +29,16 @@ def test_run_computes_what_plain_torch_computes():
     given = torch.randn(3, 8)
     expected = F.linear(F.silu(F.linear(given, weights["up.weight"], weights["up.bias"])), weights["down.weight"])
     torch.testing.assert_close(run(graph, {"x": given})["y"], expected, **EXACT)
+
+
+def test_a_weight_runs_as_it_is_written():
+    graph = Graph("g")
+    values = literal([1.0 + 2**-12, 1 / 3], dtype=torch.float64)
+    kept = graph.add_param("kept", values, torch.bfloat16, dtype=torch.float32)
+    table = graph.add_param("table", values, torch.bfloat16, dtype=torch.float32, persistent=False)
+    assert read_param(graph, kept).dtype == torch.float32
+    assert read_param(graph, kept).tolist() == [1.0, torch.tensor(1 / 3).bfloat16().item()]
+    assert read_param(graph, table).tolist() == [1.0 + 2**-12, torch.tensor(1 / 3).item()]
 
 
 @pytest.mark.parametrize("length", [1, 7])
