@@ -467,6 +467,18 @@ def test_a_narrower_stream_is_written_as_code_where_classes_divide_it_into_heads
     assert distance(found, job.outputs()) < TOLERANCE
 
 
+def test_a_narrow_stream_in_half_precision_computes_what_its_code_does(tmp_path):
+    """Scales of norms are divided by a root, and rounded; factors have no class of their own."""
+    narrow = Prune(what="hidden", keep=0.8, align=8, score="magnitude", refit=False)
+    factors = LowRank(where="linear", keep=0.8, metric="plain", ranks="uniform", update=False, bias=False)
+    job = Job("llama", tmp_path, [narrow, factors], torch.bfloat16)
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(found, job.outputs()) < TOLERANCE
+
+
 def test_of_a_stream_the_directions_go_that_hold_nothing():
     """Channels that are zero in all that is written cost nothing, and are the first to go."""
     graph = capture(FAMILIES["llama"].build())
