@@ -1,0 +1,6 @@
+"""ONNX models written from graphs: one rule an operation, tensors streamed into files beside the model."""
+
+from backends.onnx.emission import OnnxEmission, propose
+from backends.onnx.emit import emit
+
+__all__ = ["OnnxEmission", "emit", "propose"]

@@ -1,0 +1,75 @@
+"""What is written for a graph: one or more ONNX models over one set of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from backends.onnx.lower import Lowered, is_causal, lowered
+from backends.onnx.target import CONTRIB, OPSET, TARGETS, Target
+from compiler.errors import TargetError, nearest
+from compiler.ir.graph import Graph
+from compiler.weights.expr import Expr
+
+
+@dataclass(frozen=True)
+class OnnxEmission:
+    """Models by file name. ``kind`` says how they are run: ``causal`` or ``encoder``."""
+
+    graph: Graph
+    target: Target
+    kind: str
+    models: Mapping[str, Lowered]
+    accuracy: int
+    config: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Expr]:
+        """All tensors in files, by name."""
+        return {name: stored.expr for model in self.models.values() for name, stored in model.stored.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(expr.type.nbytes for expr in self.tensors.values())
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know, with how often it applies."""
+        counts: dict[str, int] = {}
+        for model in self.models.values():
+            for note, count in model.notes.items():
+                counts[note] = counts.get(note, 0) + count
+        return [f"{note} ({count} times)" for note, count in counts.items()]
+
+    def metadata(self, model: Lowered) -> dict[str, str]:
+        """How a model was made, for its ``metadata_props``."""
+        used = model.operations(CONTRIB)
+        return {
+            "compress-model.target": self.target.name,
+            "compress-model.kind": self.kind,
+            "compress-model.graph": self.graph.name,
+            "compress-model.opset": str(OPSET),
+            "compress-model.contrib-operations": ", ".join(used),
+            "compress-model.onnxruntime": f">={self.target.runtime}",
+            "compress-model.accuracy-level": str(self.accuracy),
+            "compress-model.notes": "; ".join(self.notes),
+        }
+
+
+def target_named(name: str) -> Target:
+    """Raises TargetError for an unknown target."""
+    if name not in TARGETS:
+        raise TargetError(f"there is no ONNX target `{name}`", remedy=nearest(name, TARGETS))
+    return TARGETS[name]
+
+
+def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4) -> OnnxEmission:
+    """What is written for ``graph``. Reads no weight.
+
+    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are.
+    Raises TargetError naming the operation and scope of what has no ONNX form.
+    """
+    wanted = target_named(target)
+    made = lowered(graph, wanted, accuracy=accuracy)
+    return OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {"model.onnx": made}, accuracy)

@@ -1,0 +1,130 @@
+"""Elementwise operations, reductions and what looks along one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+
+from backends.onnx.builder import DTYPES, Builder
+from backends.onnx.emitters.rule import Rule, rule, simple
+from compiler.ir.graph import Node
+
+RELATIONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
+
+
+def _operands(build: Builder, node: Node) -> tuple[ir.Value, ir.Value]:
+    """The two operands of a binary operation in one dtype: a scalar takes that of the tensor."""
+    x, y = node.input(0), node.optional_input(1)
+    if y is None:
+        scalar = node.attr("scalar")
+        return build.value(x), build.scalar(scalar if x.type.dtype.is_floating_point else int(scalar), x.type.dtype)
+    dtype = torch.promote_types(x.type.dtype, y.type.dtype)
+    return (_as(build, build.value(x), x.type.dtype, dtype), _as(build, build.value(y), y.type.dtype, dtype))
+
+
+def _as(build: Builder, value: ir.Value, dtype: torch.dtype, wanted: torch.dtype) -> ir.Value:
+    return value if dtype == wanted else build.op("Cast", value, to=DTYPES[wanted])
+
+
+def _binary(op: str, name: str) -> Rule:
+    def emit(build: Builder, node: Node) -> ir.Value:
+        return build.op(name, *_operands(build, node))
+
+    return Rule(op, emit, frozenset({"scalar"}))
+
+
+def _reduction(op: str, name: str) -> Rule:
+    def emit(build: Builder, node: Node) -> ir.Value:
+        axes = build.ints(*node.attr("axes"))
+        return build.op(name, build.arg(node, 0), axes, keepdims=int(node.attr("keep")))
+
+    return Rule(op, emit, frozenset({"axes", "keep"}))
+
+
+@rule("rsqrt")
+def rsqrt(build: Builder, node: Node) -> ir.Value:
+    return build.op("Reciprocal", build.op("Sqrt", build.arg(node, 0)))
+
+
+@rule("silu")
+def silu(build: Builder, node: Node) -> ir.Value:
+    x = build.arg(node, 0)
+    return build.op("Mul", x, build.op("Sigmoid", x))
+
+
+@rule("gelu", "approximate")
+def gelu(build: Builder, node: Node) -> ir.Value:
+    return build.op("Gelu", build.arg(node, 0), approximate=node.attr("approximate"))
+
+
+@rule("cast", "dtype")
+def cast(build: Builder, node: Node) -> ir.Value:
+    return build.op("Cast", build.arg(node, 0), to=DTYPES[node.attr("dtype")])
+
+
+@rule("compare", "relation", "scalar")
+def compare(build: Builder, node: Node) -> ir.Value:
+    relation, operands = node.attr("relation"), _operands(build, node)
+    if relation == "ne":
+        return build.op("Not", build.op("Equal", *operands))
+    return build.op(RELATIONS[relation], *operands)
+
+
+@rule("argmax", "axis")
+def argmax(build: Builder, node: Node) -> ir.Value:
+    return build.op("ArgMax", build.arg(node, 0), axis=node.attr("axis"), keepdims=0)
+
+
+@rule("softmax", "axis")
+def softmax(build: Builder, node: Node) -> ir.Value:
+    return build.op("Softmax", build.arg(node, 0), axis=node.attr("axis"))
+
+
+@rule("cumsum", "axis")
+def cumsum(build: Builder, node: Node) -> ir.Value:
+    return build.op("CumSum", build.arg(node, 0), build.scalar(node.attr("axis"), torch.int64))
+
+
+@rule("topk", "count", "axis")
+def topk(build: Builder, node: Node) -> Sequence[ir.Value]:
+    count = build.ints(node.attr("count"))
+    return build.ops("TopK", build.arg(node, 0), count, count=2, axis=node.attr("axis"))
+
+
+RULES: tuple[Rule, ...] = (
+    simple("neg", "Neg"),
+    simple("abs", "Abs"),
+    simple("exp", "Exp"),
+    simple("log", "Log"),
+    simple("sqrt", "Sqrt"),
+    simple("sin", "Sin"),
+    simple("cos", "Cos"),
+    simple("tanh", "Tanh"),
+    simple("sigmoid", "Sigmoid"),
+    simple("relu", "Relu"),
+    simple("logical_not", "Not"),
+    simple("where", "Where"),
+    _binary("add", "Add"),
+    _binary("sub", "Sub"),
+    _binary("mul", "Mul"),
+    _binary("div", "Div"),
+    _binary("pow", "Pow"),
+    _binary("minimum", "Min"),
+    _binary("maximum", "Max"),
+    _binary("logical_and", "And"),
+    _binary("logical_or", "Or"),
+    _reduction("sum", "ReduceSum"),
+    _reduction("mean", "ReduceMean"),
+    _reduction("max", "ReduceMax"),
+    rsqrt,
+    silu,
+    gelu,
+    cast,
+    compare,
+    argmax,
+    softmax,
+    cumsum,
+    topk,
+)

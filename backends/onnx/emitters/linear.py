@@ -1,0 +1,67 @@
+"""Linear maps, tables and convolutions."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from backends.onnx.builder import Builder
+from backends.onnx.emitters.rule import Rule, rule
+from backends.onnx.quantised import gathered, multiplied, packed
+from compiler.ir.graph import Node, Param, Value
+from compiler.weights.ops.basic import cast
+
+
+@rule("linear")
+def linear(build: Builder, node: Node) -> ir.Value:
+    return linear_map(build, build.arg(node, 0), node.input(1), node.optional_input(2))
+
+
+def linear_map(build: Builder, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
+    """x @ weight.T + bias. Weights stay [out, in], so that they are written row by row and can be shared."""
+    added = None if bias is None else build.value(bias)
+    form = packed(build, weight) if isinstance(weight, Param) else None
+    if form is not None:
+        return multiplied(build, x, form, added)
+    matrix = build.value(weight)
+    if build.target.contrib:
+        product = build.contrib("FusedMatMul", x, matrix, transB=1)
+    else:
+        product = build.op("MatMul", x, build.op("Transpose", matrix, perm=(1, 0)))
+    return product if added is None else build.op("Add", product, added)
+
+
+@rule("embedding")
+def embedding(build: Builder, node: Node) -> ir.Value:
+    table, ids = node.input(0), build.arg(node, 1)
+    form = packed(build, table, table=True) if isinstance(table, Param) else None
+    if form is not None:
+        return gathered(build, form, ids)
+    if isinstance(table, Param) and _narrow(table):
+        rows = build.op("Gather", build.store(table.name, cast(table.expr, table.storage)), ids, axis=0)
+        return build.op("Cast", rows, to=ir.DataType.FLOAT)
+    return build.op("Gather", build.value(table), ids, axis=0)
+
+
+def _narrow(table: Param) -> bool:
+    """Whether a table is stored in half precision and only looked up: its rows are widened when they are read."""
+    half = table.storage in (torch.float16, torch.bfloat16) and table.expr.op != "dequantize"
+    return half and all(user.op.name == "embedding" for user in table.users)
+
+
+@rule("conv", "stride", "padding", "dilation", "groups")
+def conv(build: Builder, node: Node) -> ir.Value:
+    pads = (*node.attr("padding"), *node.attr("padding"))
+    return build.op(
+        "Conv",
+        build.arg(node, 0),
+        build.arg(node, 1),
+        build.optional(node, 2),
+        strides=node.attr("stride"),
+        pads=pads,
+        dilations=node.attr("dilation"),
+        group=node.attr("groups"),
+    )
+
+
+RULES: tuple[Rule, ...] = (linear, embedding, conv)

@@ -1,0 +1,167 @@
+"""From a graph to an ONNX model: inputs that decoding needs, every operation by its rule, named outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from backends.onnx.builder import DTYPES, Builder, Stored
+from backends.onnx.cache import ATTENTION, TOTAL_AXIS, Cache
+from backends.onnx.emitters import RULES
+from backends.onnx.masks import Masks
+from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
+from compiler.errors import TargetError
+from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
+from compiler.ir.positions import given_positions
+
+TOKENS, MASK = "input_ids", "attention_mask"
+COUNTING = ("arange", "cumsum")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One ONNX model. ``stored`` are its tensors in files, ``graph`` is what it computes, ``cached`` the names of what
+    it keeps of past tokens."""
+
+    graph: Graph
+    target: Target
+    inputs: Sequence[ir.Value]
+    outputs: Sequence[ir.Value]
+    nodes: Sequence[ir.Node]
+    constants: Sequence[ir.Value]
+    stored: Mapping[str, Stored]
+    cached: Sequence[str]
+    notes: Mapping[str, int]
+
+    def model(self, metadata: Mapping[str, str]) -> ir.Model:
+        """The model, whose stored tensors have their values by now."""
+        initializers = [*self.constants, *(stored.value for stored in self.stored.values())]
+        versions = {"": OPSET, **({CONTRIB: CONTRIB_VERSION} if self.operations(CONTRIB) else {})}
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=initializers,
+            opset_imports=versions,
+            name=self.graph.name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="compress-model", metadata_props=dict(metadata))
+
+    def operations(self, domain: str) -> list[str]:
+        """The operations of ``domain`` that it uses."""
+        return sorted({node.op_type for node in self.nodes if node.domain == domain})
+
+
+def is_causal(graph: Graph) -> bool:
+    """Whether ``graph`` scores the next token at each of its tokens, seeing none after it."""
+    attends = graph.nodes_named(*ATTENTION)
+    if list(graph.inputs) != [TOKENS] or list(graph.outputs) != ["logits"] or not attends:
+        return False
+    tokens = graph.inputs[TOKENS].shape
+    return graph.outputs["logits"].shape[:-1] == tokens and all(node.attr("causal") for node in attends)
+
+
+def lowered(graph: Graph, target: Target, *, accuracy: int = 4) -> Lowered:
+    """``graph`` for ``target``. Reads no weight.
+
+    A causal language model gets a cache and a mask for padding, an encoder of tokens a mask; all sizes but batch and
+    tokens are fixed. Raises TargetError naming the operation and its scope for what has no ONNX form.
+    """
+    copy, causal = copy_of(graph), is_causal(graph)
+    build = Builder(copy, target, axis_names(copy), accuracy=accuracy)
+    inputs = add_inputs(build, copy)
+    if TOKENS in copy.inputs:
+        inputs.append(_add_mask(build, copy, causal))
+    if causal:
+        _go_on_from_cache(build, copy)
+    emit_nodes(build, copy)
+    return finished(build, copy, inputs)
+
+
+def axis_names(graph: Graph) -> dict[str, str]:
+    """What symbolic dims of inputs are called in the file."""
+    names: dict[str, str] = {}
+    for name, value in graph.inputs.items():
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, str):
+                shown = "decoder_sequence" if name.startswith("decoder") else "sequence"
+                names.setdefault(dim, "batch" if axis == 0 else shown if axis == 1 else dim.lower())
+    return names
+
+
+def add_inputs(build: Builder, graph: Graph) -> list[ir.Value]:
+    """The graph's own inputs."""
+    for name, value in graph.inputs.items():
+        build.fresh(name)
+        shape = build.named_shape(value.type)
+        build.values[value] = ir.Value(name=name, type=ir.TensorType(DTYPES[value.type.dtype]), shape=shape)
+    return [build.values[value] for value in graph.inputs.values()]
+
+
+def _add_mask(build: Builder, graph: Graph, causal: bool) -> ir.Value:
+    batch, tokens = graph.inputs[TOKENS].shape
+    shape = ir.Shape([build.axes[str(batch)], TOTAL_AXIS if causal else build.axes[str(tokens)]])
+    given = ir.Value(name=MASK, type=ir.TensorType(ir.DataType.INT64), shape=shape)
+    build.masks = Masks(build, given, tokens, cached=causal)
+    return given
+
+
+def _go_on_from_cache(build: Builder, graph: Graph) -> None:
+    """Positions follow from the mask; keys and values are joined with those of past tokens."""
+    tokens = graph.inputs[TOKENS]
+    places = given_positions(graph, TOKENS)
+    graph.prune()
+    for node in graph.nodes_named(*COUNTING):
+        raise TargetError(f"`{node.op.name}` over tokens cannot go on from a cache", where=node.scope)
+    del graph.inputs[places.name]
+    build.cache = Cache(build, tokens.shape[1])
+    build.values[places] = build.masks.query_places()
+
+
+def emit_nodes(build: Builder, graph: Graph) -> None:
+    """Append the ONNX nodes of every operation. Raises TargetError for one without a rule."""
+    for node in graph.nodes:
+        build.scope = node.scope
+        rule = RULES.get(node.op.name)
+        if rule is None:
+            raise TargetError(f"`{node.op.name}` has no ONNX form", where=node.scope)
+        unknown = sorted(node.op.attrs.keys() - rule.attrs)
+        if unknown:
+            raise TargetError(f"the ONNX form of `{node.op.name}` knows no {', '.join(unknown)}", where=node.scope)
+        _bind(build, node, rule.emit(build, node))
+    build.scope = ""
+
+
+def _bind(build: Builder, node: Node, made: ir.Value | Sequence[ir.Value]) -> None:
+    for value, result in zip(node.outputs, [made] if isinstance(made, ir.Value) else made, strict=True):
+        build.bind(value, result)
+
+
+def finished(build: Builder, graph: Graph, inputs: Sequence[ir.Value]) -> Lowered:
+    """The model of all that was appended, with the graph's outputs and the cache under their names."""
+    outputs = [_output(build, name, build.value(value)) for name, value in graph.outputs.items()]
+    cache = build.cache
+    past, present = (cache.inputs, cache.outputs) if cache is not None else ((), ())
+    return Lowered(
+        graph,
+        build.target,
+        [*inputs, *past],
+        [*outputs, *present],
+        build.nodes,
+        list(build.constants.values()),
+        {stored.name: stored for stored in build.stored.values()},
+        list(cache.past) if cache is not None else [],
+        build.notes,
+    )
+
+
+def _output(build: Builder, name: str, value: ir.Value) -> ir.Value:
+    """``value`` under the name of an output; one that has a name already is passed on."""
+    if value.producer() is None or value.name in build.graph.outputs:
+        value, passed = build.op("Identity", value), value
+        value.type, value.shape = passed.type, passed.shape
+    value.name = name
+    return value

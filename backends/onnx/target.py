@@ -1,0 +1,26 @@
+"""What a model is written for: which operations may be used, and of which version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+OPSET = 23
+IR_VERSION = 11
+CONTRIB = "com.microsoft"
+CONTRIB_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """``contrib``: ONNX Runtime's own operations may be used. ``runtime`` is the oldest ONNX Runtime that has all."""
+
+    name: str
+    contrib: bool
+    runtime: str = "1.23"
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (Target("ort-cpu", contrib=True), Target("onnx", contrib=False))
+}
+"""``ort-cpu`` is fast on a CPU by what ONNX Runtime has beyond the standard; ``onnx`` runs wherever opset 23 does."""

@@ -1,0 +1,179 @@
+"""ONNX models compute what their graphs compute: whole, token by token from a cache, in batches, with padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from backends.onnx import emit, propose
+from backends.onnx.emitters import RULES
+from compiler.errors import TargetError
+from compiler.frontend.capture import capture
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph
+from compiler.ir.layers import segments
+from compiler.ir.ops import op_named, operations
+from tests.families import FAMILIES
+from tests.latent import latent_graph
+
+TARGETS = ("ort-cpu", "onnx")
+CAUSAL = [name for name, family in FAMILIES.items() if family.architecture.endswith(("CausalLM", "LMHeadModel"))]
+PAIRED = ["t5", "whisper"]
+ENCODERS = [name for name in FAMILIES if name not in CAUSAL and name not in PAIRED]
+
+
+def tolerance(graph: Graph) -> float:
+    """Rounding of float32 sums in another order, adding up over the layers; relative to the largest output."""
+    return 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
+
+
+class Session:
+    """A written model in ONNX Runtime. ``cache`` holds what it keeps of past tokens."""
+
+    def __init__(self, path: Path):
+        onnx.checker.check_model(path, full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = onnxruntime.InferenceSession(path, options)
+        self.past = [value for value in self.session.get_inputs() if value.name.startswith("past")]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def empty(self, batch: int) -> dict[str, np.ndarray]:
+        sizes = {"batch": batch, "past_sequence": 0}
+        return {v.name: np.zeros([sizes.get(dim, dim) for dim in v.shape], np.float32) for v in self.past}
+
+    def run(self, **feeds: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+        given = {name: np.asarray(value) for name, value in feeds.items()}
+        return {name: torch.from_numpy(x) for name, x in zip(self.outputs, self.session.run(None, given), strict=True)}
+
+    def step(self, ids: torch.Tensor, mask: torch.Tensor, past: dict | None = None) -> tuple[torch.Tensor, dict]:
+        """Logits for ``ids`` after ``past``, and what is past then."""
+        found = self.run(input_ids=ids, attention_mask=mask, **(past or self.empty(len(ids))))
+        kept = {
+            name.replace("present", "past_key_values"): x for name, x in found.items() if name.startswith("present")
+        }
+        return found["logits"], kept
+
+
+def written(graph: Graph, directory: Path, target: str = "ort-cpu", **options) -> Session:
+    directory.mkdir(parents=True, exist_ok=True)
+    emit(propose(graph, target, **options), graph.sources, directory)
+    return Session(directory / "model.onnx")
+
+
+def error(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    assert theirs.shape == ours.shape
+    return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+def check_decoding(graph: Graph, model: Session, ids: torch.Tensor, *, chunks: bool) -> None:
+    """Prefill, then token by token; where possible in pieces; padded on the left and on the right."""
+    allowed, logits = tolerance(graph), run(graph, {"input_ids": ids})["logits"]
+    ones = torch.ones_like(ids)
+    first, past = model.step(ids[:, :4], ones[:, :4])
+    assert error(first, logits[:, :4]) <= allowed
+    for place in range(4, 7):
+        found, past = model.step(ids[:, place : place + 1], ones[:, : place + 1], past)
+        assert error(found, logits[:, place : place + 1]) <= allowed
+    if chunks:
+        assert error(model.step(ids[:, 7:], ones, past)[0], logits[:, 7:]) <= allowed
+    check_padding(model, ids, logits, allowed, left=True)
+    check_padding(model, ids, logits, allowed, left=False)
+
+
+def check_padding(model: Session, ids: torch.Tensor, logits: torch.Tensor, allowed: float, *, left: bool) -> None:
+    """Samples of different lengths in one batch, and a token after each: what each of them gives alone."""
+    batch, length = ids.shape
+    lengths = [length - 1 - 2 * index for index in range(batch)]
+    padded, mask = torch.zeros(batch, length - 1, dtype=torch.int64), torch.zeros(batch, length - 1, dtype=torch.int64)
+    places = [slice(length - 1 - n, None) if left else slice(0, n) for n in lengths]
+    for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
+        padded[row, place], mask[row, place] = ids[row, :n], 1
+    found, past = model.step(padded, mask)
+    for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
+        assert error(found[row, place], logits[row, :n]) <= allowed
+    following = torch.stack([ids[row, n] for row, n in enumerate(lengths)])[:, None]
+    found, _ = model.step(following, torch.cat((mask, torch.ones(batch, 1, dtype=torch.int64)), 1), past)
+    for row, n in enumerate(lengths):
+        assert error(found[row, 0], logits[row, n]) <= allowed
+
+
+def test_every_operation_and_attribute_has_a_rule():
+    assert set(RULES) == set(operations())
+    assert {name: rule.attrs for name, rule in RULES.items()} == {name: op_named(name).attrs.keys() for name in RULES}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_language_model_computes_and_continues_as_its_graph(name, tmp_path):
+    graph = capture(FAMILIES[name].build(3))
+    ids = FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"]
+    for target in TARGETS:
+        model = written(graph, tmp_path / target, target)
+        check_decoding(graph, model, ids, chunks=True)
+        check_decoding(graph, model, ids[:1], chunks=True)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_computes_what_its_graph_computes(name, tmp_path):
+    family = FAMILIES[name]
+    graph = capture(family.build(3))
+    for target in TARGETS:
+        model = written(graph, tmp_path / target, target)
+        for batch in (1, 2):
+            given = family.inputs(batch=batch)
+            mask = {"attention_mask": torch.ones_like(given["input_ids"])} if "input_ids" in given else {}
+            found = model.run(**given, **mask)
+            for output, value in run(graph, given).items():
+                assert error(found[output], value) <= tolerance(graph)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if FAMILIES[name].kind == "text"])
+def test_an_encoder_ignores_padding(name, tmp_path):
+    family = FAMILIES[name]
+    graph = capture(family.build(3))
+    ids, output = family.inputs(batch=2, tokens=9)["input_ids"], next(iter(graph.outputs))
+    short = run(graph, {"input_ids": ids[:, :6]})[output]
+    ids[:, 6:], mask = 0, torch.ones_like(ids)
+    mask[:, 6:] = 0
+    found = written(graph, tmp_path).run(input_ids=ids, attention_mask=mask)[output]
+    assert error(found[:, :6], short) <= tolerance(graph)
+
+
+LATENT = {
+    "sizes by layer": ("llama", (16, 11), (4, 2), True),
+    "some layers": ("qwen2", (16, -1), (4, 0), False),
+    "windows": ("gemma3", (16, 12), (3, 2), True),
+    "caps": ("gemma2", (20, 20), (4, 4), False),
+    "no rotation": ("opt", (12, 10), (0, 0), False),
+}
+
+
+@pytest.mark.parametrize("kind", LATENT)
+def test_latent_attention_caches_latents(kind, tmp_path):
+    name, ranks, pairs, normed = LATENT[kind]
+    graph = latent_graph(capture(FAMILIES[name].build(3)), ranks, pairs, normed=normed)
+    for target in TARGETS:
+        model = written(graph, tmp_path / target, target)
+        check_decoding(graph, model, FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"], chunks=True)
+        widths = {value.name: value.shape[-1] for value in model.past}
+        for index, (rank, count) in enumerate(zip(ranks, pairs, strict=True)):
+            if rank >= 0:
+                assert widths[f"past_key_values.{index}.latent"] == rank + 2 * count
+
+
+def test_what_has_no_rule_is_refused_with_its_scope(monkeypatch, captured):
+    monkeypatch.delitem(RULES, "silu")
+    with pytest.raises(TargetError, match="`silu` has no ONNX form") as refused:
+        propose(captured("llama"))
+    assert refused.value.where == "model.layers.0.mlp.act_fn"
+
+
+def test_an_unknown_target_is_refused(captured):
+    with pytest.raises(TargetError, match="no ONNX target `ort-cup`") as refused:
+        propose(captured("llama"), "ort-cup")
+    assert refused.value.remedy == "did you mean `ort-cpu`?"
