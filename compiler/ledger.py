@@ -10,6 +10,7 @@ import torch
 
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import layer_of
+from compiler.weights.ops.codec import is_quantised
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def stored_params(graph: Graph) -> list[Param]:
 
 def stored_bytes(param: Param) -> int:
     """Bytes of the tensors that hold ``param``: its parts when it is quantised, one dense tensor otherwise."""
-    if param.expr.op == "dequantize":
+    if is_quantised(param.expr):
         return sum(part.type.nbytes for part in param.expr.args)
     return param.type.with_dtype(param.storage).nbytes
 

@@ -144,11 +144,12 @@ def bytes_in_file(compact: bool = False) -> Bytes:
 
 def _kind(param: Param) -> Any:
     """All that the bytes of a parameter depend on: types, how it is quantised or sparse, and who reads it."""
+    from compiler.weights.ops.codec import is_quantised
     from compiler.weights.ops.sparse import as_scatter
 
     readers = {(node.op.name, index) for node in param.users for index, v in enumerate(node.inputs) if v is param}
     expr = as_scatter(param.expr) or param.expr
-    made = expr.attrs if expr.op in ("dequantize", "scatter") else ()
+    made = expr.attrs if is_quantised(expr) or expr.op == "scatter" else ()
     parts = tuple(arg.type for arg in expr.args) if made else ()
     return param.type, param.storage, made, parts, frozenset(readers)
 

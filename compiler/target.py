@@ -12,6 +12,7 @@ from backends.safetensors.unify import Mismatch
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
+from compiler.weights.ops.codec import is_quantised
 from compiler.weights.ops.sparse import as_scatter
 
 ZEROS = "zeros of sparse weights are stored like other numbers and save nothing; `sparse: compact` leaves them out"
@@ -73,7 +74,7 @@ def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> E
 def _stored(name: str, param: Param, compact: bool) -> dict[str, Expr]:
     from backends.torch_module import stored
 
-    return stored_parts(name, param.expr) if param.expr.op == "dequantize" else stored(name, param, compact=compact)
+    return stored_parts(name, param.expr) if is_quantised(param.expr) else stored(name, param, compact=compact)
 
 
 def _none(no_stock: str) -> str:

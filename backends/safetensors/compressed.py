@@ -14,6 +14,7 @@ from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr
+from compiler.weights.ops.codec import is_quantised
 
 WORD = 32  # bits of the words that codes are packed into
 
@@ -118,7 +119,7 @@ def _schemes(tensors: Mapping[str, Expr], keep: Callable[[str], bool]) -> dict[s
 
 def _is_dense(expr: Expr, known: set[str]) -> bool:
     """Whether nothing in ``expr`` is dequantised; ``known`` are the keys of expressions of which that is known."""
-    if expr.key not in known and expr.op != "dequantize" and all(_is_dense(arg, known) for arg in expr.args):
+    if expr.key not in known and not is_quantised(expr) and all(_is_dense(arg, known) for arg in expr.args):
         known.add(expr.key)
     return expr.key in known
 
@@ -160,11 +161,22 @@ def _unloadable(schemes: list[tuple[Scheme, bool]]) -> str:
 
     Without zero points for experts, and for one scheme at a time when it dequantises while loading.
     """
-    if any(expert and not scheme.symmetric for scheme, expert in schemes):
-        return "transformers reads no zero points of experts; make them symmetric"
+    reasons = [_unreadable_experts(scheme) for scheme, expert in schemes if expert]
+    if any(reasons):
+        return next(filter(None, reasons))
     if len(schemes) > 1 and any(_has_packed_zeros(*key) for key in schemes):
         return "transformers reads packed zero points only of models with one scheme; make the weights symmetric"
     return ""
+
+
+def _unreadable_experts(scheme: Scheme) -> str:
+    """Why transformers cannot load experts of ``scheme``; "" if it can."""
+    if not scheme.symmetric:
+        return "transformers reads no zero points of experts; make them symmetric"
+    if scheme.kind == "fp8" and (scheme.rows > 1 or scheme.group):
+        return "transformers reads experts of fp8 with one scale a row, or a matrix"
+    name = f"{scheme.kind}fp{scheme.bits}" if scheme.kind == "mx" else scheme.kind
+    return f"transformers reads no experts of {name}" if name in ("mxfp8", "nvfp4") else ""
 
 
 def _too_short(schemes: Mapping[str, Scheme], stored: Mapping[str, Expr]) -> str | None:

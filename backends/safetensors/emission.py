@@ -20,6 +20,7 @@ from compiler.errors import CaptureError, TargetError
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
+from compiler.weights.ops.codec import is_quantised
 
 
 def missing_names(module: Any, named: Mapping[str, Expr]) -> list[str]:
@@ -177,7 +178,7 @@ def _captured(config: Any, architecture: str, graph: Graph) -> Graph:
 
 def _dense(param: Param) -> Expr:
     """The tensor that stands for ``param``: a quantised one as it is, any other in its storage dtype."""
-    return param.expr if param.expr.op == "dequantize" else cast(param.expr, param.storage)
+    return param.expr if is_quantised(param.expr) else cast(param.expr, param.storage)
 
 
 def dtype_name(params: Iterable[Param]) -> str:

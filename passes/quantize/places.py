@@ -9,10 +9,12 @@ from compiler.errors import PassError
 from compiler.ir.facts import expert_sites
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
+from compiler.weights.ops.codec import code_bits, is_quantised
 
 # operands that are matrices [..., out, in], by operation
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
 
+OTHER_GROUPS = "`int` has groups of any size, `fp8` none"
 ROUTER = "is a router: rounding it changes which experts are chosen"
 
 
@@ -33,8 +35,11 @@ def chosen_of(graph: Graph, ctx: Context, params: Sequence[Param], tied: str) ->
     return chosen
 
 
-def check_groups(params: list[Param], group: int) -> None:
-    """Raises PassError when ``group`` (0: a whole row) does not divide the input width of every weight."""
+def check_groups(params: list[Param], group: int, system: str = "") -> None:
+    """Raises PassError when ``group`` (0: a whole row) does not divide the input width of every weight.
+
+    ``system`` names a number system whose groups cannot be chosen.
+    """
     if group < 0:
         raise PassError(f"group {group} is negative", option="group", remedy="0 is one scale a row")
     wrong = [param for param in params if group and _width(param) % group]
@@ -42,8 +47,15 @@ def check_groups(params: list[Param], group: int) -> None:
         return
     first = wrong[0]
     more = f" (nor that of {len(wrong) - 1} more weights)" if len(wrong) > 1 else ""
+    which = f"do not divide {_width(first)}, the input width of {first.name}{more}"
+    if system:
+        raise PassError(
+            f"{system} has groups of {group}, which {which}",
+            remedy=f"`skip` leaves weights out; {OTHER_GROUPS}",
+            option="type",
+        )
     raise PassError(
-        f"groups of {group} do not divide {_width(first)}, the input width of {first.name}{more}",
+        f"groups of {group} {which}",
         remedy=f"groups that divide every selected width: {_nearest_groups(params, group)}; "
         "0 is one scale a row; `skip` leaves weights out",
         option="group",
@@ -64,8 +76,8 @@ def _nearest_groups(params: list[Param], group: int) -> str:
 
 def _refusal(param: Param) -> str:
     """Why a weight cannot be quantised; "" when it can."""
-    if param.expr.op == "dequantize":
-        return f"is quantised already, to {param.expr.attr('bits')} bits"
+    if is_quantised(param.expr):
+        return f"is quantised already, to {code_bits(param.expr)} bits"
     if param.type.rank not in (2, 3) or not param.storage.is_floating_point:
         return f"is no matrix of floats but {param.type}"
     others = [node.op.name for node in param.users if not _reads_as_matrix(node, param)]

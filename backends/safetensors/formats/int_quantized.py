@@ -10,7 +10,7 @@ from compiler.weights.expr import Expr
 
 
 def _holds(scheme: Scheme) -> bool:
-    return scheme.bits == 8
+    return scheme.kind == "int" and scheme.bits == 8
 
 
 def _parts(value: Expr) -> dict[str, Expr]:

@@ -15,7 +15,7 @@ from compiler.weights.ops.quant import pack_bits
 
 
 def _holds(scheme: Scheme) -> bool:
-    return 2 <= scheme.bits <= 8
+    return scheme.kind == "int" and 2 <= scheme.bits <= 8
 
 
 def _parts(value: Expr) -> dict[str, Expr]:

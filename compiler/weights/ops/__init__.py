@@ -41,9 +41,10 @@ class WeightOp:
 
 @cache
 def _table() -> dict[str, WeightOp]:
-    from compiler.weights.ops import basic, quant, sparse
+    from compiler.weights.ops import basic, fp8, minifloat, mx, nvfp4, quant, rotary, sparse
 
-    return {op.name: op for op in (*basic.OPS, *quant.OPS, *sparse.OPS)}
+    modules = (basic, quant, minifloat, fp8, mx, nvfp4, rotary, sparse)
+    return {op.name: op for module in modules for op in module.OPS}
 
 
 def weight_op(name: str) -> WeightOp:

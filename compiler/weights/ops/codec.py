@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from compiler.weights.expr import Expr
@@ -35,6 +36,10 @@ class Codec(Protocol):
 
     def for_matrix(self, matrix: Tensor) -> Codec:
         """The codec with what all of ``matrix`` [rows, in] shares."""
+        ...
+
+    def nearest(self, weight: Expr) -> Expr:
+        """``weight`` [..., out, in] fitted and rounded to nearest. Raises OpError when groups do not divide."""
         ...
 
     def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
@@ -61,6 +66,13 @@ class Codec(Protocol):
 def is_quantised(expr: Expr) -> bool:
     """Whether ``expr`` is the value of a quantised weight: codes and their scales."""
     return expr.op in DEQUANTIZE
+
+
+def code_bits(expr: Expr) -> int:
+    """The bits of each code of a quantised weight."""
+    if expr.op == "dequantize":
+        return expr.attr("bits")
+    return 4 if expr.args[0].dtype == torch.uint8 else 8
 
 
 def row_chunks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

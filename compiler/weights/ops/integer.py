@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops.codec import Parameters
-from compiler.weights.ops.quant import codes_of, scales_of, zeros_of
+from compiler.weights.ops.quant import codes_of, quantise, scales_of, zeros_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Integer:
 
     def for_matrix(self, matrix: Tensor) -> Integer:
         return self
+
+    def nearest(self, weight: Expr) -> Expr:
+        symmetric, search = self.symmetric, self.search
+        return quantise(weight, self.bits, self.group, symmetric=symmetric, search=search, scale_dtype=self.dtype)
 
     def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
         zero = None if self.symmetric else zeros_of(values, self.bits)

@@ -1,0 +1,96 @@
+"""NVFP4: blocks of 16 inputs whose e2m1 floats share an e4m3 scale, and a float32 number a matrix that divides those.
+
+w ~ q * s / g. ``dequantize_nvfp4(codes u8 [..., out, in], scale f8e4m3 [..., out, in / 16], g f32 [..., 1, 1])``. g is
+a power of two here, so that s / g is exact. The loader computes in bfloat16, and so do values, whatever their dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compiler.ir.types import TensorType
+from compiler.weights.expr import Expr, apply
+from compiler.weights.ops import Attrs, WeightOp
+from compiler.weights.ops.blockfloat import BlockFloat, ops_of
+from compiler.weights.ops.codec import Parameters, least
+from compiler.weights.ops.minifloat import E2M1, E4M3_MAX, Element, e4m3_codes, exponent_above, power_of_two
+
+STEPS = (0, 1, 2, 3, 4, 5, -1, -2, -3, -4)  # of e4m3 scales, eight an octave, from the least that clips nothing
+ROOM = 4.0  # the code that the largest magnitude may become without its scale exceeding e4m3
+
+
+@dataclass(frozen=True)
+class Nvfp4(BlockFloat):
+    """Blocks of 16; the only parameter of one is its e4m3 scale. ``divisor`` is g, [1, 1], of ``for_matrix``."""
+
+    group: int = 16
+    divisor: Tensor | None = None
+
+    name: ClassVar[str] = "nvfp4"
+
+    @property
+    def element(self) -> Element:
+        return E2M1
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    def for_matrix(self, matrix: Tensor) -> Self:
+        return replace(self, divisor=divisor_of(matrix))
+
+    def shared_by(self, weight: Expr) -> tuple[Expr, ...]:
+        return (apply("nvfp4_divisor", [weight]),)
+
+    def sharing(self, shared: Sequence[Tensor]) -> Self:
+        return replace(self, divisor=shared[0]) if shared else self
+
+    def multiplier(self, scale: Tensor) -> Tensor:
+        return scale.float() / self._divisor
+
+    def rounded(self, product: Tensor) -> Tensor:
+        return product.to(torch.bfloat16).to(self.dtype)
+
+    def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
+        amplitude = values.abs().amax(-1).float()
+        wanted = amplitude * self._divisor / self.element.largest
+        nearest = e4m3_codes(wanted)
+        place = nearest.view(torch.uint8).int() + (nearest.float() < wanted)  # codes of positive floats are in order
+        scales = [self._scale(place + step, amplitude) for step in (STEPS if self.search else STEPS[:1])]
+        return (least((scale, self.error(values, scale, weights)) for scale in scales),)
+
+    def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
+        return *super().stored(codes, parameters), self._divisor.reshape(1, 1)
+
+    @property
+    def _divisor(self) -> Tensor:
+        assert self.divisor is not None, "for_matrix comes first"
+        return self.divisor.flatten()
+
+    def _scale(self, place: Tensor, amplitude: Tensor) -> Tensor:
+        largest = int(e4m3_codes(torch.tensor(E4M3_MAX)).view(torch.uint8))
+        one = int(e4m3_codes(torch.tensor(1.0)).view(torch.uint8))
+        return place.clamp(1, largest).where(amplitude > 0, one).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def divisor_of(matrix: Tensor) -> Tensor:
+    """g of ``matrix`` [rows, in], float32 [1, 1]: the largest power of two at which the largest scale has room."""
+    amplitude = matrix.abs().amax().float()
+    return power_of_two(-exponent_above(amplitude / (E4M3_MAX * ROOM))).where(amplitude > 0, 1.0).reshape(1, 1)
+
+
+def _infer_divisor(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    return TensorType(torch.float32, (*types[0].static_shape[:-2], 1, 1))
+
+
+def _compute_divisor(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    flat = tensors[0].reshape(-1, *tensors[0].shape[-2:])
+    return torch.stack([divisor_of(matrix) for matrix in flat]).reshape(*tensors[0].shape[:-2], 1, 1)
+
+
+OPS = (WeightOp("nvfp4_divisor", _infer_divisor, _compute_divisor), *ops_of(Nvfp4))

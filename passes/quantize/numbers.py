@@ -1,0 +1,81 @@
+"""Number systems: what the options of a recipe mean as a codec, and which of them go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from compiler.errors import PassError
+from compiler.weights.ops.codec import Codec
+from compiler.weights.ops.fp8 import Fp8
+from compiler.weights.ops.integer import Integer
+from compiler.weights.ops.mx import Mx
+from compiler.weights.ops.nvfp4 import Nvfp4
+
+Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"]
+Per = Literal["row", "tensor", "block"]
+
+BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
+GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+BLOCK = 128
+DEFAULT_BITS = 8
+
+
+@dataclass(frozen=True)
+class NumberSystem:
+    """What codes stand for: the options of the pass that say so."""
+
+    type: Type
+    bits: int
+    group: int
+    symmetric: bool
+    per: Per
+    search: bool
+
+    def check(self) -> None:
+        """Raises PassError for an option that the type does not have."""
+        if self.per != "row" and self.type != "fp8":
+            raise PassError(f"`per` is an option of fp8, not of {self.type}", option="per", remedy=_groups(self.type))
+        if self.type == "int":
+            return
+        if self.bits not in (DEFAULT_BITS, BITS[self.type]):
+            raise PassError(f"{self.type} has {BITS[self.type]} bits", option="bits", remedy="leave `bits` out")
+        if not self.symmetric:
+            raise PassError(f"{self.type} has no zero points", option="symmetric", remedy="leave `symmetric` out")
+        if self.group not in (0, GROUPS[self.type]):
+            raise PassError(_groups(self.type), option="group", remedy="leave `group` out")
+
+    @property
+    def fixed_group(self) -> int:
+        """The inputs that share a scale because the type says so; 0 when it does not."""
+        return GROUPS.get(self.type, 0)
+
+    def codec(self, dtype: torch.dtype) -> Codec:
+        """The codec of weights stored in ``dtype``."""
+        match self.type:
+            case "int":
+                return Integer(self.bits, self.group, dtype, self.symmetric, self.search)
+            case "fp8":
+                rows, group = {"row": (1, 0), "tensor": (0, 0), "block": (BLOCK, BLOCK)}[self.per]
+                return Fp8(dtype, rows, group, self.search)
+            case "mxfp4" | "mxfp8":
+                return Mx(dtype, search=self.search, of="e2m1" if self.type == "mxfp4" else "e4m3")
+            case "nvfp4":
+                return Nvfp4(dtype, search=self.search)
+
+    def __str__(self) -> str:
+        if self.type != "int":
+            per = {"row": "one scale a row", "tensor": "one scale", "block": f"a scale for {BLOCK} x {BLOCK}"}
+            return f"{self.type}, {per[self.per] if self.type == 'fp8' else f'groups of {GROUPS[self.type]}'}"
+        per = f"groups of {self.group}" if self.group else "one scale a row"
+        return f"int{self.bits}, {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
+
+
+def _groups(type: Type) -> str:
+    if type == "int":
+        return "`group` says how many inputs share a scale"
+    if type == "fp8":
+        return "fp8 has no groups: `per` says what shares a scale"
+    return f"{type} has groups of {GROUPS[type]}"
