@@ -126,15 +126,18 @@ def measure(
     return Statistics(store, inputs, names)
 
 
-def at_stage(graph: Graph, stage: Stage, params: Sequence[Param]) -> dict[Param, Moments]:
+def at_stage(
+    graph: Graph, stage: Stage, params: Sequence[Param], counts: Sequence[Tensor] | None = None
+) -> dict[Param, Moments]:
     """The moments of ``params`` over their products in ``stage`` of a sweep, on what enters them there now; without M.
 
+    ``counts``, a tensor [vectors] a batch, says by how much each vector counts, if not alike.
     Raises KeyError for a weight that ``compiler.calibration.products`` finds no product with.
     """
     known, inside = products(graph), set(stage.nodes)
     nodes = {param: [node for node in known[param] if node in inside] for param in params}
     places, inputs = _distinct(nodes, "")
-    bundles = {name: sums.bundle() for name, sums in _sums(graph, stage, places).items()}
+    bundles = {name: sums.bundle() for name, sums in _sums(graph, stage, places, counts).items()}
     return {param: _moments(param, [bundles[name] for name in names], None) for param, names in inputs.items()}
 
 
@@ -173,15 +176,15 @@ class _Sums:
         self.sizes = torch.zeros(experts, width, dtype=torch.float64)
         self.largest = torch.zeros(experts, width, dtype=torch.float64)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Rows, counts: Tensor | None) -> None:
         for expert, vectors in rows:
-            self.count[expert] += len(vectors)
-            self.first[expert] += vectors.sum(0, dtype=torch.float64)
-            sizes = vectors.abs()
-            self.sizes[expert] += sizes.sum(0, dtype=torch.float64)
-            self.largest[expert] = torch.maximum(self.largest[expert], sizes.amax(0).double())
-            for block in vectors.split(BLOCK):
-                self.second[expert] += block.T @ block
+            weighed = vectors if counts is None else vectors * counts[:, None]
+            self.count[expert] += len(vectors) if counts is None else counts.sum()
+            self.first[expert] += weighed.sum(0, dtype=torch.float64)
+            self.sizes[expert] += weighed.abs().sum(0, dtype=torch.float64)
+            self.largest[expert] = torch.maximum(self.largest[expert], vectors.abs().amax(0).double())
+            for block, own in zip(vectors.split(BLOCK), weighed.split(BLOCK), strict=True):
+                self.second[expert] += own.T @ block
 
     def bundle(self) -> dict[str, Tensor]:
         return {key: getattr(self, key) for key in self.KEYS}
@@ -227,16 +230,22 @@ def _vectors(node: Node, param: Param) -> tuple[object, ...]:
     return node, node.inputs.index(param)
 
 
-def _sums(graph: Graph, stage: Stage, places: Sequence[tuple[str, Node, Param]]) -> dict[str, _Sums]:
+def _sums(
+    graph: Graph,
+    stage: Stage,
+    places: Sequence[tuple[str, Node, Param]],
+    counts: Sequence[Tensor] | None = None,
+) -> dict[str, _Sums]:
     if not places:
         return {}
     sums = {name: _Sums(*_groups(param)) for name, _, param in places}
     wanted = list(dict.fromkeys(value for _, node, _ in places for value in reads(node)))
     weights = _stacks(graph, [node for _, node, _ in places])
-    for values in stage.values(wanted):
+    for batch, values in enumerate(stage.values(wanted)):
         with quick_products():
             for name, node, param in places:
-                sums[name].add(entering(node, param, {**values, **weights}))
+                rows = entering(node, param, {**values, **weights})
+                sums[name].add(rows, None if counts is None else counts[batch])
     return sums
 
 
