@@ -125,6 +125,7 @@ OTHERS = {
     "mixtral, fp8 per tensor": ("mixtral", Quantize(type="fp8", per="tensor")),
     "mixtral, mxfp4": ("mixtral", Quantize(type="mxfp4")),
     "phi3, fp8": ("phi3", Quantize(type="fp8")),
+    "phi3, nvfp4": ("phi3", Quantize(type="nvfp4")),
     "bert, fp8": ("bert", Quantize(type="fp8")),
     "vit, nvfp4": ("vit", Quantize(type="nvfp4")),
     "t5, fp8": ("t5", Quantize(type="fp8")),
@@ -234,6 +235,32 @@ def test_groups_by_column_are_those_of_the_whole(name, dtype):
     parameters = bound_codec.fit(columns)
     decoded = bound_codec.decode(bound_codec.encode(columns, parameters), parameters)
     assert torch.equal(decoded, evaluate([value], sources)[0].float()[:, : codec.group or None])
+
+
+@NAMES
+def test_rescaled_parameters_can_be_stored(name):
+    """Factors near one half and two give half and twice the values where nothing saturates."""
+    weight = matrix(torch.bfloat16, rows=32, columns=96).float()
+    codec = codec_of(name, torch.bfloat16).for_matrix(weight)
+    parameters = codec.fit(weight[:, : codec.group or None])
+    codes = codec.encode(weight[:, : codec.group or None], parameters)
+    for factor in (0.5, 2.0):
+        scaled = codec.rescaled(parameters, torch.full((32,), factor * 1.001))
+        assert scaled[0].dtype == parameters[0].dtype
+        wanted = codec.decode(codes, parameters) * (factor if codec.rows == 1 else 1.0)
+        saturated = scaled[0].float() * 2 >= 448
+        assert ((codec.decode(codes, scaled) == wanted).all(1) | saturated).all() or name.startswith("fp8")
+        assert (codec.decode(codes, scaled) - wanted).abs().max() <= 0.01 * wanted.abs().max() or name == "nvfp4"
+
+
+def test_weights_of_one_input_share_what_divides_their_scales(tmp_path):
+    job = Job("llama", tmp_path, [Quantize(type="nvfp4")])
+    job.emit()
+    stored = load_file(job.out / "model.safetensors")
+    divisors = {name: tensor for name, tensor in stored.items() if name.endswith("weight_global_scale")}
+    layer = "model.layers.0"
+    for names in ([f"self_attn.{x}_proj" for x in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]):
+        assert len({float(divisors[f"{layer}.{name}.weight_global_scale"]) for name in names}) == 1
 
 
 @NAMES

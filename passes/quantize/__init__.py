@@ -53,9 +53,9 @@ class Quantize(Pass):
         system.check()
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)
         check_groups(chosen, system.fixed_group or self.group, self.type if system.fixed_group else "")
-        for param in chosen:
+        for param, codec in system.codecs(chosen).items():
             dense = param.expr
-            param.expr = system.codec(param.storage).nearest(dense)
+            param.expr = codec.nearest(dense)
             ctx.rewrote(param.name, str(system), bytes_before=dense.type.with_dtype(param.storage).nbytes)
 
     def _system(self) -> NumberSystem:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from compiler.errors import PassError
+from compiler.ir.graph import Param, Value
 from compiler.weights.ops.codec import Codec
 from compiler.weights.ops.fp8 import Fp8
 from compiler.weights.ops.integer import Integer
 from compiler.weights.ops.mx import Mx
-from compiler.weights.ops.nvfp4 import Nvfp4
+from compiler.weights.ops.nvfp4 import Nvfp4, divisor
 
 Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"]
 Per = Literal["row", "tensor", "block"]
@@ -65,12 +67,30 @@ class NumberSystem:
             case "nvfp4":
                 return Nvfp4(dtype, search=self.search)
 
+    def codecs(self, params: Sequence[Param]) -> dict[Param, Codec]:
+        """The codec of each weight. In NVFP4 weights of one input share what divides their scales."""
+        found = {param: self.codec(param.storage) for param in params}
+        for group in _of_one_input(params) if self.type == "nvfp4" else ():
+            shared = divisor([param.expr for param in group])
+            found.update({param: Nvfp4(param.storage, search=self.search, shared=shared) for param in group})
+        return found
+
     def __str__(self) -> str:
         if self.type != "int":
             per = {"row": "one scale a row", "tensor": "one scale", "block": f"a scale for {BLOCK} x {BLOCK}"}
             return f"{self.type}, {per[self.per] if self.type == 'fp8' else f'groups of {GROUPS[self.type]}'}"
         per = f"groups of {self.group}" if self.group else "one scale a row"
         return f"int{self.bits}, {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
+
+
+def _of_one_input(params: Sequence[Param]) -> list[list[Param]]:
+    """Matrices that multiply the same value, where there are several."""
+    found: dict[Value, list[Param]] = {}
+    for param in params:
+        node = param.single_user()
+        if node is not None and node.op.name == "linear" and param.type.rank == 2:
+            found.setdefault(node.input(0), []).append(param)
+    return [group for group in found.values() if len(group) > 1]
 
 
 def _groups(type: Type) -> str:

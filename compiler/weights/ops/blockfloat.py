@@ -75,6 +75,13 @@ class BlockFloat(ABC):
         """Exact values in the dtype that loaders compute them in."""
         return product.to(self.dtype)
 
+    def rescaled(self, parameters: Parameters, factors: Tensor) -> Parameters:
+        return (self.scale_of(self.multiplier(parameters[0]) * factors),) if self.rows == 1 else parameters
+
+    @abstractmethod
+    def scale_of(self, multiplier: Tensor) -> Tensor:
+        """The stored scale nearest to a ``multiplier`` > 0, by difference."""
+
     def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
         return codes, parameters[0][:: self.rows or codes.shape[0]].contiguous()
 

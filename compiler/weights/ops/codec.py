@@ -54,6 +54,10 @@ class Codec(Protocol):
         """float32: the values that codes stand for, rounded as the loaders of the format round them."""
         ...
 
+    def rescaled(self, parameters: Parameters, factors: Tensor) -> Parameters:
+        """Parameters with scales times ``factors``, one each, rounded to what can be stored."""
+        ...
+
     def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
         """The tensors to keep for codes [rows, in] and their parameters [rows, groups]."""
         ...

@@ -37,6 +37,9 @@ class Fp8(BlockFloat):
     def multiplier(self, scale: Tensor) -> Tensor:
         return scale.float()
 
+    def scale_of(self, multiplier: Tensor) -> Tensor:
+        return multiplier.to(self.dtype).clamp(min=torch.finfo(self.dtype).tiny)
+
     def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
         amplitude = self._shared(values.abs().amax(-1).float(), "amax")
         factors = (*STRETCHES, REPEATED) if self.search else STRETCHES[:1]
@@ -45,7 +48,7 @@ class Fp8(BlockFloat):
         return (least((scale, self._shared(self.error(values, scale, weights), "sum")) for scale in scales),)
 
     def _scale(self, amplitude: Tensor, factor: float) -> Tensor:
-        scale = (amplitude * (factor / E4M3_MAX)).to(self.dtype).clamp(min=torch.finfo(self.dtype).tiny)
+        scale = self.scale_of(amplitude * (factor / E4M3_MAX))
         return scale.where(amplitude > 0, torch.ones_like(scale))
 
     def _power_of_two(self, amplitude: Tensor) -> Tensor:

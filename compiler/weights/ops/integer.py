@@ -46,6 +46,9 @@ class Integer:
         shifted = codes.float() if self.symmetric else codes.float() - parameters[1].unsqueeze(-1)
         return (shifted * parameters[0].float().unsqueeze(-1)).to(self.dtype).float()
 
+    def rescaled(self, parameters: Parameters, factors: Tensor) -> Parameters:
+        return (parameters[0].float() * factors).to(self.dtype), *parameters[1:]
+
     def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
         return codes, *parameters
 

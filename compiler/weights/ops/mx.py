@@ -44,6 +44,9 @@ class Mx(BlockFloat):
     def multiplier(self, scale: Tensor) -> Tensor:
         return power_of_two(scale.int() - BIAS)
 
+    def scale_of(self, multiplier: Tensor) -> Tensor:
+        return (exponent_above(multiplier / 1.5) + BIAS).clamp(0, 2 * BIAS).to(torch.uint8)
+
     def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
         amplitude = values.abs().amax(-1).float()
         exponent = exponent_above(amplitude / self.element.largest) + BIAS

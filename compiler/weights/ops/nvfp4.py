@@ -21,15 +21,21 @@ from compiler.weights.ops.codec import Parameters, least
 from compiler.weights.ops.minifloat import E2M1, E4M3_MAX, Element, e4m3_codes, exponent_above, power_of_two
 
 STEPS = (0, 1, 2, 3, 4, 5, -1, -2, -3, -4)  # of e4m3 scales, eight an octave, from the least that clips nothing
+LEAST_SCALE = 2.0**-9
 ROOM = 4.0  # the code that the largest magnitude may become without its scale exceeding e4m3
 
 
 @dataclass(frozen=True)
 class Nvfp4(BlockFloat):
-    """Blocks of 16; the only parameter of one is its e4m3 scale. ``divisor`` is g, [1, 1], of ``for_matrix``."""
+    """Blocks of 16; the only parameter of one is its e4m3 scale.
+
+    ``divisor`` is g, [1, 1], of ``for_matrix``. ``shared`` is the g of a matrix [out, in] and others: runtimes that
+    join matrices of one input want one g.
+    """
 
     group: int = 16
     divisor: Tensor | None = None
+    shared: Expr | None = None
 
     name: ClassVar[str] = "nvfp4"
 
@@ -42,16 +48,19 @@ class Nvfp4(BlockFloat):
         return torch.float8_e4m3fn
 
     def for_matrix(self, matrix: Tensor) -> Self:
-        return replace(self, divisor=divisor_of(matrix))
+        return self if self.divisor is not None else replace(self, divisor=divisor_of([matrix]))
 
     def shared_by(self, weight: Expr) -> tuple[Expr, ...]:
-        return (apply("nvfp4_divisor", [weight]),)
+        return (divisor([weight]) if self.shared is None else self.shared,)
 
     def sharing(self, shared: Sequence[Tensor]) -> Self:
         return replace(self, divisor=shared[0]) if shared else self
 
     def multiplier(self, scale: Tensor) -> Tensor:
         return scale.float() / self._divisor
+
+    def scale_of(self, multiplier: Tensor) -> Tensor:
+        return e4m3_codes((multiplier * self._divisor).clamp(min=LEAST_SCALE))
 
     def rounded(self, product: Tensor) -> Tensor:
         return product.to(torch.bfloat16).to(self.dtype)
@@ -78,19 +87,27 @@ class Nvfp4(BlockFloat):
         return place.clamp(1, largest).where(amplitude > 0, one).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-def divisor_of(matrix: Tensor) -> Tensor:
-    """g of ``matrix`` [rows, in], float32 [1, 1]: the largest power of two at which the largest scale has room."""
-    amplitude = matrix.abs().amax().float()
+def divisor(weights: Sequence[Expr]) -> Expr:
+    """The g, [..., 1, 1], that weights [..., out, in] share."""
+    return apply("nvfp4_divisor", sorted(weights, key=lambda weight: weight.key))
+
+
+def divisor_of(matrices: Sequence[Tensor]) -> Tensor:
+    """g of matrices, float32 [1, 1]: the largest power of two at which their largest scale has room."""
+    amplitude = torch.stack([matrix.abs().amax().float() for matrix in matrices]).amax()
     return power_of_two(-exponent_above(amplitude / (E4M3_MAX * ROOM))).where(amplitude > 0, 1.0).reshape(1, 1)
 
 
 def _infer_divisor(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    if len({type.static_shape[:-2] for type in types}) > 1:
+        raise ValueError("the leading axes differ")
     return TensorType(torch.float32, (*types[0].static_shape[:-2], 1, 1))
 
 
 def _compute_divisor(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
-    flat = tensors[0].reshape(-1, *tensors[0].shape[-2:])
-    return torch.stack([divisor_of(matrix) for matrix in flat]).reshape(*tensors[0].shape[:-2], 1, 1)
+    flat = [tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors]
+    found = torch.stack([divisor_of(matrices) for matrices in zip(*flat, strict=True)])
+    return found.reshape(*tensors[0].shape[:-2], 1, 1)
 
 
 OPS = (WeightOp("nvfp4_divisor", _infer_divisor, _compute_divisor), *ops_of(Nvfp4))
