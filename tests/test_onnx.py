@@ -89,7 +89,7 @@ def check_decoding(graph: Graph, model: Session, ids: torch.Tensor, *, chunks: b
 def check_padding(model: Session, ids: torch.Tensor, logits: torch.Tensor, allowed: float, *, left: bool) -> None:
     """Samples of different lengths in one batch, and a token after each: what each of them gives alone."""
     batch, length = ids.shape
-    lengths = [length - 1 - 2 * index for index in range(batch)]
+    lengths = [length - 2 - 2 * index for index in range(batch)]
     padded, mask = torch.zeros(batch, length - 1, dtype=torch.int64), torch.zeros(batch, length - 1, dtype=torch.int64)
     places = [slice(length - 1 - n, None) if left else slice(0, n) for n in lengths]
     for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
@@ -114,7 +114,7 @@ def test_a_language_model_computes_and_continues_as_its_graph(name, tmp_path):
     ids = FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"]
     for target in TARGETS:
         model = written(graph, tmp_path / target, target)
-        check_decoding(graph, model, ids, chunks=True)
+        check_decoding(graph, model, ids, chunks=target == "onnx")
         check_decoding(graph, model, ids[:1], chunks=True)
 
 

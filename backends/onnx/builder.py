@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.onnx.cache import Cache
+from backends.onnx.fusion import Fusions
 from backends.onnx.masks import Masks
 from backends.onnx.target import CONTRIB, Target
 from compiler.errors import TargetError
@@ -65,6 +66,8 @@ class Builder:
     notes: dict[str, int] = field(default_factory=dict[str, int])
     scope: str = ""
     cache: Cache | None = None
+    fusions: Fusions = field(default_factory=Fusions)
+    shared: dict[str, Sequence[ir.Value]] = field(default_factory=dict[str, Sequence[ir.Value]])
 
     def __post_init__(self) -> None:
         self._names: dict[str, int] = {}

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from backends.onnx.builder import DTYPES, Builder, Stored
 from backends.onnx.cache import ATTENTION, TOTAL_AXIS, Cache
 from backends.onnx.emitters import RULES
+from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
 from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
 from compiler.errors import TargetError
@@ -77,6 +78,8 @@ def lowered(graph: Graph, target: Target, *, accuracy: int = 4) -> Lowered:
         inputs.append(_add_mask(build, copy, causal))
     if causal:
         _go_on_from_cache(build, copy)
+    if target.contrib:
+        build.fusions = fusions(copy, copy.inputs[TOKENS].shape[1] if causal else None)
     emit_nodes(build, copy)
     return finished(build, copy, inputs)
 
@@ -124,6 +127,8 @@ def _go_on_from_cache(build: Builder, graph: Graph) -> None:
 def emit_nodes(build: Builder, graph: Graph) -> None:
     """Append the ONNX nodes of every operation. Raises TargetError for one without a rule."""
     for node in graph.nodes:
+        if node in build.fusions.absorbed:
+            continue
         build.scope = node.scope
         rule = RULES.get(node.op.name)
         if rule is None:
@@ -136,6 +141,9 @@ def emit_nodes(build: Builder, graph: Graph) -> None:
 
 
 def _bind(build: Builder, node: Node, made: ir.Value | Sequence[ir.Value]) -> None:
+    parts = build.fusions.grouped.get(node)
+    if parts is not None and parts.merge is not None:
+        node = parts.merge
     for value, result in zip(node.outputs, [made] if isinstance(made, ir.Value) else made, strict=True):
         build.bind(value, result)
 

@@ -99,6 +99,13 @@ class Masks:
         assert found is not None  # made above
         return found
 
+    def query_columns(self) -> ir.Value:
+        """The column [1, T] of every new token among all S."""
+        build = self.build
+        total = build.op("Squeeze", build.op("Shape", self.given, start=1, end=2), build.ints(0))
+        first = build.op("Sub", total, build.op("Squeeze", build.dim(self.tokens), build.ints(0)))
+        return build.op("Unsqueeze", build.op("Range", first, total, build.scalar(1, torch.int64)), build.ints(0))
+
     def query_places(self) -> ir.Value:
         """The position [B, T] of every new token."""
         if "queries" not in self.made:

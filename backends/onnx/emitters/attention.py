@@ -8,12 +8,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from backends.onnx.builder import Builder
+from backends.onnx.emitters.grouped import grouped_attention
 from backends.onnx.emitters.rule import Rule, rule
 from compiler.ir.graph import Node
 
 
 @rule("attention", "scale", "causal", "window", "softcap")
 def attention(build: Builder, node: Node) -> ir.Value:
+    parts = build.fusions.grouped.get(node)
+    if parts is not None:
+        return grouped_attention(build, node, parts)
     query, key, value = (build.arg(node, index) for index in range(3))
     groups, width, depth = node.input(1).shape[1], node.input(1).shape[3], node.input(2).shape[3]
     cache = build.cache

@@ -11,6 +11,7 @@ from backends.onnx.builder import DTYPES, Builder
 from backends.onnx.emitters.rule import Rule, rule, simple
 from compiler.ir.graph import Node
 
+E4M3_MAX = 448.0
 RELATIONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 
 
@@ -72,6 +73,26 @@ def compare(build: Builder, node: Node) -> ir.Value:
     return build.op(RELATIONS[relation], *operands)
 
 
+@rule("fake_quantize", "type", "bits", "scale")
+def fake_quantize(build: Builder, node: Node) -> ir.Value:
+    x, dtype, bits = build.arg(node, 0), node.input(0).type.dtype, node.attr("bits")
+    fp8 = node.attr("type") == "fp8"
+    low, high = (-E4M3_MAX, E4M3_MAX) if fp8 else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    scale = build.scalar(node.attr("scale"), dtype) if node.attr("scale") else _own_scale(build, x, dtype, high - low)
+    codes = build.op("Clip", build.op("Div", x, scale), build.scalar(low, dtype), build.scalar(high, dtype))
+    if fp8:
+        codes = build.op("Cast", build.op("Cast", codes, to=ir.DataType.FLOAT8E4M3FN), to=DTYPES[dtype])
+    return build.op("Mul", codes if fp8 else build.op("Round", codes), scale)
+
+
+def _own_scale(build: Builder, x: ir.Value, dtype: torch.dtype, span: float) -> ir.Value:
+    """Of each last axis: its largest magnitude over half the ``span`` of codes."""
+    largest = build.op("ReduceMax", build.op("Abs", x), build.ints(-1), keepdims=1)
+    scale = build.op("Div", largest, build.scalar(span / 2, dtype))
+    none = build.op("Equal", scale, build.scalar(0.0, dtype))
+    return build.op("Where", none, build.scalar(torch.finfo(dtype).eps, dtype), scale)
+
+
 @rule("argmax", "axis")
 def argmax(build: Builder, node: Node) -> ir.Value:
     return build.op("ArgMax", build.arg(node, 0), axis=node.attr("axis"), keepdims=0)
@@ -123,6 +144,7 @@ RULES: tuple[Rule, ...] = (
     gelu,
     cast,
     compare,
+    fake_quantize,
     argmax,
     softmax,
     cumsum,
