@@ -21,7 +21,7 @@ from torch import Tensor
 from compiler.errors import CompressError, OrderError, PassError, SelectorError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
-from compiler.ir.verify import Signature, signature, verify
+from compiler.ir.verify import signature, verify
 from compiler.ledger import Bytes, Ledger, bytes_by_layer, measure
 from compiler.weights.expr import Expr, load
 from compiler.weights.spill import Progress, SpillSource
@@ -270,8 +270,12 @@ class Context:
     def calibration(self) -> Sequence[Mapping[str, Tensor]]:
         """Batches of the model's inputs by name; none in a planned run.
 
-        Raises PassError when the run has no calibration data, DataError when the data does not fit the model.
+        Raises PassError when the run has no calibration data or its tokens have other numbers by now, DataError when
+        the data does not fit the model.
         """
+        if self._graph.tokens is not None:
+            cause = "a pass before it has taken tokens out, which calibration data may hold"
+            raise PassError(cause, remedy="take tokens out after all passes that calibrate")
         self.read_weights = True
         return [] if self.planned else self._calibration(self._graph)
 
@@ -321,13 +325,12 @@ class Pipeline:
         graph.sources["spill"] = spill
         original = copy_of(graph) if any(step.compares for step in self.passes) else graph
         report = Report(measure(graph, bytes_of), bytes_by_layer(graph, bytes_of))
-        expected = signature(graph)
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
             progress = Progress(workdir / f"progress-{index}" if workdir else None)
             ctx = Context(graph, original, step, entry, spill, progress, planned, calibration)
-            self._run_one(index, graph, ctx, expected, observers)
+            self._run_one(index, graph, ctx, observers)
             entry.after = measure(graph, bytes_of)
             report.passes.append(entry)
             report.read_weights |= ctx.read_weights
@@ -336,15 +339,14 @@ class Pipeline:
         report.layers_after = bytes_by_layer(graph, bytes_of)
         return report
 
-    def _run_one(
-        self, index: int, graph: Graph, ctx: Context, expected: Signature, observers: Sequence[Observer]
-    ) -> None:
+    def _run_one(self, index: int, graph: Graph, ctx: Context, observers: Sequence[Observer]) -> None:
         step = self.passes[index]
         for observer in observers:
             observer.before(index, step, graph)
         try:
+            expected, tokens = signature(graph), graph.tokens
             step.run(graph, ctx)
-            verify(graph, expected)
+            verify(graph, expected if graph.tokens is tokens else None)  # without tokens logits are fewer
         except CompressError as error:
             for observer in observers:
                 observer.failed(index, step, graph, error)

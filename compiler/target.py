@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
 from backends.safetensors.compressed import config_of_generated
@@ -14,6 +15,7 @@ from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import is_quantised
 from compiler.weights.ops.sparse import as_scatter
+from compiler.weights.tokens import renumbered
 
 ZEROS = "zeros of sparse weights are stored like other numbers and save nothing; `sparse: compact` leaves them out"
 
@@ -28,6 +30,10 @@ def emission_of(
     ``cache_bits`` 8 or 4 rounds what latent attention caches, ``compact`` stores sparse weights as bits and values;
     stock classes can neither. Raises TargetError when there is no such checkpoint.
     """
+    return replace(_emission(graph, model_class, cache_bits, compact), tokens=graph.tokens)
+
+
+def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission:
     found = _stock(graph, model_class, cache_bits, compact)
     if isinstance(found, Emission):
         return _noted(found, graph)
@@ -38,6 +44,27 @@ def emission_of(
         )
     made = _generated(graph, found.reason, cache_bits or 0, compact)
     return made if compact else _noted(made, graph)
+
+
+def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
+    """The checkpoint that ``recipe`` asks for; None when it asks for none."""
+    wanted = recipe.checkpoint
+    return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+
+
+def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
+    """The ONNX models that ``recipe`` asks for; None when it asks for none. Raises TargetError without onnx-ir."""
+    wanted = recipe.onnx
+    if wanted is None:
+        return None
+    try:
+        from backends.onnx import propose
+    except ImportError as reason:
+        raise TargetError(
+            f"ONNX models need the package {reason.name}, which is not installed",
+            remedy="pip install 'compress-model[onnx]'",
+        ) from reason
+    return propose(graph, wanted.target, accuracy=wanted.accuracy_level)
 
 
 def _noted(emission: Emission, graph: Graph) -> Emission:
@@ -64,11 +91,16 @@ def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> E
     quantised = config_of_generated(made.tensors)
     if isinstance(quantised, Mismatch):
         raise TargetError(f"{quantised.reason}; and {_none(no_stock)}")
-    config = {**made.config, "dtype": dtype_name(made.tensors.values())}
+    config = {**_numbered(made.config, graph), "dtype": dtype_name(made.tensors.values())}
     if quantised:
         config["quantization_config"] = quantised.config
     tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, compact).items()}
     return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
+
+
+def _numbered(config: Mapping[str, Any], graph: Graph) -> dict[str, Any]:
+    """``config`` with the numbers that tokens have in ``graph``."""
+    return dict(config) if graph.tokens is None else renumbered(config, graph.tokens)
 
 
 def _stored(name: str, param: Param, compact: bool) -> dict[str, Expr]:

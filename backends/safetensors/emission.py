@@ -63,7 +63,8 @@ class Emission:
     """A checkpoint in the making. ``config`` is all of config.json; ``tensors`` are by checkpoint name.
 
     ``notes`` say which other runtimes than transformers cannot load it, and why. ``files`` are further text files by
-    name: the code of a class that is not a stock one, for which ``no_stock`` says why there is none.
+    name: the code of a class that is not a stock one, for which ``no_stock`` says why there is none. ``tokens`` are
+    those of the source that its tokenizer keeps, in their new order; None for all.
     """
 
     target: str
@@ -73,6 +74,7 @@ class Emission:
     notes: tuple[str, ...] = field(default=())
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     no_stock: str = ""
+    tokens: Sequence[int] | None = None
 
     @property
     def auto_class(self) -> str:

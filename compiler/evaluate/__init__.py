@@ -186,10 +186,16 @@ def evaluate_model(
         kept = _Kept(file)
         if against is not None:
             theirs = _measure(model, windows, alone(names), seed, tick, keep=kept)
+            tokens = _token_count(model)
             del model
             gc.collect()
             file.seek(0)
             model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code or own_code)
+            if _token_count(model) != tokens:
+                raise DataError(
+                    f"the models have {_token_count(model)} and {tokens} tokens, and cannot be compared token by token",
+                    remedy="compare the bits-per-byte of either, measured without `--against`",
+                )
         ours = _measure(model, windows, names, seed, tick, reference=kept if theirs else None)
     return Evaluation(
         model=str(path),
@@ -265,6 +271,10 @@ def generate(
         if on_text is not None:
             on_text(piece)
     return Answer("".join(made), len(made), time.perf_counter() - started)
+
+
+def _token_count(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def _measure(

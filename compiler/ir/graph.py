@@ -111,7 +111,8 @@ class Graph:
     """A model as a flat list of typed operations.
 
     ``inputs`` and ``outputs`` map public names (``input_ids``, ``logits``) to values, in order. ``sources`` are the
-    checkpoints that ``load`` expressions name; a graph captured from a config alone has none.
+    checkpoints that ``load`` expressions name; a graph captured from a config alone has none. ``tokens`` are those of
+    the source that remain, in the order of their new numbers, where some were taken out.
     """
 
     def __init__(self, name: str, origin: Origin | None = None) -> None:
@@ -121,6 +122,7 @@ class Graph:
         self.params: dict[str, Param] = {}
         self.outputs: dict[str, Value] = {}
         self.sources: dict[str, Source] = {}
+        self.tokens: tuple[int, ...] | None = None
         self._root = Node(_ROOT, [], {}, [])
         self._root.previous = self._root.following = self._root
         self._owned: set[Node] = set()

@@ -57,7 +57,7 @@ def subgraph(graph: Graph, nodes: Sequence[Node], name: str) -> Graph:
 def copy_of(graph: Graph) -> Graph:
     """A copy of ``graph`` that can be rewritten on its own. Weights and their sources are shared."""
     copied = Graph(graph.name, graph.origin)
-    copied.sources = graph.sources
+    copied.sources, copied.tokens = graph.sources, graph.tokens
     copies: dict[Value, Value] = {value: copied.add_input(name, value.type) for name, value in graph.inputs.items()}
     _copy(graph.nodes, copied, copies)
     copied.outputs = {name: copies[value] for name, value in graph.outputs.items()}

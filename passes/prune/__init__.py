@@ -16,7 +16,7 @@ from passes.prune.conflicts import DEPTH, check
 Part = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=2)]
 Runtime = Literal["onnxruntime", "torch"]
-Kind = Literal["channels", "groups", "heads", "experts", "layers", "sublayers", "hidden"]
+Kind = Literal["channels", "groups", "heads", "experts", "layers", "sublayers", "hidden", "vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Prune(Pass):
 
     ``what``, one or several: `channels` (inside of MLPs, experts and convolutions), `groups` (key/value heads with
     their query heads: the cache shrinks too), `heads` (query heads, as many in each group), `experts` (with the
-    router's rows), `hidden` (the residual stream), `layers` and `sublayers` (attention or an MLP alone). ``keep`` may
-    also be the number that remains of each place (1152 channels), and is a part of the whole model with ``of: model``.
+    router's rows), `hidden` (the residual stream), `layers` and `sublayers` (attention or an MLP alone), `vocabulary`
+    (tokens that calibration data hardly holds, in the tokenizer too). ``keep`` may also be the number that remains of
+    each place (1152 channels), and is a part of the whole model with ``of: model``.
     Channels and widths remain in multiples of ``align``.
 
     ``faster: 1.5`` in place of ``keep`` prunes until the model takes 1 / 1.5 of its time, by a table of what its
@@ -81,7 +82,7 @@ class Prune(Pass):
     @property
     def calibrated(self) -> bool:
         measured = self.score != "magnitude" or self.refit or self.rotate
-        return not self.exact and (measured or bool(DEPTH & set(self.kinds)))
+        return not self.exact and (measured or bool((DEPTH | {"vocabulary"}) & set(self.kinds)))
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -94,5 +95,9 @@ class Prune(Pass):
         if self.exact:
             return
         from passes.prune.reduce import reduce
+        from passes.prune.vocabulary import shorten
 
-        reduce(graph, ctx, self, params)
+        if "vocabulary" in self.kinds:
+            shorten(graph, ctx, self)
+        else:
+            reduce(graph, ctx, self, params)

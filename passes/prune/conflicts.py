@@ -34,6 +34,10 @@ def _of_what(wanted: Prune) -> Iterator[Conflict]:
     yield kinds >= DEPTH, "what", "sublayers are parts of layers", "name one of them"
     both = "hidden" in kinds and bool(kinds & DEPTH)
     yield both, "what", "layers hold parts of the residual stream", "prune them one after the other, in two passes"
+    more = "vocabulary" in kinds and len(kinds) > 1
+    yield more, "what", "tokens go by how often they occur, and not by what they cost", "prune them in a last pass"
+    by_cost = "vocabulary" in kinds and (wanted.faster != 1 or wanted.score != "loss" or wanted.sizes != "uniform")
+    yield by_cost, "what", "tokens go by how often they occur", "leave `faster`, `score` and `sizes` out"
     remedy = "write `what: hidden`, or leave it out"
     yield wanted.rotate and "hidden" not in kinds, "rotate", "only the residual stream is turned", remedy
 

@@ -13,13 +13,22 @@ from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint, bind
 from compiler.weights.expr import Expr, load
+from compiler.weights.tokens import renumbered
 
 NAME = "same family"
 RUNTIME = ("auto_map", "quantization_config", "_name_or_path", "experts_implementation", "_experts_implementation")
 
 
 def source_config(graph: Graph) -> dict[str, Any] | None:
-    """The config of the model that ``graph`` was captured from: as its checkpoint has it, where there is one."""
+    """The config of the model that ``graph`` was captured from: as its checkpoint has it, where there is one.
+
+    Tokens have the numbers of ``graph``.
+    """
+    config = _before(graph)
+    return config if config is None or graph.tokens is None else renumbered(config, graph.tokens)
+
+
+def _before(graph: Graph) -> dict[str, Any] | None:
     config = getattr(graph.sources.get("model"), "config", None) or graph.origin.config
     return dict(config) if config else None
 
@@ -42,7 +51,7 @@ def _source_module(graph: Graph) -> Any:
     """The class as the source has it: ``module`` may have been untied since, and need more than the source holds."""
     from compiler.frontend.subject import build_on_meta, config_from_dict
 
-    return build_on_meta(config_from_dict(source_config(graph) or {}), graph.origin.architecture or "")
+    return build_on_meta(config_from_dict(_before(graph) or {}), graph.origin.architecture or "")
 
 
 def _named(name: str, tensor: Any) -> Expr:

@@ -22,7 +22,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def smaller_config(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the sizes of ``graph``, where one size serves for all of its layers."""
-    return {**config, **_layers(graph, config), **_inner(graph, config), **_heads(graph, config)}
+    tokens = {} if graph.tokens is None else _set(config, ("vocab_size",), {len(graph.tokens)})
+    return {**config, **tokens, **_layers(graph, config), **_inner(graph, config), **_heads(graph, config)}
 
 
 def _inner(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
