@@ -32,6 +32,7 @@ HELPERS = (
     "eager_attention",
     "latent_attention",
     "cross_states",
+    "hadamard",
     "gelu_tanh",
     "run_experts",
     "run_clamped_experts",

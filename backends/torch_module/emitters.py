@@ -329,6 +329,10 @@ def _norm(function: str) -> Emitter:
     return emit
 
 
+def _hadamard(site: Site) -> Code:
+    return Code(f"{site.helper('hadamard')}({arg(site, 0).text})")
+
+
 def _conv(site: Site) -> Code:
     leaf = site.leaf()
     if not leaf:
@@ -403,6 +407,7 @@ EMITTERS: dict[str, Emitter] = {
     "linear": _linear,
     "embedding": _embedding,
     "matmul": lambda site: binary(arg(site, 0), "@", arg(site, 1), PRODUCT),
+    "hadamard": _hadamard,
     "conv": _conv,
     "rms_norm": _norm("F.rms_norm"),
     "layer_norm": _norm("F.layer_norm"),

@@ -203,7 +203,9 @@ def _check_shared(walk: Walk, param: Param, uses: Mapping[Use, Factor]) -> None:
     wanted = [_of_node(own, uses, node) for node in param.users]
     if param in walk.asked or any(each is None or not _same(each, wanted[0]) for each in wanted):
         others = sorted({node.op.name for node in param.users if node not in {use.node for use in own}})
-        raise Blocked(f"{param.name} is shared" + (f" with {', '.join(f'`{name}`' for name in others)}" if others else ""))
+        raise Blocked(
+            f"{param.name} is shared" + (f" with {', '.join(f'`{name}`' for name in others)}" if others else "")
+        )
 
 
 def _of_node(own: Sequence[Use], uses: Mapping[Use, Factor], node: Node) -> dict[int, Factor] | None:

@@ -311,7 +311,9 @@ def _experts(walk: Walk, node: Node) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(("cast", "reshape", "transpose", "slice", "concat", "expand", "split_heads", "merge_heads"), _moved),
+    **dict.fromkeys(
+        ("cast", "reshape", "transpose", "slice", "concat", "expand", "split_heads", "merge_heads"), _moved
+    ),
     **dict.fromkeys(("relu", "abs"), _homogeneous),
     **dict.fromkeys(("sqrt", "rsqrt"), _root),
     **dict.fromkeys(("minimum", "maximum"), _bound),

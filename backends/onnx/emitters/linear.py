@@ -9,6 +9,7 @@ from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule
 from backends.onnx.quantised import gathered, multiplied, packed
 from compiler.ir.graph import Node, Param, Value
+from compiler.ir.ops.hadamard import basis, cosines
 from compiler.weights.ops.basic import cast
 
 
@@ -64,4 +65,17 @@ def conv(build: Builder, node: Node) -> ir.Value:
     )
 
 
-RULES: tuple[Rule, ...] = (linear, embedding, conv)
+@rule("hadamard")
+def rotated(build: Builder, node: Node) -> ir.Value:
+    """Products with the two small matrices whose Kronecker product the transform is."""
+    x = node.input(0)
+    width, lead = int(x.shape[-1]), [0] * (x.type.rank - 1)
+    power = width & -width
+    made = build.op("Reshape", build.arg(node, 0), build.ints(*lead, -1, power))
+    made = build.op("MatMul", made, build.constant(basis(power).float()))
+    if power < width:
+        made = build.op("MatMul", build.constant(cosines(width // power).T.float()), made)
+    return build.op("Reshape", made, build.ints(*lead, width))
+
+
+RULES: tuple[Rule, ...] = (linear, embedding, conv, rotated)
