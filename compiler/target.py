@@ -46,27 +46,6 @@ def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, com
     return made if compact else _noted(made, graph)
 
 
-def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
-    """The checkpoint that ``recipe`` asks for; None when it asks for none."""
-    wanted = recipe.checkpoint
-    return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
-
-
-def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
-    """The ONNX models that ``recipe`` asks for; None when it asks for none. Raises TargetError without onnx-ir."""
-    wanted = recipe.onnx
-    if wanted is None:
-        return None
-    try:
-        from backends.onnx import propose
-    except ImportError as reason:
-        raise TargetError(
-            f"ONNX models need the package {reason.name}, which is not installed",
-            remedy="pip install 'compress-model[onnx]'",
-        ) from reason
-    return propose(graph, wanted.target, accuracy=wanted.accuracy_level)
-
-
 def _noted(emission: Emission, graph: Graph) -> Emission:
     """``emission``, which says so where it stores zeros that it need not."""
     sparse = any(as_scatter(param.expr) for param in graph.params.values())
