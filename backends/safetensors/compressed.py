@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
 from backends.safetensors.parts import EXPERT, as_dequantize
+from backends.safetensors.rounding import Rounding
 from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr
@@ -28,14 +29,22 @@ class Quantised:
 
 
 def quantization_config(
-    named: Mapping[str, Expr], stored: Mapping[str, Expr], module: Any
+    named: Mapping[str, Expr], stored: Mapping[str, Expr], module: Any, activations: Mapping[str, Rounding]
 ) -> Quantised | Mismatch | None:
     """The config for ``module``, whose tensors are ``named``, and ``stored`` under the names of its checkpoint.
+
+    ``activations`` says how what weights multiply is rounded, by the weights' names.
 
     None when all are dense. A Mismatch says which weight cannot be stored, or why transformers could not load it.
     ``module`` is on the meta device and not to be used afterwards.
     """
-    found = _described(named, stored, _names(module, "Linear"), _names(module, "Embedding"))
+    dense = [name for name in activations if as_dequantize(named[name]) is None]
+    if dense:
+        return Mismatch(f"what {dense[0]} multiplies is rounded, and the weight is not; quantise it too")
+    renamed = [name for name, how in activations.items() if how.scale and name not in stored]
+    if renamed:
+        return Mismatch(f"files hold {renamed[0]} under another name, where no scale of what it multiplies is read")
+    found = _described(named, stored, _names(module, "Linear"), _names(module, "Embedding"), activations)
     return _rehearsed(found, module) if isinstance(found, Quantised) else found
 
 
@@ -43,7 +52,7 @@ def config_of_generated(tensors: Mapping[str, Param]) -> Quantised | Mismatch | 
     """The config for a class written for ``tensors``, which are by name. transformers dequantises while it loads."""
     exprs = {name: param.expr for name, param in tensors.items()}
     linears, tables = (_modules(tensors, *kinds) for kinds in (("linear", "latent_attention"), ("embedding",)))
-    found = _described(exprs, exprs, linears, tables)
+    found = _described(exprs, exprs, linears, tables, {})
     if isinstance(found, Quantised) and not found.config.get("dequantize"):
         return Mismatch("its weights are quantised in several ways; generated code loads one scheme for all weights")
     return found
@@ -56,7 +65,11 @@ def _modules(tensors: Mapping[str, Param], *kinds: str) -> dict[str, None]:
 
 
 def _described(
-    named: Mapping[str, Expr], stored: Mapping[str, Expr], linears: Mapping[str, None], embeddings: Mapping[str, None]
+    named: Mapping[str, Expr],
+    stored: Mapping[str, Expr],
+    linears: Mapping[str, None],
+    embeddings: Mapping[str, None],
+    activations: Mapping[str, Rounding],
 ) -> Quantised | Mismatch | None:
     dense: set[str] = set()
     for key, expr in stored.items():
@@ -66,6 +79,11 @@ def _described(
         if quantised and not key.endswith(".weight"):
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
     schemes = _schemes(named, keep=lambda name: EXPERT.search(name) is None)
+    schemes |= {
+        module: replace(schemes[module], inputs=how)
+        for name, how in activations.items()
+        if (module := name.removesuffix(".weight")) in schemes
+    }
     experts = _schemes(stored, keep=lambda name: EXPERT.search(name) is not None)
     plain = [
         key
@@ -145,7 +163,7 @@ def _config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    if len(by_scheme) == 1 and not experts:
+    if not _is_late(by_scheme):
         # read by transformers alone: it then dequantises while loading, which works for every class and with zero
         # points, where its other way, to dequantise in the first forward pass, does not
         config["dequantize"] = True
@@ -164,9 +182,18 @@ def _unloadable(schemes: list[tuple[Scheme, bool]]) -> str:
     reasons = [_unreadable_experts(scheme) for scheme, expert in schemes if expert]
     if any(reasons):
         return next(filter(None, reasons))
-    if len(schemes) > 1 and any(_has_packed_zeros(*key) for key in schemes):
-        return "transformers reads packed zero points only of models with one scheme; make the weights symmetric"
+    if _is_late(schemes) and any(_has_packed_zeros(*key) for key in schemes):
+        which = "one scheme" if len(schemes) > 1 else "exact activations"
+        return f"transformers reads packed zero points only of models with {which}; make the weights symmetric"
     return ""
+
+
+def _is_late(schemes: Collection[tuple[Scheme, bool]]) -> bool:
+    """Whether transformers dequantises in the first forward pass.
+
+    While loading, which it would do otherwise, it can read one scheme for all modules, and forgets about activations.
+    """
+    return len(schemes) > 1 or any(expert or scheme.inputs is not None for scheme, expert in schemes)
 
 
 def _unreadable_experts(scheme: Scheme) -> str:
@@ -199,7 +226,7 @@ def _group(key: tuple[Scheme, bool], names: list[str], linears: Mapping[str, Non
     return {
         "targets": [*targets, *(["Linear"] if common else [])],
         "weights": scheme.weights_config(),
-        "input_activations": None,
+        "input_activations": None if scheme.inputs is None else scheme.inputs.config(),
         "output_activations": None,
         "format": format_of(scheme, expert=expert).name,
     }
@@ -212,7 +239,8 @@ def _patterns(experts: list[str]) -> list[str]:
 
 
 def _format_notes(groups: list[dict[str, Any]]) -> list[str]:
-    plain = any(group["format"] == int_quantized.FORMAT.name for group in groups)
+    formats = [group["format"] for group in groups if group["input_activations"] is None]
+    plain = int_quantized.FORMAT.name in formats
     return ["vLLM reads int-quantized weights only where activations are quantised too"] if plain else []
 
 

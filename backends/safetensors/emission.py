@@ -15,6 +15,7 @@ import torch
 from backends.safetensors.assemble import assemble
 from backends.safetensors.compressed import quantization_config
 from backends.safetensors.parts import as_dequantize, stored_parts
+from backends.safetensors.rounding import Rounding, by_module, without_rounding
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import CaptureError, TargetError
 from compiler.ir.graph import Graph, Param
@@ -98,9 +99,10 @@ def propose(graph: Graph) -> Emission | Refusal:
     """
     from backends.safetensors.targets import TARGETS
 
+    plain, rounded = without_rounding(graph)
     refusals: list[Refusal] = []
     for target in TARGETS:
-        found = _first(graph, target.name, target.propose(graph))
+        found = _first(plain, rounded, target.name, target.propose(plain))
         if isinstance(found, Emission):
             return found
         refusals.append(found)
@@ -108,13 +110,15 @@ def propose(graph: Graph) -> Emission | Refusal:
     return Refusal(", ".join(refusal.target for refusal in refusals), reasons)
 
 
-def _first(graph: Graph, target: str, proposals: Sequence[Proposal] | Refusal) -> Emission | Refusal:
+def _first(
+    graph: Graph, rounded: Mapping[str, Rounding], target: str, proposals: Sequence[Proposal] | Refusal
+) -> Emission | Refusal:
     """The emission of the first proposal that fits, or the refusal of the likeliest one."""
     if isinstance(proposals, Refusal):
         return proposals
     refusals: list[Refusal] = []
     for proposal in proposals:
-        found = _emission(graph, target, proposal)
+        found = _emission(graph, rounded, target, proposal)
         if isinstance(found, Emission):
             return found
         refusals.append(found)
@@ -132,7 +136,7 @@ def require(graph: Graph) -> Emission:
     return found
 
 
-def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refusal:
+def _emission(graph: Graph, rounded: Mapping[str, Rounding], target: str, proposal: Proposal) -> Emission | Refusal:
     from compiler.frontend.subject import build_on_meta, config_from_dict
     from compiler.weights.checkpoint import unbind
 
@@ -153,7 +157,10 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
         return Refusal(target, unused.reason)
     named = {**named, **unused}
     stored = {key: as_dequantize(expr) or expr for key, expr in unbind(named, module).items()}
-    quantised = quantization_config(named, stored, module)
+    activations = by_module(captured, found, rounded)
+    if isinstance(activations, Mismatch):
+        return Refusal(target, activations.reason)
+    quantised = quantization_config(named, stored, module, activations)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype_name(found.values())}
@@ -161,6 +168,9 @@ def _emission(graph: Graph, target: str, proposal: Proposal) -> Emission | Refus
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
     tensors = {name: part for key, expr in stored.items() for name, part in stored_parts(key, expr).items()}
+    tensors |= {
+        key: scale for name, how in activations.items() for key, scale in how.tensors(name, named[name]).items()
+    }
     return Emission(target, proposal.architecture, written, tensors, notes)
 
 

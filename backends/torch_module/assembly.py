@@ -34,6 +34,7 @@ HELPERS = (
     "cross_states",
     "hadamard",
     "gelu_tanh",
+    "fake_quantize",
     "run_experts",
     "run_clamped_experts",
     "LatentRotation",

@@ -84,6 +84,13 @@ def _gelu(site: Site) -> Code:
     return Code(f"F.gelu({arg(site, 0).text}{approximate})")
 
 
+def _fake_quantize(site: Site) -> Code:
+    name, options = site.helper("fake_quantize"), [arg(site, 0).text]
+    options += [f"bits={site.node.attr('bits')}"] if site.node.attr("type") == "int" else []
+    options += [f"scale={number(site.node.attr('scale'))}"] if site.node.attr("scale") else []
+    return Code(f"{name}({', '.join(options)})")
+
+
 def _cast(site: Site) -> Code:
     dtype: torch.dtype = site.node.attr("dtype")
     return Code(f"{arg(site, 0).atom}.to({dtype})")
@@ -433,6 +440,7 @@ EMITTERS: dict[str, Emitter] = {
     "gelu": _gelu,
     "logical_not": _negated("~"),
     "cast": _cast,
+    "fake_quantize": _fake_quantize,
     "add": _operator("+", SUM),
     "sub": _operator("-", SUM),
     "mul": _operator("*", PRODUCT),

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from compiler.ir.graph import Graph
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
+from passes.quantize.activations import Activations, round_inputs
 from passes.quantize.numbers import NumberSystem, Per, Type
 from passes.quantize.places import check_groups, chosen_of
 
@@ -30,6 +31,9 @@ class Quantize(Pass):
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
     and the head gets its own quantised copy; by default such a weight is left alone.
 
+    ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, token by token, as runtimes with
+    products of such numbers do.
+
     Never exact. Round to nearest is the baseline that every method of quantisation is measured against.
     """
 
@@ -42,6 +46,7 @@ class Quantize(Pass):
     per: Per = "row"
     scale: Literal["search", "minmax"] = "search"
     tied: Literal["skip", "copy"] = "skip"
+    activations: Activations = "none"
 
     exact_when: ClassVar = None
     edits_weights: ClassVar[bool] = False
@@ -57,6 +62,8 @@ class Quantize(Pass):
             dense = param.expr
             param.expr = codec.nearest(dense)
             ctx.rewrote(param.name, str(system), bytes_before=dense.type.with_dtype(param.storage).nbytes)
+        if self.activations != "none":
+            round_inputs(graph, ctx, chosen, self.activations)
 
     def _system(self) -> NumberSystem:
         return NumberSystem(self.type, self.bits, self.group, self.symmetric, self.per, self.scale == "search")

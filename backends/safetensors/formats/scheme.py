@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from backends.safetensors.rounding import Rounding
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import code_bits
 
@@ -18,7 +19,8 @@ SCALE_DTYPES = {"mx": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 class Scheme:
     """Codes of ``bits`` bits of a ``kind``, with zero points unless symmetric.
 
-    A scale is shared by ``rows`` (0: all) rows of ``group`` (0: all) inputs.
+    A scale is shared by ``rows`` (0: all) rows of ``group`` (0: all) inputs. ``inputs`` says how what the weight
+    multiplies is rounded; None if it is not.
     """
 
     bits: int
@@ -26,6 +28,7 @@ class Scheme:
     symmetric: bool
     kind: Kind = "int"
     rows: int = 1
+    inputs: Rounding | None = None
 
     def weights_config(self) -> dict[str, Any]:
         """The ``weights`` entry of a compressed-tensors config group."""

@@ -12,13 +12,13 @@ from importlib.metadata import entry_points
 
 from compiler.errors import OpError
 from compiler.ir.opdef import OpDef
-from compiler.ir.ops import elementwise, hadamard, nn, shape
+from compiler.ir.ops import elementwise, hadamard, nn, rounding, shape
 
 
 @lru_cache(maxsize=1)
 def operations() -> dict[str, OpDef]:
     """Every operation by name."""
-    table = {op.name: op for op in (*nn.OPS, *hadamard.OPS, *elementwise.OPS, *shape.OPS)}
+    table = {op.name: op for op in (*nn.OPS, *hadamard.OPS, *elementwise.OPS, *shape.OPS, *rounding.OPS)}
     for point in entry_points(group="compress_model.operations"):
         for op in point.load():
             if op.name in table:
