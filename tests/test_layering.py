@@ -16,6 +16,7 @@ PACKAGES = ("compiler", "passes", "backends", "recipes")
 ALLOWED = {
     "compiler.ir": (),
     "compiler.ir.execute": ("compiler.weights.evaluate",),
+    "compiler.ir.factored": ("compiler.weights.ops.basic",),
     "compiler.ir.text": ("compiler.weights.expr",),
     "compiler.ir.parse": ("compiler.weights.expr",),
     "compiler.rewrite": ("compiler.ir", "compiler.weights"),

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from compiler.errors import SelectorError
+from compiler.frontend import capture
 from compiler.ir.select import resolve
+from compiler.pipeline import Pipeline
+from passes import LowRank
+from tests.families import FAMILIES
 from tests.graphs import INNER, WIDTH, tiny_llama
 
 
@@ -99,3 +103,19 @@ def test_what_cannot_be_meant_is_refused(selector, skip, cause, remedy):
         names(selector, skip)
     assert cause in raised.value.cause
     assert remedy in raised.value.remedy
+
+
+@pytest.mark.parametrize("form", ["pair", "pivoted"])
+@pytest.mark.parametrize("share", ["none", "input"])
+def test_factors_have_the_roles_of_what_they_stand_for(form, share):
+    graph = capture(FAMILIES["llama"].config())
+    wanted = {role: {param.name for param in resolve(graph, role)} for role in ("attention.query", "mlp", "head")}
+    factors = LowRank(where={"name": "*.layers.*", "role": "linear"}, keep=0.7, form=form, share=share)
+    Pipeline([factors]).run(graph, planned=True)
+    for role, names in wanted.items():
+        found = {param.name for param in resolve(graph, role)}
+        halves = ("down", "up") if form == "pair" else ("pivots", "others")
+        for name in names - {"lm_head.weight"}:
+            assert any(f"{name.removesuffix('weight')}{half}.weight" in found for half in halves)
+        linear = {param.name for param in resolve(graph, "linear")} - {"lm_head.weight"}
+        assert linear == {param.name for param in resolve(graph, ["attention", "mlp"])}

@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compiler.errors import SelectorError
+from compiler.ir.factored import roles_with_factors
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import layer_of
-from compiler.ir.roles import ROLES, has_role, roles
+from compiler.ir.roles import ROLES, has_role
 
 Selector = str | Sequence[str] | Mapping[str, Any]
 """A role, a glob on parameter names, a list of either, or a mapping with the keys in ``KEYS``, which must all hold."""
@@ -30,7 +31,7 @@ def resolve(graph: Graph, selector: Selector, skip: Sequence[str] = ()) -> list[
     SelectorError when nothing is left, when a number differs from ``expect``, when the selector is malformed, or when
     an entry of ``skip`` that is no role matches no weight at all.
     """
-    known = roles(graph)
+    known = roles_with_factors(graph)
     for entry in skip:
         if entry not in ROLES and not any(_named(param, entry) for param in graph.params.values()):
             raise SelectorError(
