@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from backends.safetensors import Emission, emit
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
-from compiler.evaluate.parity import verify_by_reload
+from compiler.evaluate.parity import Verification, verify_by_reload, verify_onnx
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
@@ -34,11 +34,15 @@ from compiler.recipe.schema import Calibration
 from compiler.report.lock import job_key, make_lock
 from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
-from compiler.target import emission_of
+from compiler.target import checkpoint_for, onnx_for
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.writer import BUDGET, explained
 
+if TYPE_CHECKING:
+    from backends.onnx import OnnxEmission
+
 SMALLEST_BUDGET = 64 << 20
+ONNX_FOLDER = "onnx"
 
 
 @dataclass
@@ -198,7 +202,8 @@ class _Passed:
 
     graph: Graph
     report: Report
-    emission: Emission
+    emission: Emission | None
+    onnx: OnnxEmission | None
 
 
 def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
@@ -206,17 +211,16 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
     observers: list[Observer] = [run.recipe.locate(), Timing(), Narrate(run.console.say)]
     if run.dump_graphs is not None:
         observers.append(DumpGraphs(run.dump_graphs))
-    pipeline, wanted = Pipeline(run.recipe.passes), run.recipe.emit[0]
+    pipeline, recipe = Pipeline(run.recipe.passes), run.recipe
     report = pipeline.run(
         graph,
         observers=observers,
         planned=workdir is None,
         workdir=workdir,
-        bytes_of=bytes_in_file(wanted.compact),
+        bytes_of=bytes_in_file(recipe.compact),
         calibration=no_calibration if run.recipe.calibration is None else run.calibration,
     )
-    emission = emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
-    return _Passed(graph, report, emission)
+    return _Passed(graph, report, checkpoint_for(graph, recipe), onnx_for(graph, recipe))
 
 
 def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:
@@ -224,26 +228,59 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
         with run.step("compute"):
             passed = _pass_and_propose(run, open_recipe_model(run.recipe), output.state)
     graph = passed.graph
+    if passed.emission is not None:
+        _write(run, passed.emission, graph, output, budget)
+    if passed.onnx is not None:
+        _write_onnx(run, passed.onnx, output, budget)
+    with run.step("hash"):
+        lock["inputs"]["model"]["files"] = digests_of(graph)
+    own_code = bool(passed.emission and passed.emission.files)
+    with run.step("verify"):
+        verification, reloaded = _verify(run, passed, output, own_code)
+    evaluation = _evaluate(run, output, own_code)
+    findings = Findings(
+        passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded
+    )
+    document = write_reports(findings, output.files)
+    output.commit()
+    return Result(output.path, document, passed.report)
+
+
+def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory, budget: int) -> None:
+    assert run.recipe.checkpoint is not None  # there is an emission for it
     with run.step("write"), run.console.progress("write") as advance:
         emit(
-            passed.emission,
+            emission,
             graph.sources,
             output.files,
-            shard_bytes=run.recipe.emit[0].shard,
+            shard_bytes=run.recipe.checkpoint.shard,
             journal=output.state / "journal",
             budget=budget,
             on_progress=advance,
         )
-    with run.step("hash"):
-        lock["inputs"]["model"]["files"] = digests_of(graph)
-    with run.step("verify"):
-        own_code = bool(passed.emission.files)
-        verification = verify_by_reload(graph, output.files, memory=memory_to_use(run.recipe), own_code=own_code)
-    evaluation = _evaluate(run, output, own_code)
-    findings = Findings(passed.report, passed.emission, verification, evaluation, lock, run.seconds)
-    document = write_reports(findings, output.files)
-    output.commit()
-    return Result(output.path, document, passed.report)
+
+
+def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, budget: int) -> None:
+    from backends.onnx import emit
+
+    folder = output.files / ONNX_FOLDER
+    folder.mkdir(exist_ok=True)
+    with run.step("write onnx"), run.console.progress("write onnx") as advance:
+        journal = output.state / "onnx-journal"
+        emit(emission, emission.graph.sources, folder, journal=journal, budget=budget, on_progress=advance)
+
+
+def _verify(
+    run: _Run, passed: _Passed, output: OutputDirectory, own_code: bool
+) -> tuple[Verification | None, Verification | None]:
+    """What reloading the checkpoint, and the ONNX model, gave; None for what is not written."""
+    memory = memory_to_use(run.recipe)
+    checkpoint, onnx = None, None
+    if passed.emission is not None:
+        checkpoint = verify_by_reload(passed.graph, output.files, memory=memory, own_code=own_code)
+    if passed.onnx is not None:
+        onnx = verify_onnx(passed.onnx, output.files / ONNX_FOLDER, memory=memory)
+    return checkpoint, onnx
 
 
 def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:

@@ -20,6 +20,7 @@ from compiler.pipeline import Calibration, Observer, PassReport, Pipeline, Repor
 from compiler.recipe import Recipe
 
 if TYPE_CHECKING:
+    from backends.onnx import OnnxEmission
     from backends.safetensors import Emission
     from compiler.weights.expr import Expr
 
@@ -117,7 +118,7 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
         graph,
         observers=observers,
         planned=True,
-        bytes_of=bytes_in_file(recipe.emit[0].compact),
+        bytes_of=bytes_in_file(recipe.compact),
         calibration=calibration,
     )
 
@@ -232,19 +233,26 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
-    from compiler.target import emission_of
-    from compiler.weights.layout import layout
+    from compiler.target import checkpoint_for, onnx_for
+    from compiler.weights.layout import SHARD_BYTES, layout
 
-    emit = recipe.emit[0]
-    emission = emission_of(graph, emit.class_, emit.cache_bits, compact=emit.compact)
-    shards = layout(emission.tensors, emit.shard)
-    files = {shard.name: shard.tensor_bytes for shard in shards}
-    output = Output(emission.architecture, files, loads_in(emission))
-    return output, peak_rss() + THREADS * _largest_step(emission.tensors)
+    checkpoint, onnx = checkpoint_for(graph, recipe), onnx_for(graph, recipe)
+    shard = recipe.checkpoint.shard if recipe.checkpoint else SHARD_BYTES
+    written = [emission for emission in (checkpoint, onnx) if emission is not None]
+    files: dict[str, int] = {}
+    for emission in written:
+        folder = "onnx/" if emission is onnx else ""
+        files |= {f"{folder}{part.name}": part.tensor_bytes for part in layout(emission.tensors, shard)}
+    output = Output(written[0].architecture, files, tuple(line for emission in written for line in loads_in(emission)))
+    return output, peak_rss() + THREADS * max(_largest_step(emission.tensors) for emission in written)
 
 
-def loads_in(emission: Emission) -> tuple[str, ...]:
+def loads_in(emission: Emission | OnnxEmission) -> tuple[str, ...]:
     """Where it loads, and where it does not."""
+    from backends.safetensors import Emission
+
+    if not isinstance(emission, Emission):
+        return emission.loads_in
     needs = f" with compressed-tensors {version('compressed-tensors')}" if emission.quantization_config else ""
     code = "with its own code (trust_remote_code=True)" if emission.files else "without remote code"
     ours = f"transformers {version('transformers')}{needs}, {code}"

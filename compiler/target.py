@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
 from backends.safetensors.compressed import config_of_generated
@@ -16,6 +16,10 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import is_quantised
 from compiler.weights.ops.sparse import as_scatter
 from compiler.weights.tokens import renumbered
+
+if TYPE_CHECKING:
+    from backends.onnx import OnnxEmission
+    from compiler.recipe import Recipe
 
 ZEROS = "zeros of sparse weights are stored like other numbers and save nothing; `sparse: compact` leaves them out"
 
@@ -44,6 +48,27 @@ def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, com
         )
     made = _generated(graph, found.reason, cache_bits or 0, compact)
     return made if compact else _noted(made, graph)
+
+
+def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
+    """The checkpoint that ``recipe`` asks for; None when it asks for none."""
+    wanted = recipe.checkpoint
+    return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+
+
+def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
+    """The ONNX models that ``recipe`` asks for; None when it asks for none. Raises TargetError without onnx-ir."""
+    wanted = recipe.onnx
+    if wanted is None:
+        return None
+    try:
+        from backends.onnx import propose
+    except ImportError as reason:
+        raise TargetError(
+            f"ONNX models need the package {reason.name}, which is not installed",
+            remedy="pip install 'compress-model[onnx]'",
+        ) from reason
+    return propose(graph, wanted.target, accuracy=wanted.accuracy_level)
 
 
 def _noted(emission: Emission, graph: Graph) -> Emission:

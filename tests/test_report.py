@@ -64,6 +64,7 @@ def test_keys_are_stable(document):
         "passes",
         "layers",
         "verification",
+        "onnx",
         "evaluation",
     ]
     assert list(document["passes"][0]) == [

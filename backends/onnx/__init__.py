@@ -2,5 +2,6 @@
 
 from backends.onnx.emission import OnnxEmission, propose
 from backends.onnx.emit import emit
+from backends.onnx.verify import Reloaded, verify
 
-__all__ = ["OnnxEmission", "emit", "propose"]
+__all__ = ["OnnxEmission", "Reloaded", "emit", "propose", "verify"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from backends.onnx.lower import Lowered, is_causal, lowered
@@ -15,14 +15,44 @@ from compiler.weights.expr import Expr
 
 @dataclass(frozen=True)
 class OnnxEmission:
-    """Models by file name. ``kind`` says how they are run: ``causal`` or ``encoder``."""
+    """Models by file name. ``kind`` says how they are run: ``causal`` or ``encoder``. ``accuracy`` 4 rounds the inputs
+    of products with quantised weights to int8, 0 does not."""
 
     graph: Graph
-    target: Target
+    runtime: Target
     kind: str
     models: Mapping[str, Lowered]
     accuracy: int
-    config: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    @property
+    def target(self) -> str:
+        """What a report calls the target."""
+        return f"onnx: {self.runtime.name}"
+
+    @property
+    def architecture(self) -> str:
+        return self.graph.origin.architecture or self.graph.name
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The config of the model that the graph was captured from."""
+        return self.graph.origin.config or {}
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether a product takes its inputs rounded to int8."""
+        used = {name for model in self.models.values() for name in model.operations(CONTRIB)}
+        return self.accuracy != 0 and "MatMulNBits" in used
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """Where it runs, and what the user should know."""
+        opsets = f"opset {OPSET}" + (" and its own operations" if self.runtime.contrib else "")
+        return (f"ONNX Runtime {self.runtime.runtime} or later ({opsets})", *(f"but: {note}" for note in self.notes))
+
+    def at_accuracy(self, accuracy: int) -> OnnxEmission:
+        """The same tensors multiplied at another accuracy."""
+        return propose(self.graph, self.runtime.name, accuracy=accuracy)
 
     @cached_property
     def tensors(self) -> Mapping[str, Expr]:
@@ -46,12 +76,12 @@ class OnnxEmission:
         """How a model was made, for its ``metadata_props``."""
         used = model.operations(CONTRIB)
         return {
-            "compress-model.target": self.target.name,
+            "compress-model.target": self.runtime.name,
             "compress-model.kind": self.kind,
             "compress-model.graph": self.graph.name,
             "compress-model.opset": str(OPSET),
             "compress-model.contrib-operations": ", ".join(used),
-            "compress-model.onnxruntime": f">={self.target.runtime}",
+            "compress-model.onnxruntime": f">={self.runtime.runtime}",
             "compress-model.accuracy-level": str(self.accuracy),
             "compress-model.notes": "; ".join(self.notes),
         }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from backends.onnx import check
 from backends.onnx.emission import OnnxEmission
 from backends.onnx.lower import Lowered
 from compiler.weights.layout import SHARD_BYTES, layout
@@ -31,11 +33,29 @@ def emit(
     Tensors are written one by one into ``model.safetensors``, or shards of it, and models refer to their places: no
     more is in memory than the writer's budget. Raises what the writer raises.
     """
+    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
+    from compiler.weights.tokens import keep_tokens
+
+    model = sources.get("model")
+    if isinstance(model, Checkpoint):
+        save_tokenizer(model, directory)
+        if emission.graph.tokens is not None:
+            keep_tokens(directory, emission.graph.tokens)
+    (directory / "check.py").write_text(Path(check.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    config = json.dumps(dict(emission.config), indent=2, default=str) + "\n"
+    (directory / "config.json").write_text(config, encoding="utf-8")
+    save_models(emission, directory, shard_bytes)
+    write(emission.tensors, sources, directory, shard_bytes=shard_bytes, on_progress=on_progress, **options)
+
+
+def save_models(
+    emission: OnnxEmission, directory: Path, shard_bytes: int = SHARD_BYTES, *, names: Mapping[str, str] | None = None
+) -> None:
+    """Write the models, under other ``names`` if given, without their tensors."""
     places = _places(emission, shard_bytes)
     for name, model in emission.models.items():
         _point(model, places)
-        ir.save(model.model(emission.metadata(model)), directory / name)
-    write(emission.tensors, sources, directory, shard_bytes=shard_bytes, on_progress=on_progress, **options)
+        ir.save(model.model(emission.metadata(model)), directory / (names or {}).get(name, name))
 
 
 def _places(emission: OnnxEmission, shard_bytes: int) -> dict[str, tuple[str, int]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compiler.errors import ParityError
 from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
+
+if TYPE_CHECKING:
+    from backends.onnx import OnnxEmission
 
 LENGTH = 24
 OTHER_CODES = 2.0**-6  # of the output's scale
@@ -57,6 +60,27 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
             remedy=f"at most {tolerance:.3g} is rounding; this is a bug",
         )
     return Verification(True, error, tolerance)
+
+
+def verify_onnx(emission: OnnxEmission, directory: Path, *, memory: int) -> Verification:
+    """Run the ONNX model in ``directory`` by ONNX Runtime and compare its outputs with the graph's, on random inputs.
+
+    Where products round their inputs to int8, that is compared without rounding, and with it against a wide bound.
+    Skipped when its tensors do not fit ``memory`` bytes. Raises ParityError when the outputs differ.
+    """
+    from backends.onnx import verify
+
+    if 2 * emission.nbytes > memory:
+        return Verification(False, skipped=f"ONNX Runtime needs about {2 * emission.nbytes} bytes, more than there is")
+    found = verify(emission, directory)
+    if not found.holds:
+        rounded = "" if found.rounded is None else f" ({found.rounded:.3g} with inputs rounded to int8)"
+        raise ParityError(
+            f"the ONNX model differs from the graph by {found.error:.3g} of the output's scale{rounded}",
+            where=str(directory),
+            remedy=f"at most {found.tolerance:.3g} is rounding; this is a bug",
+        )
+    return Verification(True, found.error, found.tolerance)
 
 
 def _exactly(model: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from compiler.datafiles import recordings
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
-from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Run, build
+from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Onnx, Run, Safetensors, build
 from compiler.recipe.yamltree import Tree, read_tree
 from passes import pass_class, pass_names
 
@@ -50,6 +50,21 @@ class Recipe:
         root = Path(path)
         merged = _merge(root, root.resolve().parent, (root.resolve(),))
         return _Checker(root).recipe(merged, model)
+
+    @property
+    def checkpoint(self) -> Safetensors | None:
+        """How the checkpoint is written; None when none is."""
+        return next((wanted for wanted in self.emit if isinstance(wanted, Safetensors)), None)
+
+    @property
+    def compact(self) -> bool:
+        """Whether sparse weights are stored as bits and values."""
+        return self.checkpoint is not None and self.checkpoint.compact
+
+    @property
+    def onnx(self) -> Onnx | None:
+        """How ONNX models are written; None when none are."""
+        return next((wanted for wanted in self.emit if isinstance(wanted, Onnx)), None)
 
     def locate(self) -> Observer:
         """An observer that makes errors of passes point at the recipe."""
@@ -265,6 +280,12 @@ class _Checker:
                 "`emit` is empty: nothing would be written",
                 span=entries["emit"].place,
                 remedy="write `emit: [safetensors]`, or leave `emit` out",
+            )
+        if "evaluate" in entries and "safetensors" not in chosen:
+            raise RecipeError(
+                "`evaluate` measures a checkpoint, and none is written",
+                span=entries["emit"].place,
+                remedy="write `emit: [safetensors, onnx]`, or leave `evaluate` out",
             )
         return tuple(chosen.values())
 

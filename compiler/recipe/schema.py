@@ -111,7 +111,19 @@ class Safetensors:
             raise RecipeError("`shard` is less than 1MB", option="shard", remedy="the default is `shard: 5GB`")
 
 
-EMITTERS: Mapping[str, type] = {"safetensors": Safetensors}
+@dataclasses.dataclass(frozen=True)
+class Onnx:
+    """ONNX models in the folder ``onnx``, with their tensors, a cache for decoding, and a script that checks them.
+
+    ``target`` ``ort-cpu`` uses what is fast in ONNX Runtime on a CPU, ``onnx`` only standard operations.
+    ``accuracy-level`` 4 rounds the inputs of quantised weights to int8, 0 does not and is much slower.
+    """
+
+    target: Literal["ort-cpu", "onnx"] = "ort-cpu"
+    accuracy_level: Literal[4, 0] = 4
+
+
+EMITTERS: Mapping[str, type] = {"safetensors": Safetensors, "onnx": Onnx}
 SECTIONS: Mapping[str, type] = {"calibration": Calibration, "evaluate": Evaluate, "run": Run}
 KEYS = ("model", "calibration", "passes", "emit", "evaluate", "run", "include")
 

@@ -31,9 +31,21 @@ def summary(document: Document, path: Path) -> str:
         f"{path}: {output['architecture']}, {human_bytes(output['tensor_bytes'])}",
         *(f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(output["loads_in"])),
         f"  {verification_sentence(document)}",
+        *_onnx_lines(document, path),
         f"  more: {path / 'compress' / 'report.html'}",
     ]
     return "\n".join(lines)
+
+
+def _onnx_lines(document: Document, path: Path) -> list[str]:
+    """What an ONNX model beside a checkpoint is, and whether it was reloaded."""
+    found = document.get("onnx")
+    if found is None or document["output"]["target"] == found["target"]:
+        return []
+    sentence = verification_sentence({"verification": found["verification"], "output": {"target": found["target"]}})
+    places = (f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(found["loads_in"]))
+    size = human_bytes(found["tensor_bytes"])
+    return [f"{path / 'onnx'}: {found['target']}, {size}", *places, f"  {sentence}"]
 
 
 def comparison(document: Document) -> list[Row]:
@@ -112,10 +124,11 @@ def verification_sentence(document: Document) -> str:
     found = document["verification"]
     if not found["performed"]:
         return f"Not verified by reloading: {found['skipped']}."
+    runtime = "ONNX Runtime" if document["output"]["target"].startswith("onnx") else "plain transformers"
     if found["error"] == 0:
-        return "Reloaded by plain transformers: its outputs equal the compiled graph's to the last bit."
+        return f"Reloaded by {runtime}: its outputs equal the compiled graph's to the last bit."
     return (
-        f"Reloaded by plain transformers: its outputs differ from the compiled graph's by {found['error']:.2g} "
+        f"Reloaded by {runtime}: its outputs differ from the compiled graph's by {found['error']:.2g} "
         f"of their scale (rounding may make that {found['tolerance']:.2g})."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backends.safetensors import Emission
 from compiler.evaluate import Evaluation
@@ -17,6 +17,9 @@ from compiler.report.card import model_card
 from compiler.report.lock import lock_text, plain
 from compiler.report.page import page
 
+if TYPE_CHECKING:
+    from backends.onnx import OnnxEmission
+
 SCHEMA = 1
 
 
@@ -25,11 +28,20 @@ class Findings:
     """What a run knows when it has written its weights. ``seconds`` are those of each step."""
 
     report: Report
-    emission: Emission
-    verification: Verification
+    emission: Emission | None
+    verification: Verification | None
     evaluation: Evaluation | None
     lock: dict[str, Any]
     seconds: dict[str, float]
+    onnx: OnnxEmission | None = None
+    onnx_verification: Verification | None = None
+
+    @property
+    def main(self) -> Emission | OnnxEmission:
+        """The checkpoint, or where none is written the ONNX model."""
+        found = self.emission or self.onnx
+        assert found is not None  # a recipe that writes nothing is refused
+        return found
 
 
 def write_reports(findings: Findings, directory: Path) -> dict[str, Any]:
@@ -59,28 +71,50 @@ def write_reports(findings: Findings, directory: Path) -> dict[str, Any]:
 def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
     """What report.json holds. Keys are only ever added; ``schema`` grows when one changes its meaning."""
     report, lock = findings.report, findings.lock
-    files = sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
+    main, verification = findings.main, findings.verification or findings.onnx_verification
+    assert verification is not None  # what is written is verified, or said to be not
     return {
         "schema": SCHEMA,
         "recipe": lock["recipe"],
         "inputs": lock["inputs"],
         "versions": lock["versions"],
         "output": {
-            "architecture": findings.emission.architecture,
-            "model_type": findings.emission.config.get("model_type"),
-            "target": findings.emission.target,
-            "auto_class": findings.emission.auto_class,
-            "quantization": findings.emission.quantization_config,
-            "loads_in": list(loads_in(findings.emission)),
-            "tensor_bytes": findings.emission.nbytes,
-            "files": {file.name: file.stat().st_size for file in files},
+            "architecture": main.architecture,
+            "model_type": main.config.get("model_type"),
+            "target": main.target,
+            "auto_class": findings.emission.auto_class if findings.emission else "",
+            "quantization": findings.emission.quantization_config if findings.emission else None,
+            "loads_in": list(loads_in(main)),
+            "tensor_bytes": main.nbytes,
+            "files": {file.relative_to(directory).as_posix(): file.stat().st_size for file in files},
             "other_files": sorted(file.name for file in directory.iterdir() if file.is_file() and file not in files),
         },
         "ledger": {"before": asdict(report.before), "after": asdict(report.after)},
         "passes": [_pass(entry) for entry in report.passes],
         "layers": {"before": dict(report.layers_before), "after": dict(report.layers_after)},
-        "verification": asdict(findings.verification),
+        "verification": asdict(verification),
+        "onnx": _onnx(findings, directory),
         "evaluation": _evaluation(findings.evaluation),
+    }
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that tensors lie in: those of the checkpoint, or where there is none those of the ONNX models."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))
+
+
+def _onnx(findings: Findings, directory: Path) -> dict[str, Any] | None:
+    if findings.onnx is None or findings.onnx_verification is None:
+        return None
+    files = sorted(file for file in (directory / "onnx").iterdir() if file.is_file())
+    return {
+        "target": findings.onnx.target,
+        "kind": findings.onnx.kind,
+        "loads_in": list(findings.onnx.loads_in),
+        "tensor_bytes": findings.onnx.nbytes,
+        "files": {file.name: file.stat().st_size for file in files},
+        "verification": asdict(findings.onnx_verification),
     }
 
 

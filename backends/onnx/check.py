@@ -1,0 +1,93 @@
+"""Check that an ONNX model still computes what it was written to compute, with onnxruntime and numpy alone.
+
+    python check.py [MODEL.onnx]
+
+``parity.npz`` beside the model holds inputs and the outputs that the compiled graph has for them. A language model is
+run whole, then token by token from its cache, then with padding on the left.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PAST, PRESENT = "past_key_values", "present"
+PADDING = 3
+
+Arrays = Mapping[str, Any]
+
+
+def session(path: Path, threads: int = 1) -> Any:
+    """``path`` loaded by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def largest_error(path: Path, vectors: Arrays) -> float:
+    """How far outputs of the model in ``path`` are from those in ``vectors``, over the largest of each output."""
+    model = session(path)
+    given = {name.removeprefix("in."): value for name, value in vectors.items() if name.startswith("in.")}
+    expected = {name.removeprefix("out."): value for name, value in vectors.items() if name.startswith("out.")}
+    if any(value.name.startswith(PAST) for value in model.get_inputs()):
+        return max(_decoded(model, given["input_ids"], expected["logits"]))
+    found = _run(model, given)
+    return max(_distance(found[name], value) for name, value in expected.items())
+
+
+def _run(model: Any, feeds: Arrays) -> dict[str, Any]:
+    names = [value.name for value in model.get_outputs()]
+    return dict(zip(names, model.run(names, dict(feeds)), strict=True))
+
+
+def _decoded(model: Any, ids: Any, logits: Any) -> list[float]:
+    """The errors of all at once, of a start and the rest token by token, and of all after padding."""
+    batch, length = ids.shape
+    ones = np.ones((batch, length + PADDING), np.int64)
+    errors = [_distance(_step(model, ids, ones[:, :length], None)[0], logits)]
+    start = length // 2
+    found, past = _step(model, ids[:, :start], ones[:, :start], None)
+    errors.append(_distance(found, logits[:, :start]))
+    for place in range(start, length):
+        found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], past)
+        errors.append(_distance(found, logits[:, place : place + 1]))
+    padded = np.concatenate((np.zeros((batch, PADDING), np.int64), ids), 1)
+    ones[:, :PADDING] = 0
+    errors.append(_distance(_step(model, padded, ones, None)[0][:, PADDING:], logits))
+    return errors
+
+
+def _step(model: Any, ids: Any, mask: Any, past: Arrays | None) -> tuple[Any, dict[str, Any]]:
+    feeds = {"input_ids": ids, "attention_mask": mask, **(past or empty_cache(model, len(ids)))}
+    found = _run(model, feeds)
+    kept = {name.replace(PRESENT, PAST, 1): value for name, value in found.items() if name.startswith(PRESENT)}
+    return found["logits"], kept
+
+
+def empty_cache(model: Any, batch: int) -> dict[str, Any]:
+    """A cache of no tokens."""
+    sizes: dict[Any, Any] = {"batch": batch, "past_sequence": 0}
+    inputs = [value for value in model.get_inputs() if value.name.startswith(PAST)]
+    return {value.name: np.zeros([sizes.get(dim, dim) for dim in value.shape], np.float32) for value in inputs}
+
+
+def _distance(found: Any, expected: Any) -> float:
+    return float(np.abs(found - expected).max() / (np.abs(expected).max() or 1.0))
+
+
+def main() -> int:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "model.onnx"
+    vectors = np.load(path.parent / "parity.npz")
+    error, allowed = largest_error(path, vectors), float(vectors["tolerance"])
+    sys.stdout.write(f"largest error {error:.3g} of the outputs' scale, {allowed:.3g} allowed\n")
+    return int(not error <= allowed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Proof by reloading: what was written, in ONNX Runtime, gives what the graph gives; and vectors to prove it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.onnx.builder import exactly
+from backends.onnx.check import largest_error
+from backends.onnx.emission import OnnxEmission
+from backends.onnx.emit import SHARD_BYTES, save_models
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph, Value
+from compiler.ir.layers import copy_of, segments
+
+VECTORS, EXACT = "parity.npz", ".exact.onnx"
+BATCH, LENGTH, SIZE = 2, 6, 32
+ROUNDED_BOUND = 0.25
+"""How far inputs rounded to int8 may move an output, over the largest one: a hundred times what a sum of such errors is
+expected to be, and far less than any mistake makes."""
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """How far the written model's outputs are from the graph's, over the largest output, and what rounding allows.
+
+    ``rounded`` is the same where products round their inputs to int8; ``error`` is then measured without that.
+    """
+
+    error: float
+    tolerance: float
+    rounded: float | None = None
+    bound: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are within what is allowed; a NaN never is."""
+        return self.error <= self.tolerance and (self.rounded is None or self.rounded <= (self.bound or 0.0))
+
+
+def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> Reloaded:
+    """Run the model in ``directory`` and compare it with the graph on random inputs, which stay there as vectors."""
+    graph = _unrounded(emission.graph)
+    inputs = random_inputs(graph)
+    outputs = run(graph, inputs)
+    rounds = emission.rounds_inputs
+    tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
+    vectors = _vectors(inputs, outputs, ROUNDED_BOUND if rounds else tolerance)
+    np.savez(directory / VECTORS, allow_pickle=False, **vectors)
+    written = largest_error(directory / "model.onnx", vectors)
+    if not rounds:
+        return Reloaded(written, tolerance)
+    return Reloaded(_exact_error(emission, directory, vectors, shard_bytes), tolerance, written, ROUNDED_BOUND)
+
+
+def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, Any], shard_bytes: int) -> float:
+    """The error of a model over the same tensors whose products take their inputs as they are."""
+    path = directory / EXACT
+    save_models(emission.at_accuracy(0), directory, shard_bytes, names={"model.onnx": EXACT})
+    try:
+        return largest_error(path, vectors)
+    finally:
+        path.unlink()
+
+
+def _unrounded(graph: Graph) -> Graph:
+    """``graph`` with the products of codes and scales not rounded to the dtype of the scales: as kernels compute."""
+    copy = copy_of(graph)
+    for param in copy.params.values():
+        if param.expr.op == "dequantize":
+            param.expr = exactly(param.expr)
+    return copy
+
+
+def random_inputs(graph: Graph) -> dict[str, Tensor]:
+    """Inputs of the graph's types; tokens are any that there are."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {dim: BATCH if axis == 0 else LENGTH for v in graph.inputs.values() for axis, dim in _symbols(v)}
+    return {name: _random(graph, value, sizes, generator) for name, value in graph.inputs.items()}
+
+
+def _symbols(value: Value) -> list[tuple[int, str]]:
+    return [(axis, dim) for axis, dim in enumerate(value.shape) if isinstance(dim, str)]
+
+
+def _random(graph: Graph, value: Value, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
+    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in value.shape]
+    if value.type.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator)
+    tables = [user.input(0).shape[0] for user in value.users if user.op.name == "embedding"]
+    count = min((int(rows) for rows in tables), default=SIZE)
+    return torch.randint(min(3, count - 1), count, shape, generator=generator)
+
+
+def _vectors(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], tolerance: float) -> dict[str, Any]:
+    given = {f"in.{name}": value.numpy() for name, value in inputs.items()}
+    if "input_ids" in inputs:
+        given["in.attention_mask"] = np.ones(tuple(inputs["input_ids"].shape), np.int64)
+    found = {f"out.{name}": value.numpy() for name, value in outputs.items()}
+    return {**given, **found, "tolerance": np.float64(tolerance)}

@@ -1,0 +1,79 @@
+"""ONNX models as the main job writes them: by themselves, beside a checkpoint, checked again by their own script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from compiler.errors import ParityError, RecipeError
+from compiler.evaluate.parity import verify_onnx
+from compiler.job import compress
+from compiler.plan import make_plan, open_recipe_model
+from compiler.recipe import Recipe
+from compiler.target import onnx_for
+from tests.small import write_folder, write_recipe
+
+QUANTIZED = "[quantize: {bits: 4, group: 32}]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model whose heads ONNX Runtime's own attention takes."""
+    return write_folder(tmp_path_factory.mktemp("onnx"))
+
+
+def made(folder, passes, rest, name):
+    recipe = Recipe.load(write_recipe(folder, passes, rest, f"{name}.yaml"))
+    return recipe, compress(recipe, folder / name)
+
+
+def test_an_onnx_model_alone(folder):
+    recipe, result = made(folder, QUANTIZED, "emit: [onnx]\n", "alone")
+    names = {path.name for path in (result.path / "onnx").iterdir()}
+    assert {"model.onnx", "model.safetensors", "tokenizer.json", "config.json", "check.py", "parity.npz"} <= names
+    assert not list(result.path.glob("*.safetensors"))
+    document = json.loads((result.path / "compress" / "report.json").read_text())
+    assert document["output"]["target"] == "onnx: ort-cpu" and document["verification"]["performed"]
+    assert document["verification"]["error"] <= document["verification"]["tolerance"]
+    assert set(document["output"]["files"]) == {"onnx/model.safetensors"}
+    assert "Reloaded by ONNX Runtime" in result.summary()
+    assert compress(recipe, result.path).document == document
+    assert make_plan(recipe).output.tensor_bytes == document["output"]["tensor_bytes"]
+
+
+def test_an_onnx_model_beside_a_checkpoint(folder):
+    _, result = made(folder, "[]", "emit: [safetensors, onnx: {target: onnx}]\n", "beside")
+    assert (result.path / "model.safetensors").is_file() and (result.path / "onnx" / "model.onnx").is_file()
+    assert "Reloaded by plain transformers" in result.summary() and "Reloaded by ONNX Runtime" in result.summary()
+    assert result.document["onnx"]["target"] == "onnx: onnx" and result.document["output"]["target"] == "same family"
+
+
+def test_the_script_beside_a_model_checks_it(folder):
+    _, result = made(folder, "[]", "emit: [onnx]\n", "checked")
+    script = result.path / "onnx" / "check.py"
+    assert subprocess.run([sys.executable, script], capture_output=True, check=False).returncode == 0
+    vectors = dict(np.load(script.parent / "parity.npz"))
+    vectors["out.logits"] = vectors["out.logits"] + 1
+    np.savez(script.parent / "parity.npz", **vectors)
+    assert subprocess.run([sys.executable, script], capture_output=True, check=False).returncode == 1
+
+
+def test_what_differs_from_the_graph_is_an_error(folder):
+    recipe, result = made(folder, "[]", "emit: [onnx]\n", "damaged")
+    emission = onnx_for(open_recipe_model(recipe), recipe)
+    file = result.path / "onnx" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    file.write_bytes(data)
+    with pytest.raises(ParityError, match="the ONNX model differs from the graph"):
+        verify_onnx(emission, result.path / "onnx", memory=1 << 30)
+
+
+def test_evaluation_needs_a_checkpoint(folder):
+    path = write_recipe(folder, "[]", "emit: [onnx]\nevaluate: {data: text.txt}\n", "evaluated.yaml")
+    with pytest.raises(RecipeError, match="`evaluate` measures a checkpoint, and none is written"):
+        Recipe.load(path)
