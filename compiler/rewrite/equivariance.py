@@ -1,10 +1,10 @@
 """How a change of scale passes through a graph: what must change with a value for the model to compute the same.
 
-``region(graph, value)`` asks that ``value`` be divided, channel by channel, by positive numbers s, and follows that to all
-that it touches: an operation that is linear or homogeneous passes it on, a product takes it into its weight, a norm's
-scale and shift absorb it. Every element of a touched value is multiplied by s[label]^exponent; which elements share a
-label follows from the operations themselves, so heads that share a value, halves of a fused product and what lies
-behind reshapes need no cases of their own. Where the change cannot pass, ``Blocked`` says what is in the way.
+``region(graph, value)`` asks that ``value`` be divided, channel by channel, by positive numbers s, and follows that to
+all that it touches: an operation that is linear or homogeneous passes it on, a product takes it into its weight, a
+norm's scale and shift absorb it. Every element of a touched value is multiplied by s[label]^exponent; which elements
+share a label follows from the operations themselves, so heads that share a value, halves of a fused product and what
+lies behind reshapes need no cases of their own. Where the change cannot pass, ``Blocked`` says what is in the way.
 
 With ``rotations`` only operations are passed along which vectors of labels may be mixed: sums and moves, no products.
 """
@@ -55,8 +55,8 @@ class Use:
 class Region:
     """What changes together, by ``size`` numbers.
 
-    ``factors`` of every weight, ``readers`` among its uses, ``values`` that are scaled on the way, and ``heads``: labels
-    [heads, width] that attention keeps apart, one row of all where it does not.
+    ``factors`` of every weight, ``readers`` among its uses, ``values`` that are scaled on the way, and ``heads``:
+    labels [heads, width] that attention keeps apart, one row of all where it does not.
     """
 
     size: int
@@ -99,7 +99,8 @@ class Walk:
             return
         known = self.of(value)
         if known is not None and known[1] != exponent:
-            raise Blocked(f"{_name(value)} would have to be scaled in two ways")
+            maker = f"what `{value.node.op.name}` makes in `{value.node.scope}`" if value.node else value.name
+            raise Blocked(f"{maker} would have to be scaled in two ways")
         labels = self.labels.shrunk(labels if known is None else self.labels.joined(labels, known[0]))
         if known is None or not torch.equal(labels, self.labels.shrunk(known[0])):
             self.asked[value] = labels, exponent
@@ -146,7 +147,8 @@ def _searched(walk: Walk) -> Walk:
             raise Blocked("it is an output of the model")
         if value.node is None and not isinstance(value, Param):
             raise Blocked("it is an input of the model")
-        for node in dict.fromkeys((*([value.node] if value.node else []), *value.users)):
+        around: list[Node] = [*([value.node] if value.node else []), *value.users]
+        for node in around:
             options = choices(walk, node)
             if options:
                 walk.pending.append(value)

@@ -1,7 +1,7 @@
 """Labels: which of a set of numbers every element of a tensor is multiplied by.
 
-A tensor of labels has the rank of the tensor that it describes. An axis along which the labels do not differ has size 1,
-as symbolic axes always have. ``FREE`` marks elements that nothing is asked of.
+A tensor of labels has the rank of the tensor that it describes. An axis along which the labels do not differ has size
+1, as symbolic axes always have. ``FREE`` marks elements that nothing is asked of.
 """
 
 from __future__ import annotations

@@ -76,10 +76,8 @@ def _root(walk: Walk, node: Node) -> None:
 def _sum(walk: Walk, node: Node) -> None:
     """Of x + y: both and the sum have one scale."""
     operands = [value for value in node.inputs if value is not None]
-    if len(operands) < 2:
-        if node.attr("scalar"):
-            raise Blocked(f"`{node.op.name}` in `{node.scope}` adds a number")
-        return _power(walk, node, 1.0)
+    if len(operands) < 2 and node.attr("scalar"):
+        raise Blocked(f"`{node.op.name}` in `{node.scope}` takes a number that is not scaled")
     _same(walk, node, operands)
 
 
@@ -113,10 +111,18 @@ def _product(walk: Walk, node: Node) -> None:
     """Of x y and x / y: exponents add up. Where only the product is asked, ``choices`` come before this."""
     operands = [value for value in node.inputs if value is not None]
     if len(operands) < 2:
-        return _power(walk, node, 1.0)
+        _power(walk, node, 1.0)
+        return
     _no_rotation(walk, node)
-    if operands[0] is operands[1]:
-        return _power(walk, node, 2.0)
+    if operands[0] is not operands[1]:
+        _factors(walk, node, operands)
+    elif node.op.name == "mul":
+        _power(walk, node, 2.0)
+    else:
+        raise Blocked(_refusal(node))
+
+
+def _factors(walk: Walk, node: Node, operands: Sequence[Value]) -> None:
     sign = -1.0 if node.op.name == "div" else 1.0
     left, right, result = (walk.of(value) for value in (*operands, node.output))
     if result is None:
@@ -280,7 +286,7 @@ def _attention(walk: Walk, node: Node) -> None:
 
 
 def _latent_attention(walk: Walk, node: Node) -> None:
-    """Of latent attention: the value rows of the up-projection take what is asked of the result, its columns latents."""
+    """Of latent attention: the up-projection's value rows take what is asked of the result, its columns latents."""
     query, latent, rotary = (node.optional_input(index) for index in range(3))
     if walk.of(query) is not None or walk.of(rotary) is not None:
         raise Blocked(f"`{node.op.name}` in `{node.scope}` compares it")

@@ -23,9 +23,10 @@ class Smooth(Pass):
 
     ``method`` says which s. `smoothquant` (arXiv 2211.10438): max|x|^a / max|w|^(1-a), a = ``alpha``. `awq` (arXiv
     2306.00978): mean|x|^a, a on a grid, of least error of the rounded matrices' outputs. `fit`: the minimum of the
-    rounding error that is to be expected, which is convex in log s; the least error of these, and of those of awq.
-    The error is measured by second moments, for weights rounded as ``bits``, ``group`` and ``symmetric`` say; ``metric``
-    weighs outputs by what their errors cost the `loss`, or all alike (`input`).
+    rounding error that is to be expected, which is convex in log s, where that has less error than awq; of all of
+    these, awq and no scales, what brings the rounded model nearest to the original on calibration data is taken.
+    The error is measured by second moments, for weights rounded as ``bits``, ``group`` and ``symmetric`` say;
+    ``metric`` weighs outputs all alike (`input`), or by what their errors cost the `loss`.
 
     ``powers-of-two`` rounds s so that weights stored in few bits change exactly. ``insert`` puts a multiplication
     where nothing can take 1/s; the model's own class has no place for it.
@@ -38,7 +39,7 @@ class Smooth(Pass):
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
     group: int = 0
     symmetric: bool = True
-    metric: Literal["loss", "input"] = "loss"
+    metric: Literal["input", "loss"] = "input"
     powers_of_two: bool = False
     insert: bool = False
 

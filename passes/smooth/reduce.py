@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from compiler.calibration.fidelity import spread
+from compiler.calibration.fidelity import Fidelity, spread
 from compiler.calibration.moments import Moments, Statistics, measure
 from compiler.calibration.products import matrix_shape
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from compiler.rewrite.scaling import divide
-from passes.smooth.search import ROWS, Matrix, chosen
+from compiler.weights.expr import Expr, load
+from compiler.weights.source import MemorySource
+from passes.smooth.search import ROWS, Choice, Matrix, choices, quantised
 from passes.smooth.sites import Reader, Site, sites_of
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 MOMENT_TOKENS = 16384
 GRADIENT_TOKENS = 8192
+CHOICE_TOKENS = 2048
 DAMPING = 0.01  # of the mean cost of a row's errors, added to each
 
 
@@ -39,11 +44,57 @@ def smooth(graph: Graph, ctx: Context, wanted: Smooth, params: Sequence[Param]) 
         return
     gradients = spread(batches, GRADIENT_TOKENS) if wanted.weighs else ()
     known = measure(graph, readers, spread(batches, MOMENT_TOKENS), ctx.progress, gradients=gradients)
-    for site in sites:
-        matrices = [matrix for reader in site.readers for matrix in _matrices(ctx, reader, known)]
-        s, after, before = chosen(matrices, site.region.size, wanted)
-        _apply(ctx, site, s)
-        ctx.rewrote(site.name, _what(site), relative_cost=after / before if before else 1.0)
+    found = [_choices(ctx, site, known, wanted) for site in sites]
+    best = _nearest(graph, ctx, wanted, sites, found, batches)
+    for site, own in zip(sites, found, strict=True):
+        _apply(ctx, site, own[best].s)
+        before = own["none"].cost
+        ctx.rewrote(site.name, _what(site), relative_cost=own[best].cost / before if before else 1.0)
+
+
+def _choices(ctx: Context, site: Site, known: Statistics, wanted: Smooth) -> dict[str, Choice]:
+    matrices = [matrix for reader in site.readers for matrix in _matrices(ctx, reader, known)]
+    return choices(matrices, site.region.size, wanted)
+
+
+def _nearest(
+    graph: Graph,
+    ctx: Context,
+    wanted: Smooth,
+    sites: Sequence[Site],
+    found: Sequence[Mapping[str, Choice]],
+    batches: Sequence[Mapping[str, Tensor]],
+) -> str:
+    """The method that is taken: with `fit` the one whose rounded model is measured to be nearest to the original."""
+    if wanted.method != "fit":
+        return wanted.method
+    fidelity = Fidelity(graph, spread(batches, CHOICE_TOKENS, 1))
+    distances: dict[str, float] = {}
+    for method in found[0]:
+        trial = copy_of(graph)
+        for site, own in zip(sites, found, strict=True):
+            _try(trial, site, own[method].s, wanted)
+        distances[method] = fidelity.distance(trial)
+    best = min(distances, key=distances.__getitem__)
+    for method, distance in distances.items():
+        ctx.tried(f"scales of {method}, rounded", distance, method == best)
+    return best
+
+
+def _try(trial: Graph, site: Site, s: Tensor, wanted: Smooth) -> None:
+    """Scale a site of a copy of the graph, and round what reads it."""
+    factors = {trial.params[param.name]: own for param, own in site.region.factors.items()}
+    divide(replace(site.region, factors=factors), _held(trial, site.name, s))
+    for reader in site.readers:
+        param = trial.params[reader.param.name]
+        param.expr = quantised(param.expr, wanted, param.storage)
+
+
+def _held(trial: Graph, name: str, s: Tensor) -> Expr:
+    """s as an expression of the copy's own."""
+    source = MemorySource({name: s})
+    trial.sources = {**trial.sources, f"trial of {name}": source}
+    return load(f"trial of {name}", name, source.types[name])
 
 
 def _check_groups(params: Sequence[Param], group: int) -> None:

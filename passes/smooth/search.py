@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from compiler.rewrite.labels import FREE
 from compiler.weights.evaluate import evaluate
-from compiler.weights.expr import load
+from compiler.weights.expr import Expr, load
 from compiler.weights.ops.quant import quantise
 from compiler.weights.source import MemorySource
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 GRID = 20  # exponents of awq that are tried
 ROWS = 512  # of a matrix on which s is chosen
+PARTS = (0.25, 0.5, 0.75, 1.0)  # of the logarithm of the minimum that are tried
 STEPS = 40  # of the minimisation
-BOUND = 1e4  # of s: more is no help in any storage dtype
+BOUND = math.log2(1e4)  # of log s: more is no help in any storage dtype
 
 
 @dataclass(frozen=True)
@@ -52,31 +54,36 @@ class Matrix:
         return 0.5 * float(((error @ self.second * error).sum(1).double() * self.costs).sum())
 
 
-def chosen(matrices: Sequence[Matrix], size: int, wanted: Smooth) -> tuple[Tensor, float, float]:
-    """s [size] as ``wanted`` says, float64, and what rounding costs with it and without, over all matrices."""
-    plain = torch.ones(size, dtype=torch.float64)
-    ways = list(_ways(matrices, size, wanted))
-    losses = [lost(matrices, s, wanted) for s in ways]
-    before = lost(matrices, plain, wanted)
-    if wanted.method != "smoothquant":  # which is for activations as well, so no error of weights can choose
-        ways, losses = [plain, *ways], [before, *losses]
-    best = min(range(len(ways)), key=losses.__getitem__)
-    return ways[best], losses[best], before
+@dataclass(frozen=True)
+class Choice:
+    """s [size], float64, and what rounding costs with it."""
+
+    s: Tensor
+    cost: float
 
 
-def _ways(matrices: Sequence[Matrix], size: int, wanted: Smooth) -> Iterator[Tensor]:
-    """The s to choose among."""
-    if wanted.method == "smoothquant":
+def choices(matrices: Sequence[Matrix], size: int, wanted: Smooth) -> dict[str, Choice]:
+    """The best s of every method up to the one that is ``wanted``, and `none`, which is 1."""
+
+    def priced(s: Tensor) -> Choice:
+        return Choice(s, lost(matrices, s, wanted))
+
+    found = {"none": priced(torch.ones(size, dtype=torch.float64))}
+    if wanted.method == "smoothquant":  # which is for activations as well, so no error of weights can choose
         read, own = _largest(matrices, size)
-        yield finished(read**wanted.alpha / own ** (1 - wanted.alpha), wanted)
-        return
+        return {**found, "smoothquant": priced(finished(read**wanted.alpha / own ** (1 - wanted.alpha), wanted))}
     magnitude = _mean(matrices, size)
-    for step in range(1, GRID + 1):
-        yield finished(magnitude ** (step / GRID), wanted)
+    grid = [priced(finished(magnitude ** (step / GRID), wanted)) for step in range(1, GRID + 1)]
+    found["awq"] = min([found["none"], *grid], key=_cost)
     if wanted.method == "fit":
         logarithm = fitted(matrices, size, wanted.group)
-        for part in (0.25, 0.5, 0.75, 1.0):
-            yield finished((part * logarithm).exp(), wanted)
+        parts = [priced(finished((part * logarithm).exp(), wanted)) for part in PARTS]
+        found["fit"] = min([found["awq"], *parts], key=_cost)
+    return found
+
+
+def _cost(choice: Choice) -> float:
+    return choice.cost
 
 
 def finished(s: Tensor, wanted: Smooth) -> Tensor:
@@ -84,11 +91,8 @@ def finished(s: Tensor, wanted: Smooth) -> Tensor:
     seen = (s > 0) & s.isfinite()
     logarithm = torch.where(seen, s.double().clamp_min(1e-300).log2(), 0.0)
     logarithm = torch.where(seen, logarithm - logarithm[seen].mean(), 0.0) if bool(seen.any()) else logarithm
-    logarithm = logarithm.clamp(-BOUND_LOG, BOUND_LOG)
+    logarithm = logarithm.clamp(-BOUND, BOUND)
     return (logarithm.round() if wanted.powers_of_two else logarithm).exp2()
-
-
-BOUND_LOG = torch.tensor(BOUND).log2().item()
 
 
 def lost(matrices: Sequence[Matrix], s: Tensor, wanted: Smooth) -> float:
@@ -103,14 +107,13 @@ def lost(matrices: Sequence[Matrix], s: Tensor, wanted: Smooth) -> float:
 def rounded(rows: Tensor, wanted: Smooth, scales: torch.dtype) -> Tensor:
     """``rows`` [r, in] after the rounding that follows."""
     source = MemorySource({"rows": rows})
-    expr = quantise(
-        load("rows", "rows", source.types["rows"]),
-        wanted.bits,
-        wanted.group,
-        symmetric=wanted.symmetric,
-        scale_dtype=scales,
-    )
+    expr = quantised(load("rows", "rows", source.types["rows"]), wanted, scales)
     return evaluate([expr], {"rows": source})[0].float()
+
+
+def quantised(expr: Expr, wanted: Smooth, scales: torch.dtype) -> Expr:
+    """``expr`` as the rounding that follows makes it."""
+    return quantise(expr, wanted.bits, wanted.group, symmetric=wanted.symmetric, scale_dtype=scales)
 
 
 def _mean(matrices: Sequence[Matrix], size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The orthogonal transform of an axis that spreads what stands out in it, for widths that are no powers of two too.
 
-Of n = m p, p the largest power of two in n, it is the Kronecker product of a cosine transform [m, m] and a Hadamard matrix
-[p, p] over its root: n (m + log2 p) additions for each vector, and no stored matrix.
+Of n = m p, p the largest power of two in n, it is the Kronecker product of a cosine transform [m, m] and a Hadamard
+matrix [p, p] over its root: n (m + log2 p) additions for each vector, and no stored matrix.
 """
 
 from __future__ import annotations

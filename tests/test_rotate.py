@@ -1,0 +1,88 @@
+"""Rotations of heads, streams and what MLPs read: exact on every family, and what stays as it is has a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given as draw
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from compiler.errors import PassError
+from compiler.frontend import capture
+from compiler.ir.ops.hadamard import basis, transform
+from compiler.pipeline import Pipeline
+from passes import Rotate
+from tests.emitted import TOLERANCE, Job
+from tests.families import FAMILIES
+from tests.graphs import tiny_llama
+from tests.removed import double, outputs, value
+
+ROUNDING = 512 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rotations_change_nothing(name):
+    family = FAMILIES[name]
+    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    inputs = family.inputs(batch=2, tokens=5)
+    wanted = outputs(graph, inputs)
+    report = Pipeline([Rotate(what=("values", "stream", "mlp"))]).run(graph).passes[0]
+    assert len(report.rewritten) >= 2
+    for output, found in outputs(graph, inputs).items():
+        assert (found - wanted[output]).abs().max() <= ROUNDING * wanted[output].abs().max()
+
+
+@settings(max_examples=20, deadline=None)
+@draw(st.integers(1, 120))
+def test_the_transform_is_orthogonal_for_every_width(size):
+    matrix = basis(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-13)
+    x = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    torch.testing.assert_close(transform(x), x @ matrix, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_what_stands_out_is_spread(size):
+    spike = torch.zeros(size, dtype=torch.float64)
+    spike[5] = 1.0
+    assert transform(spike).abs().max() <= 2 / size**0.5
+
+
+def test_the_weights_of_every_head_are_turned():
+    graph, before = tiny_llama(layers=1), tiny_llama(layers=1)
+    Pipeline([Rotate(what="values")]).run(graph)
+    name = next(name for name in graph.params if name.endswith("v_proj.weight"))
+    old, new = value(before, before.params[name]).double(), value(graph, graph.params[name])
+    turned = basis(4).T @ old.reshape(-1, 4, old.shape[1])
+    torch.testing.assert_close(new, turned.reshape(old.shape), rtol=0, atol=1e-12)
+
+
+def test_a_stream_that_cannot_be_rotated_says_why_and_alone_is_an_error():
+    with pytest.raises(PassError, match="nothing of this model can be rotated"):
+        Pipeline([Rotate(what="stream")]).run(capture(FAMILIES["bert"].config(layers=1)))
+    report = Pipeline([Rotate()]).run(capture(FAMILIES["bert"].config(layers=1)), planned=True).passes[0]
+    assert [skip.reason for skip in report.skipped] == ["stays as it is: an operation that is not linear stands in it"]
+
+
+def test_a_head_with_the_embeddings_table_gets_its_own_and_a_rerun_is_the_same():
+    texts = []
+    for _ in range(2):
+        graph = capture(FAMILIES["gemma"].build(layers=1))
+        report = Pipeline([Rotate(what="stream", seed=3)]).run(graph).passes[0]
+        texts.append([param.expr.key for param in graph.params.values()])
+    assert any("a matrix of its own" in rewrite.what for rewrite in report.rewritten)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_what_mlps_read_is_rotated_in_the_generated_module(name, tmp_path):
+    job = Job(name, tmp_path, [Rotate(what=("values", "mlp"))])
+    assert job.emit().architecture.startswith("Compressed")
+    assert job.reload_error() <= TOLERANCE
+
+
+def test_rotated_heads_keep_the_models_own_class(tmp_path):
+    job = Job("llama", tmp_path, [Rotate(what=("values", "stream"))], tie_word_embeddings=True)
+    assert job.emit().architecture == "LlamaForCausalLM"
+    assert job.reload_error() <= TOLERANCE
