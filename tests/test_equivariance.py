@@ -131,6 +131,7 @@ def test_a_head_of_which_a_weight_holds_a_part_is_not_turned():
     output = next(node for node in graph.nodes_named("linear") if node.scope.endswith("o_proj"))
     cut = int(output.input(0).shape[-1]) - 1
     part = graph.op("slice", [output.input(0)], {"axis": 2, "start": 0, "stop": cut}, before=output)
+    graph.set_input(output, 0, part)
     weight = output.input(1)
     weight.type = weight.type.with_shape((weight.type.static_shape[0], cut))
     found = region(graph, part, rotations=True)
