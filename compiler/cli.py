@@ -214,15 +214,19 @@ def _diff(options: argparse.Namespace, console: Console) -> None:
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or .gguf file")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or an .onnx model")
     parser.add_argument("prompt", metavar="PROMPT", help="what to say to it")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens of answer (64)")
     parser.add_argument("--tokens-per-second", action="store_true", help="say how fast it was")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of an .onnx model; default: all cores")
     _trust_option(parser)
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
-    """Let a model answer a prompt, loaded by plain transformers."""
+    """Let a model answer a prompt, loaded by plain transformers, an .onnx model by ONNX Runtime alone."""
+    if options.model.endswith(".onnx"):
+        _run_onnx(options, console)
+        return
     from compiler.evaluate import generate
 
     answer = generate(
@@ -235,6 +239,18 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.result("")
     if options.tokens_per_second:
         console.result(f"{answer.tokens_per_second:.1f} tokens/s")
+
+
+def _run_onnx(options: argparse.Namespace, console: Console) -> None:
+    from backends.onnx.runner import answer
+
+    taken: list[float] = []
+    for piece, seconds in answer(Path(options.model), options.prompt, options.max_new_tokens, threads=options.threads):
+        console.stream(piece)
+        taken.append(seconds)
+    console.result("")
+    if options.tokens_per_second and len(taken) > 1:
+        console.result(f"{(len(taken) - 1) / sum(taken[1:]):.1f} tokens/s, after {taken[0]:.2f} s for the prompt")
 
 
 def _passes_options(parser: argparse.ArgumentParser) -> None:

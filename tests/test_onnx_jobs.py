@@ -8,13 +8,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from compiler.errors import ParityError, RecipeError
+from backends.onnx import Runner
+from compiler.errors import CheckpointError, ParityError, RecipeError
 from compiler.evaluate.parity import verify_onnx
+from compiler.ir.execute import run
 from compiler.job import compress
+from compiler.pipeline import Pipeline
 from compiler.plan import make_plan, open_recipe_model
 from compiler.recipe import Recipe
 from compiler.target import onnx_for
+from passes import Quantize
 from tests.small import write_folder, write_recipe
 
 QUANTIZED = "[quantize: {bits: 4, group: 32}]"
@@ -77,3 +82,27 @@ def test_evaluation_needs_a_checkpoint(folder):
     path = write_recipe(folder, "[]", "emit: [onnx]\nevaluate: {data: text.txt}\n", "evaluated.yaml")
     with pytest.raises(RecipeError, match="`evaluate` measures a checkpoint, and none is written"):
         Recipe.load(path)
+
+
+def test_running_needs_onnxruntime_and_a_tokenizer_alone(folder, capsys):
+    """The same tokens as the graph's likeliest ones, one by one; neither torch nor transformers is imported."""
+    recipe, result = made(folder, QUANTIZED, "emit: [onnx: {accuracy-level: 0}]\n", "running")
+    graph = onnx_for(open_recipe_model(recipe), recipe).graph
+    Pipeline([Quantize(bits=4, group=32)]).run(graph)
+    ids, path = [[5, 9, 60, 31]], result.path / "onnx" / "model.onnx"
+    for _ in range(6):
+        ids[0].append(int(run(graph, {"input_ids": torch.tensor(ids)})["logits"][0, -1].argmax()))
+    assert [token for token, _ in Runner(path, threads=1).greedy(ids[0][:4], 6)] == ids[0][4:]
+    code = (
+        "import sys; from compiler.cli import main; "
+        f"assert main(['run', {str(path)!r}, 'Hello', '--max-new-tokens', '4', '--tokens-per-second']) == 0; "
+        "assert not {'torch', 'transformers', 'onnx_ir'} & set(sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "tokens/s" in found.stdout
+
+
+def test_what_cannot_be_run_is_refused(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="ONNX Runtime cannot load it"):
+        Runner(tmp_path / "none.onnx")

@@ -1,7 +1,34 @@
-"""ONNX models written from graphs: one rule an operation, tensors streamed into files beside the model."""
+"""ONNX models written from graphs: one rule an operation, tensors streamed into files beside the model.
 
-from backends.onnx.emission import OnnxEmission, propose
-from backends.onnx.emit import emit
-from backends.onnx.verify import Reloaded, verify
+The public names load on first use, so that running a model imports neither torch nor what writes models.
+"""
 
-__all__ = ["OnnxEmission", "Reloaded", "emit", "propose", "verify"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backends.onnx.emission import OnnxEmission as OnnxEmission
+    from backends.onnx.emission import propose as propose
+    from backends.onnx.reload import Reloaded as Reloaded
+    from backends.onnx.reload import verify as verify
+    from backends.onnx.runner import Runner as Runner
+    from backends.onnx.write import emit as emit
+
+_HOMES = {
+    "OnnxEmission": "emission",
+    "Reloaded": "reload",
+    "Runner": "runner",
+    "emit": "write",
+    "propose": "emission",
+    "verify": "reload",
+}
+
+__all__ = ["OnnxEmission", "Reloaded", "Runner", "emit", "propose", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `backends.onnx` has no attribute `{name}`")
+    return getattr(import_module(f"backends.onnx.{_HOMES[name]}"), name)

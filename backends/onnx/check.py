@@ -22,11 +22,16 @@ Arrays = Mapping[str, Any]
 
 
 def session(path: Path, threads: int = 1) -> Any:
-    """``path`` loaded by ONNX Runtime on the CPU."""
+    """``path`` loaded by ONNX Runtime on the CPU.
+
+    Plans of memory by shapes are of no use where each step has a shape of its own, and are wrong where a cache is
+    written in place.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.enable_mem_pattern = False
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

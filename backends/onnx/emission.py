@@ -82,6 +82,7 @@ class OnnxEmission:
             "compress-model.opset": str(OPSET),
             "compress-model.contrib-operations": ", ".join(used),
             "compress-model.onnxruntime": f">={self.runtime.runtime}",
+            "compress-model.cache-in-place": "yes" if model.in_place else "no",
             "compress-model.accuracy-level": str(self.accuracy),
             "compress-model.notes": "; ".join(self.notes),
         }

@@ -51,6 +51,12 @@ class Lowered:
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="compress-model", metadata_props=dict(metadata))
 
+    @property
+    def in_place(self) -> bool:
+        """Whether all that is cached can be written where it was read, in buffers that are longer."""
+        attends = [node for node in self.nodes if node.op_type == "GroupQueryAttention"]
+        return bool(self.cached) and 2 * len(attends) == len(self.cached)
+
     def operations(self, domain: str) -> list[str]:
         """The operations of ``domain`` that it uses."""
         return sorted({node.op_type for node in self.nodes if node.domain == domain})

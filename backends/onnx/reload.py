@@ -14,7 +14,7 @@ from torch import Tensor
 from backends.onnx.builder import exactly
 from backends.onnx.check import largest_error
 from backends.onnx.emission import OnnxEmission
-from backends.onnx.emit import SHARD_BYTES, save_models
+from backends.onnx.write import SHARD_BYTES, save_models
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments

@@ -1,0 +1,184 @@
+"""A language model generating with onnxruntime alone: greedy decoding with a cache that is written in place.
+
+Buffers for keys and values are as long as the prompt and the answer together. The model reads and writes the same ones,
+so that a step copies nothing where the model's own attention allows it; others get what the step before returned.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.onnx.check import PAST, PRESENT, session
+from compiler.errors import CheckpointError
+
+IN_PLACE = "compress-model.cache-in-place"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for the prompt, and for each token after it."""
+
+    prefill: float
+    steps: Sequence[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, without the prompt."""
+        return len(self.steps) / sum(self.steps) if self.steps else 0.0
+
+
+class Runner:
+    """A causal ONNX model, which lies in ``path``, on ``threads`` threads.
+
+    Raises CheckpointError when onnxruntime is not installed, or the model is no language model with a cache.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as reason:
+            raise CheckpointError(
+                "running an ONNX model needs the package onnxruntime, which is not installed",
+                remedy="pip install 'compress-model[onnx]'",
+            ) from reason
+        self._ort: Any = ort
+        self.path = path
+        try:
+            self._session = session(path, threads)
+        except Exception as reason:  # the runtime's own classes of errors share no better base
+            raise CheckpointError(f"ONNX Runtime cannot load it: {str(reason)[:200]}", where=str(path)) from reason
+        self._past = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
+        names = {value.name for value in self._session.get_inputs()}
+        if not self._past or not {"input_ids", "attention_mask"} <= names:
+            raise CheckpointError("it is no language model with a cache", where=str(path))
+        self._in_place = self._session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "yes"
+
+    def logits(self, ids: Any) -> Any:
+        """Logits [B, T, V] of the tokens ``ids`` [B, T], without a cache."""
+        found, _ = self._run(ids, np.ones(ids.shape, np.int64), self._empty(len(ids)), reuse=False)
+        return found
+
+    def greedy(self, ids: Sequence[int], count: int) -> Iterator[tuple[int, float]]:
+        """The likeliest ``count`` tokens after ``ids``, each with the seconds it took; those of the first are the
+        prompt's."""
+        mask = np.ones((1, len(ids) + count), np.int64)
+        started = time.perf_counter()
+        found, past = self._run(np.array([ids]), mask[:, : len(ids)], self._empty(1), reuse=False)
+        past = self._roomy(past, len(ids), len(ids) + count)
+        for step in range(count):
+            token = int(found[0, -1].argmax())
+            yield token, time.perf_counter() - started
+            started = time.perf_counter()
+            if step + 1 < count:
+                filled = len(ids) + step + 1
+                found, past = self._run(np.array([[token]]), mask[:, :filled], past, reuse=self._in_place)
+
+    def timed(self, ids: Sequence[int], count: int) -> Timing:
+        """How long the prompt ``ids`` and ``count`` tokens after it take."""
+        seconds = [taken for _, taken in self.greedy(ids, count + 1)]
+        return Timing(seconds[0], seconds[1:])
+
+    def _empty(self, batch: int) -> dict[str, Any]:
+        shapes = {value.name: (batch, value.shape[1], 0, value.shape[3]) for value in self._past}
+        return {name: self._value(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+
+    def _value(self, array: Any) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _roomy(self, past: dict[str, Any], used: int, capacity: int) -> dict[str, Any]:
+        """The cache in buffers of ``capacity`` tokens, where the model can write into them."""
+        if not self._in_place:
+            return past
+        roomy: dict[str, Any] = {}
+        for name, value in past.items():
+            array = value.numpy()
+            wide = np.zeros((*array.shape[:2], capacity, array.shape[3]), np.float32)
+            wide[:, :, :used] = array[:, :, :used]
+            roomy[name] = self._value(wide)
+        return roomy
+
+    def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, reuse: bool) -> tuple[Any, dict[str, Any]]:
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        for name, value in past.items():
+            output = name.replace(PAST, PRESENT, 1)
+            if reuse:
+                binding.bind_ortvalue_output(output, value)
+            else:
+                binding.bind_output(output)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        kept = past if reuse else dict(zip(past, present, strict=True))  # buffers live as long as who made them
+        return logits.numpy(), kept
+
+
+def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator[tuple[str, float]]:
+    """Pieces of the answer of the model in ``path`` to ``prompt``, with the seconds that each took.
+
+    The tokenizer beside the model is used, and its chat template when there is one. Raises CheckpointError when
+    there is no tokenizer.
+    """
+    runner, tokenizer = Runner(path, threads=threads), _tokenizer(path.parent)
+    ids = tokenizer.encode(*in_template(path.parent, prompt)).ids
+    ends, written, shown = _ends(path.parent), list[int](), ""
+    for token, seconds in runner.greedy(ids, count):
+        if token in ends:
+            return
+        written.append(token)
+        text = tokenizer.decode(written)
+        piece = "" if text.endswith("\ufffd") else text[len(shown) :]
+        shown += piece
+        yield piece, seconds
+
+
+def in_template(directory: Path, prompt: str) -> tuple[str, None, bool, bool]:
+    """The arguments with which a tokenizer encodes ``prompt``: in a chat template, which has its own special tokens."""
+    settings = _json(directory / "tokenizer_config.json")
+    file = directory / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if not isinstance(template, str):
+        return prompt, None, False, True
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    known = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token")}
+    message = [{"role": "user", "content": prompt}]
+    filled = environment.from_string(template).render(messages=message, add_generation_prompt=True, **known)
+    return filled, None, False, False
+
+
+def _text(token: Any) -> str:
+    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _tokenizer(directory: Path) -> Any:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError("there is no tokenizer.json beside the model", where=str(directory))
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def _ends(directory: Path) -> set[int]:
+    """The tokens that end an answer."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ends = _json(directory / name).get("eos_token_id")
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return found

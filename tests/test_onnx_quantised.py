@@ -1,0 +1,131 @@
+"""Quantised weights in ONNX: the codes that a graph multiplies by are those that ONNX Runtime multiplies by."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.onnx import emit, propose, verify
+from backends.onnx.quantised import unsigned_bytes
+from compiler.frontend.capture import capture
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph
+from compiler.ir.types import TensorType
+from compiler.pipeline import Pipeline
+from compiler.weights.evaluate import evaluate
+from compiler.weights.expr import load
+from compiler.weights.ops.quant import quantise
+from compiler.weights.source import MemorySource
+from passes import Quantize
+from tests.families import FAMILIES
+
+ROWS, EPS = 24, torch.finfo(torch.float32).eps
+
+
+def one_product(width: int, bits: int, group: int, symmetric: bool, *, table: bool = False) -> Graph:
+    """A graph of one product with a quantised weight [24, width], or of a look-up in it."""
+    graph = Graph("product")
+    weight = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(bits + group))
+    graph.sources["model"] = MemorySource({"weight": weight, "bias": weight[:, 0].clone()})
+    stored = load("model", "weight", TensorType(torch.float32, (ROWS, width)))
+    made = quantise(stored, bits, group, symmetric=symmetric, scale_dtype=torch.float32)
+    param = graph.add_param("part.weight", made, torch.float32)
+    if table:
+        ids = graph.add_input("ids", TensorType(torch.int64, ("B", "T")))
+        graph.outputs["y"] = graph.op("embedding", [param, ids], scope="part")
+        return graph
+    bias = graph.add_param("part.bias", load("model", "bias", TensorType(torch.float32, (ROWS,))))
+    x = graph.add_input("x", TensorType(torch.float32, ("B", "T", width)))
+    graph.outputs["y"] = graph.op("linear", [x, param, bias], scope="part")
+    return graph
+
+
+def computed(graph: Graph, directory, given_inputs, target: str = "ort-cpu", accuracy: int = 0):
+    emission = propose(graph, target, accuracy=accuracy)
+    emit(emission, graph.sources, directory)
+    onnx.checker.check_model(directory / "model.onnx", full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(directory / "model.onnx", options)
+    (found,) = session.run(None, {name: value.numpy() for name, value in given_inputs.items()})
+    return torch.from_numpy(found), emission
+
+
+FORMS = [
+    (width, bits, group, symmetric)
+    for width, group in ((64, 16), (64, 32), (96, 32), (128, 128), (192, 0), (96, 48))
+    for bits in (2, 3, 4, 5, 8)
+    for symmetric in (True, False)
+]
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "onnx"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_product_with_codes_is_that_with_their_values(form, target, tmp_path):
+    width, *_ = form
+    graph = one_product(*form)
+    inputs = {"x": torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1))}
+    expected = run(graph, inputs)["y"]
+    found, emission = computed(graph, tmp_path, inputs, target)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 8 * EPS * width**0.5
+    dense = ROWS * width * 4
+    assert emission.nbytes < dense
+
+
+@pytest.mark.parametrize(
+    "form", [(64, 4, 32, True), (64, 4, 32, False), (64, 8, 16, True), (96, 2, 32, False)], ids=str
+)
+def test_a_quantised_table_is_looked_up_in_its_codes(form, tmp_path):
+    graph = one_product(*form, table=True)
+    inputs = {"ids": torch.tensor([[0, 5, 23], [7, 7, 1]])}
+    found, emission = computed(graph, tmp_path, inputs)
+    assert torch.allclose(found, run(graph, inputs)["y"], rtol=4 * EPS, atol=1e-6)
+    assert emission.models["model.onnx"].operations("com.microsoft") == ["GatherBlockQuantized"]
+
+
+def test_inputs_rounded_to_int8_cost_about_a_hundredth(tmp_path):
+    graph = one_product(128, 4, 32, True)
+    inputs = {"x": torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1))}
+    expected = run(graph, inputs)["y"]
+    found, emission = computed(graph, tmp_path, inputs, accuracy=4)
+    assert emission.rounds_inputs and not emission.at_accuracy(0).rounds_inputs
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.sampled_from((2, 4, 8)), st.integers(0, 99))
+def test_bytes_hold_codes_in_order(rows, count, bits, seed):
+    low = -(1 << (bits - 1))
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, -low, (rows, count), generator=generator, dtype=torch.int8)
+    source = {"codes": MemorySource({"codes": codes})}
+    expr = unsigned_bytes(load("codes", "codes", TensorType(torch.int8, (rows, count))), bits)
+    (packed,) = evaluate([expr], source)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-count * bits // 8))
+    every = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : count * bits].reshape(rows, count, bits)
+    values = (every * (1 << np.arange(bits))).sum(-1) + low
+    assert np.array_equal(values, codes.numpy())
+
+
+SIZES = {
+    "llama": {"head_dim": 16},
+    "bert": {},
+    "deepseek_v3": {"q_lora_rank": 32, "v_head_dim": 12, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_quantised_model_is_its_graph(name, tmp_path):
+    """Weights of bfloat16 storage, so that products of codes and scales are not rounded as a checkpoint's would be."""
+    model = FAMILIES[name].build(3, hidden_size=64, intermediate_size=96, **SIZES[name]).to(torch.bfloat16)
+    graph = capture(model)
+    Pipeline([Quantize(bits=4, group=16, tied="copy")]).run(graph)
+    emission = propose(graph)
+    emit(emission, graph.sources, tmp_path)
+    found = verify(emission, tmp_path)
+    assert found.holds and found.rounded is not None and found.rounded > found.error
