@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from backends.safetensors import Emission, emit
+from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
@@ -277,7 +278,12 @@ def _verify(
     memory = memory_to_use(run.recipe)
     checkpoint, onnx = None, None
     if passed.emission is not None:
-        checkpoint = verify_by_reload(passed.graph, output.files, memory=memory, own_code=own_code)
+        missing = missing_packages(passed.emission.quantization_config)
+        checkpoint = (
+            Verification(False, skipped=f"transformers needs {' and '.join(missing)} to load it")
+            if missing
+            else verify_by_reload(passed.graph, output.files, memory=memory, own_code=own_code)
+        )
     if passed.onnx is not None:
         onnx = verify_onnx(passed.onnx, output.files / ONNX_FOLDER, memory=memory)
     return checkpoint, onnx

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
 from backends.safetensors.compressed import config_of_generated
+from backends.safetensors.gptq import Version, missing_packages
 from backends.safetensors.parts import stored_parts
 from backends.safetensors.unify import Mismatch
 from compiler.errors import TargetError
@@ -53,7 +54,28 @@ def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, com
 def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
     """The checkpoint that ``recipe`` asks for; None when it asks for none."""
     wanted = recipe.checkpoint
-    return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+    if wanted is None or wanted.quantised_as == "compressed-tensors":
+        return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+    found = gptq_emission(graph, wanted.quantised_as)
+    missing = missing_packages(found.quantization_config) if recipe.evaluate is not None else ()
+    if missing:
+        raise TargetError(
+            f"evaluating a GPTQ checkpoint needs {' and '.join(missing)}, which transformers loads it with",
+            remedy=f"pip install {' '.join(missing)}, or leave out `evaluate`",
+        )
+    return found
+
+
+def gptq_emission(graph: Graph, version: Version) -> Emission:
+    """The GPTQ checkpoint of ``graph``. Raises TargetError when the layout, or no stock class, holds it."""
+    found = propose(graph, version)
+    if isinstance(found, Refusal):
+        raise TargetError(f"no GPTQ checkpoint holds this: {found.reason}", remedy="leave out `quantised-as`")
+    if not found.quantization_config:
+        raise TargetError(
+            "`quantised-as` is a layout of quantised weights, and none is", remedy="put `quantize` before"
+        )
+    return replace(found, tokens=graph.tokens)
 
 
 def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:

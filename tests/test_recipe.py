@@ -238,6 +238,7 @@ def test_spelling_of_sections():
         "class": "auto",
         "cache-bits": None,
         "sparse": "zeros",
+        "quantised-as": "compressed-tensors",
     }
 
 

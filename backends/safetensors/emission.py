@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from backends.safetensors.assemble import assemble
 from backends.safetensors.compressed import quantization_config
+from backends.safetensors.gptq import gptq_config, gptq_parts_of
 from backends.safetensors.parts import as_dequantize, stored_parts
 from backends.safetensors.rounding import Rounding, by_module, without_rounding
 from backends.safetensors.unify import Mismatch, unify
@@ -22,6 +23,9 @@ from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
+
+Layout = Literal["compressed-tensors", "gptq", "gptq-v2"]
+"""How quantised weights lie in files."""
 
 
 def missing_names(module: Any, named: Mapping[str, Expr]) -> list[str]:
@@ -92,17 +96,17 @@ class Emission:
         return self.config.get("quantization_config")
 
 
-def propose(graph: Graph) -> Emission | Refusal:
+def propose(graph: Graph, layout: Layout = "compressed-tensors") -> Emission | Refusal:
     """The emission of the first stock target that holds ``graph``, or the refusal of the one that came nearest.
 
-    No weight is read.
+    ``layout`` is that of quantised weights. No weight is read.
     """
     from backends.safetensors.targets import TARGETS
 
     plain, rounded = without_rounding(graph)
     refusals: list[Refusal] = []
     for target in TARGETS:
-        found = _first(plain, rounded, target.name, target.propose(plain))
+        found = _first(_Wanted(plain, rounded, layout), target.name, target.propose(plain))
         if isinstance(found, Emission):
             return found
         refusals.append(found)
@@ -110,24 +114,31 @@ def propose(graph: Graph) -> Emission | Refusal:
     return Refusal(", ".join(refusal.target for refusal in refusals), reasons)
 
 
-def _first(
-    graph: Graph, rounded: Mapping[str, Rounding], target: str, proposals: Sequence[Proposal] | Refusal
-) -> Emission | Refusal:
+@dataclass(frozen=True)
+class _Wanted:
+    """A graph without rounded activations, how what weights multiply is rounded, by name, and a layout for weights."""
+
+    graph: Graph
+    rounded: Mapping[str, Rounding]
+    layout: Layout
+
+
+def _first(wanted: _Wanted, target: str, proposals: Sequence[Proposal] | Refusal) -> Emission | Refusal:
     """The emission of the first proposal that fits, or the refusal of the likeliest one."""
     if isinstance(proposals, Refusal):
         return proposals
     refusals: list[Refusal] = []
     for proposal in proposals:
-        found = _emission(graph, rounded, target, proposal)
+        found = _emission(wanted, target, proposal)
         if isinstance(found, Emission):
             return found
         refusals.append(found)
     return refusals[0]
 
 
-def require(graph: Graph) -> Emission:
+def require(graph: Graph, layout: Layout = "compressed-tensors") -> Emission:
     """``propose``, with a refusal as a TargetError."""
-    found = propose(graph)
+    found = propose(graph, layout)
     if isinstance(found, Refusal):
         raise TargetError(
             f"no stock model class computes this: {found.reason}",
@@ -136,10 +147,11 @@ def require(graph: Graph) -> Emission:
     return found
 
 
-def _emission(graph: Graph, rounded: Mapping[str, Rounding], target: str, proposal: Proposal) -> Emission | Refusal:
+def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Refusal:
     from compiler.frontend.subject import build_on_meta, config_from_dict
     from compiler.weights.checkpoint import unbind
 
+    graph = wanted.graph
     try:
         config = config_from_dict(proposal.config)
         captured = _captured(config, proposal.architecture, graph)
@@ -157,17 +169,20 @@ def _emission(graph: Graph, rounded: Mapping[str, Rounding], target: str, propos
         return Refusal(target, unused.reason)
     named = {**named, **unused}
     stored = {key: as_dequantize(expr) or expr for key, expr in unbind(named, module).items()}
-    activations = by_module(captured, found, rounded)
+    activations = by_module(captured, found, wanted.rounded)
     if isinstance(activations, Mismatch):
         return Refusal(target, activations.reason)
-    quantised = quantization_config(named, stored, module, activations)
+    if wanted.layout == "compressed-tensors":
+        quantised, parts_of = quantization_config(named, stored, module, activations), stored_parts
+    else:
+        quantised, parts_of = gptq_config(stored, module, activations, wanted.layout), gptq_parts_of(wanted.layout)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype_name(found.values())}
     if quantised:
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
-    tensors = {name: part for key, expr in stored.items() for name, part in stored_parts(key, expr).items()}
+    tensors = {name: part for key, expr in stored.items() for name, part in parts_of(key, expr).items()}
     tensors |= {
         key: scale for name, how in activations.items() for key, scale in how.tensors(name, named[name]).items()
     }

@@ -95,12 +95,15 @@ class Safetensors:
     with the checkpoint, or ``auto``, which generates one where there is no stock class. ``cache-bits`` generates one
     whose latents are cached in so many bits. ``sparse: compact`` generates one that reads sparse weights from bits and
     values; by default their zeros are written like other numbers, which any class loads and which saves nothing.
+    ``quantised-as`` is the layout of quantised weights: that of compressed-tensors, or of GPTQ checkpoints, whose first
+    version cannot hold every zero point.
     """
 
     shard: Memory = 5 * 10**9
     class_: Literal["auto", "stock", "generated"] = "auto"
     cache_bits: Literal[8, 4] | None = None
     sparse: Literal["zeros", "compact"] = "zeros"
+    quantised_as: Literal["compressed-tensors", "gptq", "gptq-v2"] = "compressed-tensors"
 
     @property
     def compact(self) -> bool:
@@ -109,6 +112,13 @@ class Safetensors:
     def __post_init__(self) -> None:
         if self.shard < SMALLEST_SHARD:
             raise RecipeError("`shard` is less than 1MB", option="shard", remedy="the default is `shard: 5GB`")
+        own_code = self.class_ == "generated" or self.cache_bits is not None or self.compact
+        if own_code and self.quantised_as != "compressed-tensors":
+            raise RecipeError(
+                f"no generated class loads weights quantised as {self.quantised_as}",
+                option="quantised-as",
+                remedy="leave out `quantised-as`, or `class`, `cache-bits` and `sparse`",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
