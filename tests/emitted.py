@@ -14,7 +14,7 @@ from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
-from compiler.pipeline import Pass, Pipeline, Report
+from compiler.pipeline import Calibration, Pass, Pipeline, Report, no_calibration
 from tests.families import FAMILIES
 
 TOLERANCE = 1e-5
@@ -24,14 +24,20 @@ class Job:
     """A family's tiny model, saved in ``directory``, captured, changed by ``passes`` and written again."""
 
     def __init__(
-        self, name: str, directory: Path, passes: Sequence[Pass] = (), dtype: Any = torch.float32, **changes: Any
+        self,
+        name: str,
+        directory: Path,
+        passes: Sequence[Pass] = (),
+        dtype: Any = torch.float32,
+        calibration: Calibration = no_calibration,
+        **changes: Any,
     ):
         self.family, self.directory = FAMILIES[name], directory
         self.source, self.out = directory / "source", directory / "out"
         self.family.build(**changes).to(dtype).save_pretrained(self.source)
         self.graph: Graph = capture(self.source)
         self.before = self.outputs() if passes else {}
-        self.report: Report = Pipeline(passes).run(self.graph, bytes_of=stored_bytes)
+        self.report: Report = Pipeline(passes).run(self.graph, bytes_of=stored_bytes, calibration=calibration)
 
     def outputs(self) -> dict[str, Tensor]:
         """What the graph computes, in float32."""

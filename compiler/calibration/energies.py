@@ -74,6 +74,7 @@ class _Tape:
         self.forward = True
         self.samples = 1
         self._kept: dict[Param, list[Tensor]] = {param: [] for param in nodes}
+        self._found: dict[Param, Tensor] = {}
         self._products: dict[Node, list[Param]] = {}
         for param, node in nodes.items():
             self._products.setdefault(node, []).append(param)
@@ -94,4 +95,11 @@ class _Tape:
         with torch.no_grad():
             for param in self._products[node]:
                 ((_, rows),) = leaving(node, param, gradient.detach(), {})
-                self._kept[param].append(rows.float().square().sum(-1))
+                self._found[param] = rows.float().square().sum(-1)
+
+    def done(self) -> None:
+        """Small tensors made among large ones keep the memory of those from being given back: one takes their place."""
+        sizes = [len(found) for found in self._found.values()]
+        for param, part in zip(self._found, torch.cat(list(self._found.values())).split(sizes), strict=True):
+            self._kept[param].append(part)
+        self._found.clear()

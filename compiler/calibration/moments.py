@@ -297,6 +297,10 @@ class Tape(Protocol):
         """``tensor`` is computed."""
         ...
 
+    def done(self) -> None:
+        """A batch has been run forward and back."""
+        ...
+
 
 class _Tape:
     """Sees a differentiable run, and adds up the gradients at the outputs of products on the way back."""
@@ -324,6 +328,9 @@ class _Tape:
             tensor.requires_grad_()
         if self.forward:
             tensor.register_hook(partial(self._add, node))
+
+    def done(self) -> None:
+        self._known.clear()
 
     def _add(self, node: Node, gradient: Tensor) -> None:
         with torch.no_grad():
@@ -354,6 +361,7 @@ def backwards(graph: Graph, batches: Batches, seed: int, tape: Tape) -> float:
             gradient, count = _at_output(output.detach().float(), name == "logits", source)
             if output.requires_grad:
                 output.backward(gradient.to(output.dtype))
+        tape.done()
         predictions += count
     return predictions
 

@@ -31,6 +31,9 @@ class _Slopes:
         if self.forward:
             tensor.register_hook(partial(self._add, value, tensor.detach()))
 
+    def done(self) -> None:
+        """Sums are complete at any time."""
+
     def _add(self, value: Value, x: Tensor, gradient: Tensor) -> None:
         slopes = (x * gradient).movedim(self._channels[value], -1)
         total = slopes.reshape(self.samples, -1, slopes.shape[-1]).sum(1, dtype=torch.float64).abs().sum(0)

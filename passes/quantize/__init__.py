@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from compiler.ir.graph import Graph
+from pydantic import Field
+
+from compiler.ir.graph import Graph, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
+from compiler.weights.ops.codec import Codec
 from passes.quantize.activations import Activations, round_inputs
-from passes.quantize.numbers import NumberSystem, Per, Type
-from passes.quantize.places import check_groups, chosen_of
+from passes.quantize.numbers import NumberSystem, Per, Type, Width
+from passes.quantize.places import check_groups, check_widths, chosen_of, report
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,21 @@ class Quantize(Pass):
 
     w ~ (q - z) * s with q = clamp(round(w / s + z), -2^(bits-1), 2^(bits-1) - 1). A group is ``group`` consecutive
     inputs of one output row (0: the whole row) and has its own scale s, kept in the weight's storage dtype;
-    symmetric codes have z = 0, asymmetric ones an integer zero point a group. No calibration data is needed.
+    symmetric codes have z = 0, asymmetric ones an integer zero point a group.
 
     ``scale: minmax`` takes the smallest scale that clips nothing; ``search`` takes, group by group, the one of least
     squared error among ten or so candidates, which clip up to 60 % of the range. More bits never give a larger error.
     ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``
     and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale.
+
+    ``method: nearest`` rounds every element by itself and needs no data. `gptq` (arXiv 2210.17323) rounds column by
+    column, on inputs that have passed the weights quantised before, and lets the columns to come make up for each
+    error. `refined` aims at what the original computes, weighs every input by how much the loss depends on what the
+    product makes of it, and then improves scales and codes in turns; it takes about three times as long.
+
+    A fractional number of ``bits`` is an average: each matrix gets one of ``widths`` (2, 3, 4, 5, 6, 8 unless given),
+    so that what rounding is predicted to cost the model is least; with ``widths`` so does a whole number, where that is
+    measured to be nearer to the original. Matrices that read the same input get the same.
 
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
     and the head gets its own quantised copy; by default such a weight is left alone.
@@ -34,17 +47,19 @@ class Quantize(Pass):
     ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, token by token, as runtimes with
     products of such numbers do.
 
-    Never exact. Round to nearest is the baseline that every method of quantisation is measured against.
+    Never exact.
     """
 
     where: Selector = "linear"
     skip: tuple[str, ...] = ()
     type: Type = "int"
-    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    bits: Width | Annotated[float, Field(gt=2, lt=8)] = 8
+    widths: tuple[Width, ...] = ()
     group: int = 0
     symmetric: bool = True
     per: Per = "row"
     scale: Literal["search", "minmax"] = "search"
+    method: Literal["nearest", "gptq", "refined"] = "nearest"
     tied: Literal["skip", "copy"] = "skip"
     activations: Activations = "none"
 
@@ -52,18 +67,38 @@ class Quantize(Pass):
     edits_weights: ClassVar[bool] = False
     quantises: ClassVar[bool] = True
 
+    @property
+    def mixed(self) -> bool:
+        """Whether weights may differ in how many bits they get."""
+        return bool(self.widths) or self.bits != int(self.bits)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.method != "nearest" or self.mixed
+
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when the group divides no selected input width, or nothing can be quantised."""
-        system = self._system()
+        if self.mixed:
+            check_widths(self.bits, self.widths, self.type)
+        system = self.system(int(self.bits))
         system.check()
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)
         check_groups(chosen, system.fixed_group or self.group, self.type if system.fixed_group else "")
-        for param, codec in system.codecs(chosen).items():
-            dense = param.expr
-            param.expr = codec.nearest(dense)
-            ctx.rewrote(param.name, str(system), bytes_before=dense.type.with_dtype(param.storage).nbytes)
+        if self.calibrated:
+            from passes.quantize.reduce import reduce
+
+            reduce(graph, ctx, self, chosen)
+        else:
+            self._round(ctx, system.codecs(chosen))
         if self.activations != "none":
             round_inputs(graph, ctx, chosen, self.activations)
 
-    def _system(self) -> NumberSystem:
-        return NumberSystem(self.type, self.bits, self.group, self.symmetric, self.per, self.scale == "search")
+    def _round(self, ctx: Context, codecs: Mapping[Param, Codec]) -> None:
+        """Every weight to nearest, without reading any."""
+        for param, codec in codecs.items():
+            report(ctx, param, str(self.system(codec.bits)))
+            param.expr = codec.nearest(param.expr)
+
+    def system(self, bits: int) -> NumberSystem:
+        """The number system of weights of so many bits."""
+        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale == "search")

@@ -18,6 +18,7 @@ from compiler.weights.ops.nvfp4 import Nvfp4, divisor
 
 Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"]
 Per = Literal["row", "tensor", "block"]
+Width = Literal[2, 3, 4, 5, 6, 7, 8]
 
 BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}

@@ -62,6 +62,23 @@ def check_groups(params: list[Param], group: int, system: str = "") -> None:
     )
 
 
+def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
+    """Raises PassError when matrices cannot get ``widths`` that are ``bits`` on average."""
+    if type != "int":
+        raise PassError(f"{type} has one width", option="bits", remedy="leave `bits` and `widths` out, or use `int`")
+    if widths and not min(widths) <= bits <= max(widths):
+        raise PassError(
+            f"no widths out of {', '.join(map(str, widths))} are {bits:g} bits on average",
+            option="widths",
+            remedy="give widths on both sides of `bits`",
+        )
+
+
+def report(ctx: Context, param: Param, how: str, **numbers: float) -> None:
+    """Say that ``param``, which still has its dense expression, is quantised."""
+    ctx.rewrote(param.name, how, bytes_before=param.expr.type.with_dtype(param.storage).nbytes, **numbers)
+
+
 def _width(param: Param) -> int:
     return param.type.static_shape[-1]
 

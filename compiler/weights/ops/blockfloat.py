@@ -60,6 +60,9 @@ class BlockFloat(ABC):
     def for_matrix(self, matrix: Tensor) -> Self:
         return self
 
+    def reading(self, value: Callable[[Expr], Tensor]) -> Self:
+        return self
+
     def sharing(self, shared: Sequence[Tensor]) -> Self:
         """The codec with what a matrix shares, as tensors."""
         return self

@@ -12,7 +12,7 @@ rounds column by column with the parameters it fitted to the whole group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -36,6 +36,10 @@ class Codec(Protocol):
 
     def for_matrix(self, matrix: Tensor) -> Codec:
         """The codec with what all of ``matrix`` [rows, in] shares."""
+        ...
+
+    def reading(self, value: Callable[[Expr], Tensor]) -> Codec:
+        """The codec with what several matrices share, which it may hold as an expression."""
         ...
 
     def nearest(self, weight: Expr) -> Expr:

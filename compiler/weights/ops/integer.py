@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ class Integer:
     def for_matrix(self, matrix: Tensor) -> Integer:
         return self
 
+    def reading(self, value: Callable[[Expr], Tensor]) -> Integer:
+        return self
+
     def nearest(self, weight: Expr) -> Expr:
         symmetric, search = self.symmetric, self.search
         return quantise(weight, self.bits, self.group, symmetric=symmetric, search=search, scale_dtype=self.dtype)
@@ -47,7 +50,8 @@ class Integer:
         return (shifted * parameters[0].float().unsqueeze(-1)).to(self.dtype).float()
 
     def rescaled(self, parameters: Parameters, factors: Tensor) -> Parameters:
-        return (parameters[0].float() * factors).to(self.dtype), *parameters[1:]
+        scale = (parameters[0].float() * factors).to(self.dtype)
+        return scale.clamp(min=torch.finfo(self.dtype).tiny), *parameters[1:]
 
     def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
         return codes, *parameters

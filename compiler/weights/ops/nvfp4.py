@@ -6,7 +6,7 @@ a power of two here, so that s / g is exact. The loader computes in bfloat16, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -49,6 +49,9 @@ class Nvfp4(BlockFloat):
 
     def for_matrix(self, matrix: Tensor) -> Self:
         return self if self.divisor is not None else replace(self, divisor=divisor_of([matrix]))
+
+    def reading(self, value: Callable[[Expr], Tensor]) -> Self:
+        return self if self.shared is None else replace(self, divisor=value(self.shared))
 
     def shared_by(self, weight: Expr) -> tuple[Expr, ...]:
         return (divisor([weight]) if self.shared is None else self.shared,)

@@ -1,0 +1,110 @@
+"""How many bits each weight gets: shared out so that what rounding is predicted to cost the model is least.
+
+Of a row r with second moments H of its inputs and an upper factor U of their inverse, `in_order` loses the sum over j
+of (e_j / U_jj)^2, e_j being what rounding column j alone costs; rounding to nearest loses e H e^T. Errors of different
+rows are independent, so the model loses 1/2 sum over rows of M_rr times that, M being the second moment of its loss's
+gradient at what leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from compiler.allocate import Option, allocate
+from compiler.calibration.fidelity import spread
+from compiler.calibration.moments import Moments, Statistics, measure
+from compiler.calibration.products import matrix_shape, products
+from compiler.ir.graph import Graph, Param
+from compiler.pipeline import Context
+from compiler.weights.ops.codec import Codec
+from passes.quantize.solve import Problem, damped, inverse_factor, nearest
+
+MOMENT_TOKENS = 16384
+GRADIENT_TOKENS = 8192
+ROWS = 256  # of a matrix, evenly spaced: enough to tell what rounding costs it
+
+CodecOf = Callable[[Param, int], Codec]
+Groups = Sequence[Sequence[Param]]
+
+
+def together(graph: Graph, params: Sequence[Param]) -> list[list[Param]]:
+    """Weights that multiply the same value, which get the same bits: runtimes fuse such maps into one."""
+    found: dict[object, list[Param]] = {}
+    for param in params:
+        nodes = products(graph).get(param, [])
+        shared = len(nodes) == 1 and nodes[0].op.name == "linear"
+        found.setdefault(nodes[0].input(0) if shared else param, []).append(param)
+    return list(found.values())
+
+
+def shared_out(
+    graph: Graph, ctx: Context, params: Sequence[Param], bits: float, widths: Sequence[int], codec_of: CodecOf
+) -> dict[Param, int]:
+    """One of ``widths`` for each of ``params``, with at most ``bits`` a weight on average and the least predicted loss.
+
+    Raises PassError when ``bits`` is less than the least width.
+    """
+    batches = ctx.calibration()
+    spreads = spread(batches, MOMENT_TOKENS), spread(batches, GRADIENT_TOKENS)
+    known = measure(graph, params, spreads[0], ctx.progress, gradients=spreads[1])
+    groups = together(graph, params)
+    losses = [[_loss(ctx, known, group, width, codec_of) for width in widths] for group in groups]
+    sizes = [sum(param.type.numel for param in group) for group in groups]
+    ways = [
+        [Option(size * width, loss) for width, loss in zip(widths, own, strict=True)]
+        for size, own in zip(sizes, losses, strict=True)
+    ]
+    chosen = allocate(ways, bits * sum(sizes))
+    for group, own, index in zip(groups, losses, chosen, strict=True):
+        widest = widths[-1]
+        kept = [width / widest for width in widths]
+        ctx.weighed(", ".join(param.name for param in group), kept, own, widths[index] / widest)
+    return {param: widths[index] for group, index in zip(groups, chosen, strict=True) for param in group}
+
+
+def _loss(ctx: Context, known: Statistics, group: Sequence[Param], width: int, codec_of: CodecOf) -> float:
+    return sum(_predicted(ctx, param, known.of(param), codec_of(param, width)) for param in group)
+
+
+def _predicted(ctx: Context, param: Param, moments: Moments, codec: Codec) -> float:
+    """What rounding ``param`` costs the model, in the units of ``compiler.calibration.moments``."""
+    experts, rows, columns = matrix_shape(param)
+    chosen = torch.arange(0, rows, max(1, rows // ROWS))
+    seconds = moments.second.reshape(experts, columns, columns)
+    costs = _row_costs(moments, (experts, rows))
+    total = 0.0
+    for matrix, second, cost in zip(
+        ctx.read(param).float().reshape(experts, rows, columns), seconds, costs, strict=True
+    ):
+        total += float(_lost(matrix[chosen], second, codec.for_matrix(matrix)) @ cost[chosen])
+    return total / 2 * rows / len(chosen)
+
+
+def _lost(matrix: Tensor, second: Tensor, codec: Codec) -> Tensor:
+    """What each row of ``matrix`` loses when it is rounded in order: float64 [rows]."""
+    problem = Problem(matrix, damped(second))
+    error = matrix - nearest(problem, codec, weighted=True).values
+    return (error / inverse_factor(problem.second).diagonal()).square().sum(1, dtype=torch.float64)
+
+
+def _row_costs(moments: Moments, shape: tuple[int, int]) -> Tensor:
+    """The diagonal of M: float64 [experts, rows]."""
+    gradient = moments.gradient
+    assert gradient is not None  # it was asked for
+    whole = gradient.numel() > shape[0] * shape[1]
+    return (gradient.diagonal(dim1=-2, dim2=-1) if whole else gradient).reshape(shape)
+
+
+def evenly(params: Sequence[Param], bits: float, widths: Sequence[int]) -> dict[Param, int]:
+    """The widths around ``bits``, as many of each as make the average, without knowing what would be best."""
+    below, above = max(w for w in widths if w <= bits), min(w for w in widths if w >= bits)
+    left = (bits - below) * sum(param.type.numel for param in params)
+    found: dict[Param, int] = {}
+    for param in params:
+        more = (above - below) * param.type.numel
+        found[param] = above if 0 < more <= left else below
+        left -= more if found[param] == above else 0
+    return found

@@ -1,0 +1,155 @@
+"""Quantise weights by what enters them: in the order of computation, each on what those before it have become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compiler.calibration.energies import Energies, energies
+from compiler.calibration.fidelity import Fidelity, spread
+from compiler.calibration.products import matrix_shape, products
+from compiler.calibration.sequence import Met, in_order
+from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import copy_of
+from compiler.pipeline import Context
+from compiler.weights.expr import Expr
+from compiler.weights.ops.codec import Codec
+from passes.quantize.mixed import evenly, shared_out
+from passes.quantize.places import report
+from passes.quantize.solve import Problem, damped, solve
+
+if TYPE_CHECKING:
+    from passes.quantize import Quantize
+
+TOKENS = 32768  # of calibration data that weights are quantised on
+REFINED_TOKENS = 16384  # with energies, for which data is run forward and back, fewer do
+CHOICE_TOKENS = 2048
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+Bits = Mapping[Param, int]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight's expression, and its error over its own size, both as outputs show them."""
+
+    expr: Expr
+    error: float | None = None
+
+
+def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]) -> None:
+    """Quantise ``params`` of ``graph`` as ``wanted`` says."""
+    job = _Job(graph, ctx, wanted, params)
+    bits, made = job.planned() if ctx.planned else job.nearest_to_original()
+    for param in params:
+        numbers = {} if made[param].error is None else {"relative_error": made[param].error}
+        how = str(wanted.system(bits[param])) + (
+            "" if param in job.measurable else "; to nearest, for it is no product"
+        )
+        report(ctx, param, how, **{name: value for name, value in numbers.items() if value is not None})
+        param.expr = made[param].expr
+
+
+class _Job:
+    """What it takes to quantise weights on a copy of the graph."""
+
+    def __init__(self, graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]) -> None:
+        self.graph = graph
+        self.ctx = ctx
+        self.wanted = wanted
+        self.params = params
+        known = products(graph)
+        self.measurable = [param for param in params if param in known and len(known[param]) == len(param.users)]
+        self.widths = wanted.widths or WIDTHS
+        self._batches = ctx.calibration()
+        self._energies: Energies | None = None
+
+    def planned(self) -> tuple[Bits, dict[Param, Quantised]]:
+        """Expressions of the right types and, as far as can be known before measuring, sizes."""
+        bits = evenly(self.params, self.wanted.bits, self.widths) if self.wanted.mixed else self._uniform()
+        return bits, {param: Quantised(codec.nearest(param.expr)) for param, codec in self._codecs(bits).items()}
+
+    def nearest_to_original(self) -> tuple[Bits, dict[Param, Quantised]]:
+        """What the options allow that brings the model nearest to the original."""
+        if not self.wanted.mixed:
+            bits = self._uniform()
+            return bits, self.made(bits)
+        shared = self._shared_out()
+        if self.wanted.bits not in self.widths:
+            return shared, self.made(shared)
+        fidelity = Fidelity(self.graph, spread(self._batches, CHOICE_TOKENS, 1))
+        found = [(bits, self.made(bits)) for bits in (self._uniform(), shared)]
+        distances = [fidelity.distance(self._with(made)) for _, made in found]
+        best = distances.index(min(distances))
+        for index, what in enumerate(("the same bits for each", "shared out by cost")):
+            self.ctx.tried(what, distances[index], index == best)
+        return found[best]
+
+    def made(self, bits: Bits) -> dict[Param, Quantised]:
+        """Every weight with so many bits. The graph is left as it is."""
+        codecs = self._codecs(bits)
+        trial = copy_of(self.graph)
+        ordered = [] if self.wanted.method == "nearest" else self.measurable
+        made = {param: Quantised(codecs[param].nearest(param.expr)) for param in self.params if param not in ordered}
+        for param, one in made.items():
+            trial.params[param.name].expr = one.expr
+        refine = self.wanted.method == "refined"
+        batches = spread(self._batches, REFINED_TOKENS if refine else TOKENS)
+        counts = self._measured_energies(batches) if refine else None
+        for met in in_order(self.graph, trial, ordered, batches, paired=refine, energies=counts) if ordered else ():
+            made[met.param] = self._one(met, codecs[met.param])
+            trial.params[met.param.name].expr = made[met.param].expr
+        return made
+
+    def _one(self, met: Met, codec: Codec) -> Quantised:
+        experts, rows, columns = matrix_shape(met.param)
+        stored: list[tuple[Tensor, ...]] = []
+        lost = whole = 0.0
+        matrices = self.ctx.read(met.param).float().reshape(experts, rows, columns)
+        for matrix, second in zip(matrices, met.moments.second.reshape(experts, columns, columns), strict=True):
+            wanted = matrix if met.fit is None else (matrix.double() @ met.fit).float()
+            problem, own = Problem(wanted, damped(second)), codec.reading(self.ctx.value).for_matrix(matrix)
+            solution = solve(problem, own, refine=self.wanted.method == "refined")
+            stored.append(own.stored(solution.codes, solution.parameters))
+            lost += problem.cost(solution.values)
+            whole += problem.cost(torch.zeros_like(matrix))
+        stacked = met.param.type.rank > 2
+        parts = [torch.stack(each) if stacked else each[0] for each in zip(*stored, strict=True)]
+        exprs = [self.ctx.spill(f"{met.param.name}.part{index}", part) for index, part in enumerate(parts)]
+        return Quantised(codec.expression(exprs), lost / whole if whole else 0.0)
+
+    def _measured_energies(self, batches: Sequence[Mapping[str, Tensor]]) -> Energies:
+        if self._energies is None:
+            known = products(self.graph)
+            nodes = {param: known[param][0] for param in self.measurable if len(known[param]) == 1}
+            self._energies = energies(self.graph, nodes, batches, self.ctx.progress)
+        return self._energies
+
+    def _uniform(self) -> Bits:
+        return dict.fromkeys(self.params, int(self.wanted.bits))
+
+    def _shared_out(self) -> Bits:
+        """Widths by predicted loss; of weights that are not measured the widest that is no wider than the average."""
+        plain = max(width for width in self.widths if width <= self.wanted.bits)
+
+        def codec_of(param: Param, width: int) -> Codec:
+            return self._codecs({param: width})[param]
+
+        bits = shared_out(self.graph, self.ctx, self.measurable, self.wanted.bits, self.widths, codec_of)
+        return {**dict.fromkeys(self.params, plain), **bits}
+
+    def _codecs(self, bits: Bits) -> dict[Param, Codec]:
+        systems = {width: self.wanted.system(width) for width in set(bits.values())}
+        if len(systems) == 1:
+            return next(iter(systems.values())).codecs(list(bits))
+        return {param: systems[width].codec(param.storage) for param, width in bits.items()}
+
+    def _with(self, made: Mapping[Param, Quantised]) -> Graph:
+        trial = copy_of(self.graph)
+        for param, one in made.items():
+            trial.params[param.name].expr = one.expr
+        return trial

@@ -1,0 +1,226 @@
+"""Codes for one matrix by what enters it: column by column, then refined where they stand.
+
+What is minimised is the sum over rows of e H e^T, e being the rows of the error and H the damped second moment of what
+enters. `in_order` is GPTQ (arXiv 2210.17323): columns are rounded one after the other, and those that are left make up
+for the error so far. Groups are taken whole, the one with the largest inputs first, and each is given its parameters
+when its turn comes, from columns that have taken up the errors before it; so no column needs to know its group, as
+activation order would have it. `refined` then fits all scales of a row together by least squares and rounds every
+column once more given all others (coordinate descent, as QuantEase, arXiv 2309.01885), as long as that pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compiler.errors import PassError
+from compiler.weights.ops.codec import Codec, Parameters
+
+DAMPING = 0.01  # of the mean energy of inputs
+BLOCK = 128  # columns whose errors are carried to the rest together
+ROUNDS = 4  # of refinement, at most
+GAIN = 0.005  # of the error: a round that gains less is the last
+RIDGE = 1e-4  # of the mean energy of a row's groups: what a departure of its scales costs
+FACTORS = (0.5, 2.0)  # between which scales change in a round
+SCALE_ELEMENTS = 1 << 24  # of the equations for scales that are solved together
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix float32 [rows, columns] that is wanted, and the second moment H float32 [columns, columns], damped."""
+
+    wanted: Tensor
+    second: Tensor
+
+    def cost(self, values: Tensor) -> float:
+        """What ``values`` in the place of the matrix cost."""
+        error = self.wanted - values
+        return float((error @ self.second * error).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes [rows, columns], parameters [rows, groups] each, and the values float32 that they stand for."""
+
+    codes: Tensor
+    parameters: Parameters
+    values: Tensor
+
+
+def damped(second: Tensor) -> Tensor:
+    """``second`` [columns, columns] in float32, with damping; the identity where nothing was seen."""
+    ridge = DAMPING * float(second.diagonal().mean())
+    ones = torch.eye(len(second), dtype=second.dtype)
+    return (second + ridge * ones if ridge else ones).float()
+
+
+def nearest(problem: Problem, codec: Codec, *, weighted: bool) -> Solution:
+    """Every group fitted by itself and rounded to nearest, ``weighted`` by the energy of inputs or not."""
+    wanted, energy = problem.wanted, problem.second.diagonal()
+    cuts = list(_cuts(wanted.shape[1], codec.group))
+    fitted = [codec.fit(wanted[:, cut], energy[cut] if weighted else None) for cut in cuts]
+    codes = [codec.encode(wanted[:, cut], own) for cut, own in zip(cuts, fitted, strict=True)]
+    return _of(codec, torch.cat(codes, 1), _stacked(fitted))
+
+
+def solve(problem: Problem, codec: Codec, *, refine: bool) -> Solution:
+    """The best of `in_order`, refined if asked, and of both ways to round to nearest."""
+    found = in_order(problem, codec)
+    if refine:
+        found = refined(problem, codec, found)
+    others = (nearest(problem, codec, weighted=weighted) for weighted in (True, False))
+    return min((found, *others), key=lambda solution: problem.cost(solution.values))
+
+
+def in_order(problem: Problem, codec: Codec) -> Solution:
+    """Columns one after the other. Raises PassError when H is no positive definite matrix of finite numbers."""
+    columns = problem.wanted.shape[1]
+    order = _order(problem.second.diagonal(), codec.group or columns)
+    factor = inverse_factor(problem.second[order][:, order])
+    weight = problem.wanted[:, order]
+    codes: list[Tensor] = []
+    fitted: list[Parameters] = []
+    for cut in _cuts(columns, codec.group):
+        fitted.append(codec.fit(weight[:, cut], factor.diagonal()[cut].square().reciprocal()))
+        for block in _blocks(cut):
+            own, errors = _rounded(weight[:, block], factor[block, block], codec, fitted[-1])
+            codes.append(own)
+            weight[:, block.stop :] -= errors @ factor[block, block.stop :]
+    place = order.argsort()
+    group = codec.group or columns
+    parameters = tuple(part[:, place[::group] // group] for part in _stacked(fitted))
+    return _of(codec, torch.cat(codes, 1)[:, place], parameters)
+
+
+def _order(energy: Tensor, group: int) -> Tensor:
+    """Groups by the largest energy in them, and the columns of each by theirs, descending; as they are where uneven."""
+    if len(energy) % group:
+        return torch.arange(len(energy))
+    grouped = energy.view(-1, group)
+    first = grouped.amax(1).argsort(descending=True)
+    return (first[:, None] * group + grouped.argsort(1, descending=True)[first]).flatten()
+
+
+def inverse_factor(second: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse."""
+    lower, failed = torch.linalg.cholesky_ex(second.double())
+    if failed:
+        raise PassError(
+            "second moments of inputs are no finite numbers", remedy="look at the model's activations on this data"
+        )
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+
+
+def _cuts(columns: int, step: int) -> Iterator[slice]:
+    """``columns`` cut into runs of ``step`` (0: one run), of which the last may be shorter."""
+    step = step or columns
+    return (slice(start, min(start + step, columns)) for start in range(0, columns, step))
+
+
+def _blocks(cut: slice) -> Iterator[slice]:
+    return (slice(cut.start + own.start, cut.start + own.stop) for own in _cuts(cut.stop - cut.start, BLOCK))
+
+
+def _rounded(block: Tensor, factor: Tensor, codec: Codec, parameters: Parameters) -> tuple[Tensor, Tensor]:
+    """Codes of ``block``, column by column, in place. With them what each column lost, over its pivot."""
+    codes: list[Tensor] = []
+    errors = torch.empty_like(block)
+    for column in range(block.shape[1]):
+        code = codec.encode(block[:, column : column + 1], parameters)
+        lost = block[:, column] - codec.decode(code, parameters)[:, 0]
+        errors[:, column] = lost / factor[column, column]
+        block[:, column + 1 :] -= torch.outer(errors[:, column], factor[column, column + 1 :])
+        codes.append(code)
+    return torch.cat(codes, 1), errors
+
+
+def _stacked(fitted: Sequence[Parameters]) -> Parameters:
+    """Parameters [rows] of every group as [rows, groups]."""
+    return tuple(torch.stack(parts, 1) for parts in zip(*fitted, strict=True))
+
+
+def _of(codec: Codec, codes: Tensor, parameters: Parameters) -> Solution:
+    values = [
+        codec.decode(codes[:, cut], tuple(part[:, group] for part in parameters))
+        for group, cut in enumerate(_cuts(codes.shape[1], codec.group))
+    ]
+    return Solution(codes, parameters, torch.cat(values, 1))
+
+
+def refined(problem: Problem, codec: Codec, found: Solution) -> Solution:
+    """``found``, its scales and codes improved in turns; never worse."""
+    cost = problem.cost(found.values)
+    for _ in range(ROUNDS):
+        scaled = _of(
+            codec, found.codes, codec.rescaled(found.parameters, _factors(problem, codec, found).clamp(*FACTORS))
+        )
+        if problem.cost(scaled.values) > cost:
+            scaled = found
+        other = _descended(problem, codec, scaled)
+        before, after = cost, problem.cost(other.values)
+        if after >= before:
+            return found
+        found, cost = other, after
+        if after > (1 - GAIN) * before:
+            break
+    return found
+
+
+def _factors(problem: Problem, codec: Codec, found: Solution) -> Tensor:
+    """By what to multiply the scales [rows, groups] of each row for the least error with these codes: least squares."""
+    cuts = list(_cuts(found.values.shape[1], codec.group))
+    wanted = problem.wanted @ problem.second
+    step = max(1, SCALE_ELEMENTS // len(cuts) ** 2)
+    rows = _cuts(len(wanted), step)
+    return torch.cat([_factors_of(problem.second, cuts, found.values[own], wanted[own]) for own in rows])
+
+
+def _factors_of(second: Tensor, cuts: Sequence[slice], values: Tensor, wanted: Tensor) -> Tensor:
+    """Of values [rows, columns], given W H [rows, columns]."""
+    equations = torch.empty(len(values), len(cuts), len(cuts))
+    for index, cut in enumerate(cuts):
+        crossed = (values[:, cut] @ second[cut]) * values
+        equations[:, index] = torch.stack([crossed[:, other].sum(1) for other in cuts], 1)
+    aims = torch.stack([(wanted[:, cut] * values[:, cut]).sum(1) for cut in cuts], 1)
+    diagonal = equations.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+    diagonal += ridge
+    return torch.linalg.solve(equations, aims + ridge)
+
+
+def _descended(problem: Problem, codec: Codec, found: Solution) -> Solution:
+    """Every column rounded once more, given all others."""
+    codes, values = found.codes.clone(), found.values.clone()
+    pull = (problem.wanted - values) @ problem.second
+    for group, cut in enumerate(_cuts(values.shape[1], codec.group)):
+        own = tuple(part[:, group] for part in found.parameters)
+        for block in _blocks(cut):
+            moved = _moved(problem, codec, own, block, codes, values, pull[:, block])
+            pull[:, : block.start] -= moved @ problem.second[block, : block.start]
+            pull[:, block.stop :] -= moved @ problem.second[block, block.stop :]
+    return Solution(codes, found.parameters, values)
+
+
+def _moved(
+    problem: Problem,
+    codec: Codec,
+    parameters: Parameters,
+    block: slice,
+    codes: Tensor,
+    values: Tensor,
+    pull: Tensor,
+) -> Tensor:
+    """Round the columns of ``block`` in place, each where ``pull`` = E H [rows, block] draws it. Returns the moves."""
+    second = problem.second[block, block]
+    moves = torch.empty_like(pull)
+    for index, column in enumerate(range(block.start, block.stop)):
+        aim = values[:, column] + pull[:, index] / second[index, index]
+        code = codec.encode(aim[:, None], parameters)
+        value = codec.decode(code, parameters)[:, 0]
+        moves[:, index] = value - values[:, column]
+        codes[:, column], values[:, column] = code[:, 0], value
+        pull -= torch.outer(moves[:, index], second[index])
+    return moves
