@@ -289,6 +289,24 @@ def test_attention_and_mlps_alone_are_taken_out_and_what_is_left_is_written_as_c
     assert distance(found, job.outputs()) < TOLERANCE
 
 
+@pytest.mark.parametrize(("name", "gone"), [("llama", (0, 1)), ("whisper", (0, 1, 4, 5, 6))])
+def test_layers_of_code_are_numbered_anew_where_all_parts_of_one_are_gone(name, gone, tmp_path):
+    job = Job(name, tmp_path)
+    found = blocks_of(job.graph, context(job.graph), ["sublayers"])
+    take_out(job.graph, [found[number] for number in gone])
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        written = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(written, job.outputs()) < TOLERANCE
+
+
+def test_a_plan_says_that_it_does_not_know_which_layers_go():
+    graph = capture(FAMILIES["llama"].config())
+    (entry,) = Pipeline([Prune(what="layers", keep=0.5)]).run(graph, planned=True).passes
+    assert any("is measured when the recipe runs" in text for text in entry.warnings)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sublayer_that_is_taken_out_is_one_that_adds_nothing(name):
     family = FAMILIES[name]

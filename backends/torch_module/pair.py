@@ -75,7 +75,7 @@ def parts_of(graph: Graph) -> dict[str, str]:
         if layer is not None and (node in writing or node.op.name in ATTENTION):
             found.setdefault(parent(layer.stack), "decoder" if node in writing else "encoder")
     if sorted(found.values()) != ["decoder", "encoder"] or len({parent(path) for path in found}) != 1:
-        raise TargetError("a generated module is made of one encoder and one decoder; this model has another structure")
+        raise TargetError("a generated module is made of one encoder and one decoder, each with attention; this is not")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backends.torch_module.numbering import close_gaps
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import Layer, layer_of, subgraph
 from compiler.ir.positions import given_positions
@@ -14,6 +15,7 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
     """A copy of ``graph``; for a model that goes on from a cache of ``tokens`` (an input [B, T]) with the further input
     ``position_ids``."""
     copy = _copied(graph)
+    close_gaps(copy)
     hoist(copy)
     if tokens:
         by_position(copy, tokens)

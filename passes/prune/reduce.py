@@ -1,9 +1,8 @@
-"""The pass: measure, rank, choose how much of what remains, cut, refit."""
+"""The pass: measure, rank, decide how much of what remains, cut, refit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,13 +17,15 @@ from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.prune.choose import Budget, Choice, Counts, Numbers, Rankings, by_layer, choose, options, uniform
+from passes.prune.choose import Choice, Numbers, Rankings
 from passes.prune.cut import View, cut
+from passes.prune.decide import decide
 from passes.prune.depth import Block, blocks_of, influences, losses, take_out
 from passes.prune.perturbation import perturbed
-from passes.prune.places import Place, matching, measurable, places_of
+from passes.prune.places import Place, measurable, places_of
 from passes.prune.ranking import Ranking
 from passes.prune.refit import refit, writers
+from passes.prune.report import report
 from passes.prune.scores import Scores, check_slopes
 from passes.prune.speed import Seconds, budget_of, report_speed
 from passes.prune.turned import turned
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 GRADIENT_TOKENS = 12288
 PROBE_TOKENS = 1024
 REFIT_TOKENS = 24576
-CURVE = 24
-"""Steps of the curves in the report."""
 HELD_EVERY = 16
 """Of the samples one in so many is for choices; nothing else sees it."""
 
@@ -60,15 +59,17 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     rankings = _rankings(graph, ctx, wanted, places, scores, held)
     alone = _alone(graph, wanted, blocks, held)
     budget = _budget(graph, ctx, wanted, params, places, numbers)
-    choice = _choose(graph, ctx, wanted, budget, rankings, alone, scores, held)
+    choice = decide(graph, ctx, wanted, budget, rankings, alone, scores, held)
     if isinstance(budget, Seconds):
         report_speed(ctx, budget, choice)
+    if ctx.planned and choice.gone:
+        ctx.warn("which layers go is measured when the recipe runs: this plan shows the first ones in their place")
     original = copy_of(graph)
     same = dict(zip(graph.nodes, original.nodes, strict=True))
     views = _apply(graph, ctx, choice, rankings, None if ctx.planned or not train else scores)
     if wanted.rotate:
         _check_smaller(graph, numbers)
-    _report(ctx, places, rankings, choice, alone, "influence" if wanted.score == "influence" else "predicted_loss")
+    report(ctx, places, rankings, choice, alone, "influence" if wanted.score == "influence" else "predicted_loss")
     if wanted.refit and train and not ctx.planned:
         _refit(graph, original, same, views, ctx, params, train, held)
 
@@ -137,79 +138,6 @@ def _budget(
     return Numbers(counted, numbers_left(wanted.keep, numbers, whole, wanted.of))
 
 
-def _choose(
-    graph: Graph,
-    ctx: Context,
-    wanted: Prune,
-    budget: Budget,
-    rankings: Rankings,
-    alone: Mapping[Block, float],
-    scores: Scores,
-    held: Batches,
-) -> Choice:
-    if wanted.keep > 1:
-        return Choice(_counted(rankings, int(wanted.keep), wanted.align), _surplus(alone, int(wanted.keep)))
-    found = _choices(ctx, wanted, budget, rankings, alone)
-    if ctx.planned or not held or len(found) == 1:
-        return list(found.values())[-1]
-    fidelity = Fidelity(graph, held)
-    distances = {
-        name: fidelity.distance(_trial(graph, ctx, choice, rankings, scores)) for name, choice in found.items()
-    }
-    best = min(found, key=lambda name: distances[name])
-    for name, distance in distances.items():
-        ctx.tried(f"sizes {name}", distance, name == best)
-    return found[best]
-
-
-def _choices(
-    ctx: Context, wanted: Prune, budget: Budget, rankings: Rankings, alone: Mapping[Block, float]
-) -> dict[str, Choice]:
-    """By every way to share. Where only seconds can tell what is within the budget, a plan leaves all as it is."""
-    shares = {"uniform": uniform} | ({"by layer": by_layer} if wanted.sizes == "by-layer" else {})
-    try:
-        return {name: choose(rankings, alone, wanted.align, budget, share) for name, share in shares.items()}
-    except PassError:
-        if not isinstance(budget, Seconds) or not budget.guessed:
-            raise
-        ctx.skipped("", "multiplications do not tell what reaches this speed: this plan shows all as it is")
-        return {"uniform": Choice({place: place.size for place in rankings})}
-
-
-def _counted(rankings: Rankings, count: int, align: int) -> Counts:
-    """``count`` everywhere. Raises PassError where that is more than there is, or not to be had."""
-    for place in rankings:
-        if count not in options(place, align):
-            raise PassError(
-                f"{place.name} cannot keep {count} of its {place.size} {place.kind}",
-                option="keep",
-                remedy=f"choose from {', '.join(map(str, options(place, align)[:6]))} ...",
-            )
-    return dict.fromkeys(rankings, count)
-
-
-def _surplus(alone: Mapping[Block, float], count: int) -> tuple[Block, ...]:
-    """The blocks that go where ``count`` remain. Raises PassError when there are not so many."""
-    if alone and count > len(alone):
-        raise PassError(f"there are {len(alone)} to keep, not {count}", option="keep", remedy="keep fewer")
-    return tuple(sorted(alone, key=lambda block: alone[block])[: len(alone) - count]) if alone else ()
-
-
-def _trial(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores) -> Graph:
-    """A pruned copy of ``graph``, not refitted."""
-    trial = copy_of(graph)
-    there = matching(trial, rankings)
-    counts = {there[place]: count for place, count in choice.counts.items()}
-    cut(trial, ctx, counts, {there[place]: ranking for place, ranking in rankings.items()}, scores)
-    values = dict(zip(_values(graph), _values(trial), strict=True))
-    take_out(trial, [replace(block, enters=values[block.enters], leaves=values[block.leaves]) for block in choice.gone])
-    return trial
-
-
-def _values(graph: Graph) -> list[Value]:
-    return [*graph.inputs.values(), *(value for node in graph.nodes for value in node.outputs)]
-
-
 def _apply(graph: Graph, ctx: Context, choice: Choice, rankings: Rankings, scores: Scores | None) -> dict[Value, View]:
     views = cut(graph, ctx, choice.counts, rankings, scores)
     take_out(graph, choice.gone)
@@ -242,42 +170,3 @@ def _refit(
         for param, expr in before.items():
             param.expr = expr
         ctx.skipped("", f"refitting is undone: {was:.4g} from the original without it, {now:.4g} with it")
-
-
-def _report(
-    ctx: Context,
-    places: Sequence[Place],
-    rankings: Rankings,
-    choice: Choice,
-    alone: Mapping[Block, float],
-    measure: str,
-) -> None:
-    """``measure`` is what ``alone`` says of blocks."""
-    for block in choice.gone:
-        ctx.rewrote(block.scope, "taken out", **{measure: alone[block]})
-    lost = {param for block in choice.gone for param in block.params}
-    for place in places:
-        if lost & place.params.keys():
-            continue
-        kept = choice.counts[place]
-        _weighed(ctx, place, rankings[place], kept)
-        if kept == place.size:
-            ctx.skipped(place.name, f"keeps all {kept} {place.kind}")
-            continue
-        ctx.rewrote(
-            place.name,
-            f"{kept} of {place.size} {place.kind}",
-            kept=kept,
-            parameters_before=place.cost * place.size,
-            parameters_after=place.cost * kept,
-            predicted_loss=float(rankings[place].losses[kept]),
-        )
-
-
-def _weighed(ctx: Context, place: Place, ranking: Ranking, kept: int) -> None:
-    """Report what ``place`` would lose with a few numbers of its indices, where that is predicted."""
-    if not ranking.losses.any():
-        return
-    counts = sorted({round(place.size * step / CURVE) for step in range(CURVE + 1)})
-    losses = [float(ranking.losses[count]) for count in counts]
-    ctx.weighed(place.name, [count / place.size for count in counts], losses, kept / place.size)
