@@ -9,6 +9,8 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
 from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.rounding import Rounding
@@ -98,7 +100,13 @@ def _described(
     short = _too_short({**schemes, **experts}, stored)
     if short:
         return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
-    return _config(schemes, experts, linears) if schemes or experts else None
+    found = _config(schemes, experts, linears) if schemes or experts else None
+    if isinstance(found, Quantised) and not found.config.get("dequantize"):
+        odd = _of_other_dtype({**schemes, **experts}, {**named, **stored})
+        return (
+            Mismatch(f"transformers makes bfloat16 of {odd}, which is not what the model computes in") if odd else found
+        )
+    return found
 
 
 def _rehearsed(found: Quantised, module: Any) -> Quantised | Mismatch:
@@ -204,6 +212,12 @@ def _unreadable_experts(scheme: Scheme) -> str:
         return "transformers reads experts of fp8 with one scale a row, or a matrix"
     name = f"{scheme.kind}fp{scheme.bits}" if scheme.kind == "mx" else scheme.kind
     return f"transformers reads no experts of {name}" if name in ("mxfp8", "nvfp4") else ""
+
+
+def _of_other_dtype(schemes: Mapping[str, Scheme], exprs: Mapping[str, Expr]) -> str | None:
+    """A weight of another dtype than that which transformers gives it in the first forward pass."""
+    weights = (f"{name}.weight" for name, scheme in schemes.items() if scheme.kind in ("mx", "nvfp4"))
+    return next((name for name in weights if exprs[name].dtype != torch.bfloat16), None)
 
 
 def _too_short(schemes: Mapping[str, Scheme], stored: Mapping[str, Expr]) -> str | None:
