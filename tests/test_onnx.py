@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from backends.onnx import emit, propose
+from backends.onnx import emit, propose, verify
 from backends.onnx.emitters import RULES
 from compiler.errors import TargetError
 from compiler.frontend.capture import capture
@@ -116,6 +116,71 @@ def test_a_language_model_computes_and_continues_as_its_graph(name, tmp_path):
         model = written(graph, tmp_path / target, target)
         check_decoding(graph, model, ids, chunks=target == "onnx")
         check_decoding(graph, model, ids[:1], chunks=True)
+
+
+WIDE = {
+    "llama": {"head_dim": 16},
+    "qwen2": {"hidden_size": 64},
+    "cohere2": {"head_dim": 16, "hidden_size": 64},
+    "gpt_neox": {"hidden_size": 128},
+    "gpt2": {"n_embd": 64},
+    "mistral": {"head_dim": 16},
+}
+"""Heads of a multiple of eight, which ONNX Runtime's own attention takes: with biases, rotated in part or in pairs, in
+windows, without rotation."""
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_grouped_attention_computes_and_continues_as_its_graph(name, tmp_path):
+    family = FAMILIES[name]
+    graph = capture(family.build(3, **WIDE[name]))
+    emission = propose(graph)
+    assert emission.models["model.onnx"].in_place
+    emit(emission, graph.sources, tmp_path)
+    model, ids = Session(tmp_path / "model.onnx"), family.inputs(batch=3, tokens=9)["input_ids"]
+    check_decoding(graph, model, ids, chunks=False)
+    check_decoding(graph, model, ids[:1], chunks=True)
+
+
+def test_only_the_last_tokens_are_scored_when_asked(tmp_path):
+    family = FAMILIES["llama"]
+    graph = capture(family.build(3))
+    model, ids = written(graph, tmp_path), family.inputs(batch=2, tokens=6)["input_ids"]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **model.empty(2)}
+    whole = model.run(**given)["logits"]
+    for count in (1, 2, 6):
+        assert torch.equal(model.run(**given, logits_to_keep=torch.tensor([count]))["logits"], whole[:, -count:])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PAIRED)
+def test_an_encoder_and_a_decoder_compute_what_their_graph_computes(name, target, tmp_path):
+    """The encoder once, the decoder at once, token by token and padded."""
+    graph = capture(FAMILIES[name].build(3))
+    emission = propose(graph, target)
+    emit(emission, graph.sources, tmp_path)
+    for file in emission.models:
+        onnx.checker.check_model(tmp_path / file, full_check=True)
+    found = verify(emission, tmp_path)
+    assert found.error <= tolerance(graph) and found.holds
+
+
+def test_a_decoder_ignores_padding_of_the_source(tmp_path):
+    family = FAMILIES["t5"]
+    graph = capture(family.build(3))
+    emit(propose(graph), graph.sources, tmp_path)
+    encoder, decoder = (Session(tmp_path / f"{name}.onnx") for name in ("encoder", "decoder"))
+    given = family.inputs(batch=2, tokens=6)
+    short = run(graph, {**given, "input_ids": given["input_ids"][:, :5]})["logits"]
+    mask = torch.ones_like(given["input_ids"])
+    mask[:, 5:] = 0
+    made = encoder.run(input_ids=given["input_ids"], attention_mask=mask)
+    crossed = {f"past_key_values.{name}": value for name, value in made.items() if ".encoder." in name}
+    own = {v.name: np.zeros([2, v.shape[1], 0, v.shape[3]], np.float32) for v in decoder.past if ".decoder." in v.name}
+    ids = given["decoder_input_ids"]
+    masks = {"attention_mask": torch.ones_like(ids), "encoder_attention_mask": mask}
+    found = decoder.run(decoder_input_ids=ids, **masks, **crossed, **own)["logits"]
+    assert error(found, short) <= tolerance(graph)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -67,6 +67,8 @@ class Builder:
     scope: str = ""
     cache: Cache | None = None
     fusions: Fusions = field(default_factory=Fusions)
+    head: Node | None = None
+    kept: ir.Value | None = None
     shared: dict[str, Sequence[ir.Value]] = field(default_factory=dict[str, Sequence[ir.Value]])
 
     def __post_init__(self) -> None:

@@ -37,13 +37,27 @@ def session(path: Path, threads: int = 1) -> Any:
 
 def largest_error(path: Path, vectors: Arrays) -> float:
     """How far outputs of the model in ``path`` are from those in ``vectors``, over the largest of each output."""
+    if path.name.endswith("decoder.onnx"):
+        return _paired_error(session(path.with_name(path.name.replace("decoder", "encoder"))), session(path), vectors)
     model = session(path)
     given = {name.removeprefix("in."): value for name, value in vectors.items() if name.startswith("in.")}
     expected = {name.removeprefix("out."): value for name, value in vectors.items() if name.startswith("out.")}
     if any(value.name.startswith(PAST) for value in model.get_inputs()):
-        return max(_decoded(model, given["input_ids"], expected["logits"]))
+        return max(_decoded(model, given["input_ids"], expected["logits"], {}))
     found = _run(model, given)
     return max(_distance(found[name], value) for name, value in expected.items())
+
+
+def _paired_error(encoder: Any, decoder: Any, vectors: Arrays) -> float:
+    """The error of a decoder of what an encoder made."""
+    given = {name.removeprefix("in."): value for name, value in vectors.items() if name.startswith("in.")}
+    ids = given.pop("decoder_input_ids")
+    found = _run(encoder, given)
+    errors = [_distance(x, vectors[f"out.{name}"]) for name, x in found.items() if f"out.{name}" in vectors]
+    crossed = {f"{PAST}.{name}": value for name, value in found.items() if ".encoder." in name}
+    if "attention_mask" in given:
+        crossed["encoder_attention_mask"] = given["attention_mask"]
+    return max(errors + _decoded(decoder, ids, vectors["out.logits"], crossed))
 
 
 def _run(model: Any, feeds: Arrays) -> dict[str, Any]:
@@ -51,25 +65,27 @@ def _run(model: Any, feeds: Arrays) -> dict[str, Any]:
     return dict(zip(names, model.run(names, dict(feeds)), strict=True))
 
 
-def _decoded(model: Any, ids: Any, logits: Any) -> list[float]:
-    """The errors of all at once, of a start and the rest token by token, and of all after padding."""
+def _decoded(model: Any, ids: Any, logits: Any, beside: Arrays) -> list[float]:
+    """The errors of all at once, of a start and the rest token by token, and of all after padding; ``beside`` are the
+    inputs that are the same in each step."""
     batch, length = ids.shape
     ones = np.ones((batch, length + PADDING), np.int64)
-    errors = [_distance(_step(model, ids, ones[:, :length], None)[0], logits)]
+    errors = [_distance(_step(model, ids, ones[:, :length], beside)[0], logits)]
     start = length // 2
-    found, past = _step(model, ids[:, :start], ones[:, :start], None)
+    found, past = _step(model, ids[:, :start], ones[:, :start], beside)
     errors.append(_distance(found, logits[:, :start]))
     for place in range(start, length):
-        found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], past)
+        found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], {**beside, **past})
         errors.append(_distance(found, logits[:, place : place + 1]))
     padded = np.concatenate((np.zeros((batch, PADDING), np.int64), ids), 1)
     ones[:, :PADDING] = 0
-    errors.append(_distance(_step(model, padded, ones, None)[0][:, PADDING:], logits))
+    errors.append(_distance(_step(model, padded, ones, beside)[0][:, PADDING:], logits))
     return errors
 
 
-def _step(model: Any, ids: Any, mask: Any, past: Arrays | None) -> tuple[Any, dict[str, Any]]:
-    feeds = {"input_ids": ids, "attention_mask": mask, **(past or empty_cache(model, len(ids)))}
+def _step(model: Any, ids: Any, mask: Any, given: Arrays) -> tuple[Any, dict[str, Any]]:
+    tokens = next(value.name for value in model.get_inputs() if value.name.endswith("input_ids"))
+    feeds = {tokens: ids, "attention_mask": mask, **empty_cache(model, len(ids)), **given}
     found = _run(model, feeds)
     kept = {name.replace(PRESENT, PAST, 1): value for name, value in found.items() if name.startswith(PRESENT)}
     return found["logits"], kept
@@ -78,7 +94,7 @@ def _step(model: Any, ids: Any, mask: Any, past: Arrays | None) -> tuple[Any, di
 def empty_cache(model: Any, batch: int) -> dict[str, Any]:
     """A cache of no tokens."""
     sizes: dict[Any, Any] = {"batch": batch, "past_sequence": 0}
-    inputs = [value for value in model.get_inputs() if value.name.startswith(PAST)]
+    inputs = [v for v in model.get_inputs() if v.name.startswith(PAST) and ".encoder." not in v.name]
     return {value.name: np.zeros([sizes.get(dim, dim) for dim in value.shape], np.float32) for value in inputs}
 
 
@@ -87,7 +103,8 @@ def _distance(found: Any, expected: Any) -> float:
 
 
 def main() -> int:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "model.onnx"
+    beside = [Path(__file__).parent / name for name in ("model.onnx", "decoder.onnx")]
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else next(file for file in beside if file.is_file())
     vectors = np.load(path.parent / "parity.npz")
     error, allowed = largest_error(path, vectors), float(vectors["tolerance"])
     sys.stdout.write(f"largest error {error:.3g} of the outputs' scale, {allowed:.3g} allowed\n")

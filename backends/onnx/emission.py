@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from backends.onnx.lower import Lowered, is_causal, lowered
+from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
 from backends.onnx.target import CONTRIB, OPSET, TARGETS, Target
 from compiler.errors import TargetError, nearest
 from compiler.ir.graph import Graph
 from compiler.weights.expr import Expr
 
+ENCODER, MAIN = "encoder.onnx", ("model.onnx", "decoder.onnx")
+
 
 @dataclass(frozen=True)
 class OnnxEmission:
-    """Models by file name. ``kind`` says how they are run: ``causal`` or ``encoder``. ``accuracy`` 4 rounds the inputs
-    of products with quantised weights to int8, 0 does not."""
+    """Models by file name. ``kind`` says how they are run: ``causal``, ``encoder``, or a ``pair`` of both. ``accuracy``
+    4 rounds the inputs of products with quantised weights to int8, 0 does not."""
 
     graph: Graph
     runtime: Target
@@ -53,6 +56,11 @@ class OnnxEmission:
     def at_accuracy(self, accuracy: int) -> OnnxEmission:
         """The same tensors multiplied at another accuracy."""
         return propose(self.graph, self.runtime.name, accuracy=accuracy)
+
+    @property
+    def main(self) -> str:
+        """The file of the model that gives the outputs."""
+        return next(name for name in MAIN if name in self.models)
 
     @cached_property
     def tensors(self) -> Mapping[str, Expr]:
@@ -102,5 +110,8 @@ def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4) -> Onnx
     Raises TargetError naming the operation and scope of what has no ONNX form.
     """
     wanted = target_named(target)
+    if is_pair(graph):
+        models = {ENCODER: lowered_encoder(graph, wanted), MAIN[1]: lowered_decoder(graph, wanted, accuracy)}
+        return OnnxEmission(graph, wanted, "pair", models, accuracy)
     made = lowered(graph, wanted, accuracy=accuracy)
-    return OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {"model.onnx": made}, accuracy)
+    return OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {MAIN[0]: made}, accuracy)

@@ -13,7 +13,7 @@ from backends.onnx.cache import ATTENTION
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.types import Dim
 
-HEAD_STEP = 8
+HEAD_STEP = 8  # kernels take widths of heads, and numbers of rotated pairs, that are multiples of it
 LIMITS = ("max_position_embeddings", "n_positions", "seq_length")
 
 
@@ -118,6 +118,8 @@ def _alike(query: Operand, key: Operand, positions: int) -> bool:
         table = query.rope.input(1).node
         same = query.rope.inputs[1:] == key.rope.inputs[1:] and query.rope.attrs == key.rope.attrs
         if not same or not positions or table is None or not isinstance(table.input(1), Param):
+            return False
+        if table.input(1).type.static_shape[0] % HEAD_STEP:
             return False
     return True
 

@@ -14,11 +14,12 @@ from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
 from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
 from compiler.errors import TargetError
-from compiler.ir.graph import Graph, Node
+from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import copy_of
 from compiler.ir.positions import given_positions
 
-TOKENS, MASK = "input_ids", "attention_mask"
+TOKENS, MASK, KEPT = "input_ids", "attention_mask", "logits_to_keep"
+SCORED_AXIS = "scored_sequence"
 COUNTING = ("arange", "cumsum")
 
 
@@ -39,7 +40,8 @@ class Lowered:
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         """The model, whose stored tensors have their values by now."""
-        initializers = [*self.constants, *(stored.value for stored in self.stored.values())]
+        defaults = [value for value in self.inputs if value.const_value is not None]
+        initializers = [*self.constants, *(stored.value for stored in self.stored.values()), *defaults]
         versions = {"": OPSET, **({CONTRIB: CONTRIB_VERSION} if self.operations(CONTRIB) else {})}
         graph = ir.Graph(
             self.inputs,
@@ -81,9 +83,10 @@ def lowered(graph: Graph, target: Target, *, accuracy: int = 4) -> Lowered:
     build = Builder(copy, target, axis_names(copy), accuracy=accuracy)
     inputs = add_inputs(build, copy)
     if TOKENS in copy.inputs:
-        inputs.append(_add_mask(build, copy, causal))
+        inputs.append(add_mask(build, copy, TOKENS, cached=causal))
     if causal:
         _go_on_from_cache(build, copy)
+        inputs.append(_keep_logits(build, copy))
     if target.contrib:
         build.fusions = fusions(copy, copy.inputs[TOKENS].shape[1] if causal else None)
     emit_nodes(build, copy)
@@ -110,11 +113,12 @@ def add_inputs(build: Builder, graph: Graph) -> list[ir.Value]:
     return [build.values[value] for value in graph.inputs.values()]
 
 
-def _add_mask(build: Builder, graph: Graph, causal: bool) -> ir.Value:
-    batch, tokens = graph.inputs[TOKENS].shape
-    shape = ir.Shape([build.axes[str(batch)], TOTAL_AXIS if causal else build.axes[str(tokens)]])
+def add_mask(build: Builder, graph: Graph, tokens: str, *, cached: bool) -> ir.Value:
+    """An input that says which tokens are there: those of the input ``tokens``, and ``cached`` ones before them."""
+    batch, length = graph.inputs[tokens].shape
+    shape = ir.Shape([build.axes[str(batch)], TOTAL_AXIS if cached else build.axes[str(length)]])
     given = ir.Value(name=MASK, type=ir.TensorType(ir.DataType.INT64), shape=shape)
-    build.masks = Masks(build, given, tokens, cached=causal)
+    build.masks = Masks(build, given, length, cached=cached)
     return given
 
 
@@ -128,6 +132,29 @@ def _go_on_from_cache(build: Builder, graph: Graph) -> None:
     del graph.inputs[places.name]
     build.cache = Cache(build, tokens.shape[1])
     build.values[places] = build.masks.query_places()
+
+
+def _keep_logits(build: Builder, graph: Graph) -> ir.Value:
+    """How many of the last tokens are scored, an input with a default: 0 is all of them."""
+    default = ir.tensor([0], dtype=ir.DataType.INT64, name=KEPT)
+    shape, kind = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+    build.kept = ir.Value(name=KEPT, const_value=default, shape=shape, type=kind)
+    heads = [node for node in graph.nodes if node.op.name == "linear" and _ends(node)]
+    build.head = heads[-1] if heads else None
+    return build.kept
+
+
+def _ends(node: Node) -> bool:
+    """Whether what follows ``node`` is done token by token, up to an output."""
+    value = node.output
+    while value.users:
+        user = value.single_user()
+        if user is None or len(user.outputs) > 1:
+            return False
+        if sum(not isinstance(each, Param) for each in user.inputs if each is not None) > 1:
+            return False
+        value = user.output
+    return True
 
 
 def emit_nodes(build: Builder, graph: Graph) -> None:
@@ -157,6 +184,9 @@ def _bind(build: Builder, node: Node, made: ir.Value | Sequence[ir.Value]) -> No
 def finished(build: Builder, graph: Graph, inputs: Sequence[ir.Value]) -> Lowered:
     """The model of all that was appended, with the graph's outputs and the cache under their names."""
     outputs = [_output(build, name, build.value(value)) for name, value in graph.outputs.items()]
+    if build.head is not None:
+        logits = graph.outputs["logits"].type
+        outputs[0].shape = ir.Shape([build.axes[str(logits.shape[0])], SCORED_AXIS, logits.shape[2]])
     cache = build.cache
     past, present = (cache.inputs, cache.outputs) if cache is not None else ((), ())
     return Lowered(

@@ -19,7 +19,7 @@ from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments
 
-VECTORS, EXACT = "parity.npz", ".exact.onnx"
+VECTORS, EXACT = "parity.npz", ".exact."
 BATCH, LENGTH, SIZE = 2, 6, 32
 ROUNDED_BOUND = 0.25
 """How far inputs rounded to int8 may move an output, over the largest one: a hundred times what a sum of such errors is
@@ -53,7 +53,7 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
     tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
     vectors = _vectors(inputs, outputs, ROUNDED_BOUND if rounds else tolerance)
     np.savez(directory / VECTORS, allow_pickle=False, **vectors)
-    written = largest_error(directory / "model.onnx", vectors)
+    written = largest_error(directory / emission.main, vectors)
     if not rounds:
         return Reloaded(written, tolerance)
     return Reloaded(_exact_error(emission, directory, vectors, shard_bytes), tolerance, written, ROUNDED_BOUND)
@@ -61,12 +61,13 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
 
 def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, Any], shard_bytes: int) -> float:
     """The error of a model over the same tensors whose products take their inputs as they are."""
-    path = directory / EXACT
-    save_models(emission.at_accuracy(0), directory, shard_bytes, names={"model.onnx": EXACT})
+    names = {name: f"{EXACT}{name}" for name in emission.models}
+    save_models(emission.at_accuracy(0), directory, shard_bytes, names=names)
     try:
-        return largest_error(path, vectors)
+        return largest_error(directory / names[emission.main], vectors)
     finally:
-        path.unlink()
+        for name in names.values():
+            (directory / name).unlink()
 
 
 def _unrounded(graph: Graph) -> Graph:
@@ -82,6 +83,10 @@ def random_inputs(graph: Graph) -> dict[str, Tensor]:
     """Inputs of the graph's types; tokens are any that there are."""
     generator = torch.Generator().manual_seed(0)
     sizes = {dim: BATCH if axis == 0 else LENGTH for v in graph.inputs.values() for axis, dim in _symbols(v)}
+    for node in graph.nodes_named("conv"):
+        channels = node.input(0).shape[1]
+        if isinstance(channels, str):
+            sizes[channels] = node.input(1).type.static_shape[1] * node.attr("groups")
     return {name: _random(graph, value, sizes, generator) for name, value in graph.inputs.items()}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from backends.onnx.check import PAST, PRESENT, session
 from compiler.errors import CheckpointError
 
+ONE = np.ones(1, np.int64)
 IN_PLACE = "compress-model.cache-in-place"
 
 
@@ -62,7 +63,7 @@ class Runner:
 
     def logits(self, ids: Any) -> Any:
         """Logits [B, T, V] of the tokens ``ids`` [B, T], without a cache."""
-        found, _ = self._run(ids, np.ones(ids.shape, np.int64), self._empty(len(ids)), reuse=False)
+        found, _ = self._run(ids, np.ones(ids.shape, np.int64), self._empty(len(ids)), reuse=False, last=False)
         return found
 
     def greedy(self, ids: Sequence[int], count: int) -> Iterator[tuple[int, float]]:
@@ -104,8 +105,13 @@ class Runner:
             roomy[name] = self._value(wide)
         return roomy
 
-    def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, reuse: bool) -> tuple[Any, dict[str, Any]]:
+    def _run(
+        self, ids: Any, mask: Any, past: dict[str, Any], *, reuse: bool, last: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        """Logits, of the ``last`` token or of all, and what is cached then; ``reuse`` writes it where it was read."""
         binding = self._session.io_binding()
+        if last:
+            binding.bind_cpu_input("logits_to_keep", ONE)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
         for name, value in past.items():

@@ -7,6 +7,7 @@ import torch
 
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule
+from backends.onnx.masks import END
 from backends.onnx.quantised import gathered, multiplied, packed
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.ops.hadamard import basis, cosines
@@ -15,7 +16,10 @@ from compiler.weights.ops.basic import cast
 
 @rule("linear")
 def linear(build: Builder, node: Node) -> ir.Value:
-    return linear_map(build, build.arg(node, 0), node.input(1), node.optional_input(2))
+    x = build.arg(node, 0)
+    if node is build.head and build.kept is not None:
+        x = build.op("Slice", x, build.op("Neg", build.kept), build.ints(END), build.ints(1))
+    return linear_map(build, x, node.input(1), node.optional_input(2))
 
 
 def linear_map(build: Builder, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
