@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compiler.calibration import gradients
 from compiler.calibration import moments as m
 from compiler.calibration.fidelity import Fidelity
-from compiler.calibration.products import products
+from compiler.calibration.products import matrix_shape, products
 from compiler.calibration.slopes import slopes
 from compiler.calibration.sweep import sweep
 from compiler.frontend import capture
@@ -86,7 +87,7 @@ def test_the_cost_of_an_error_is_the_divergence_it_brings(name, size):
     generator = torch.Generator().manual_seed(0)
     checked = 0
     for param in params:
-        shape = m.matrix_shape(param)
+        shape = matrix_shape(param)
         error = size * torch.randn(shape, generator=generator, dtype=torch.float64)
         moments = statistics.of(param)
         predicted = m.cost(error if moments.second.ndim == 3 else error[0], moments)
@@ -123,8 +124,8 @@ def test_gradients_in_parts_are_those_in_one(monkeypatch):
     """Memory decides in how many passes gradients are measured, and how wide M is, not what is found."""
     given = batches("llama", 2)
     _, params, whole = measured("llama", gradients=given)
-    monkeypatch.setattr(m, "GRADIENT_BYTES", 20_000)
-    monkeypatch.setattr(m, "FULL_WIDTH", 50)
+    monkeypatch.setattr(gradients, "GRADIENT_BYTES", 20_000)
+    monkeypatch.setattr(gradients, "FULL_WIDTH", 50)
     _, again, parts = measured("llama", gradients=given)
     for one, other in zip(params, again, strict=True):
         full, found = whole.of(one).gradient, parts.of(other).gradient

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiler.calibration.backward import backwards
 from compiler.calibration.energies import energies
 from compiler.calibration.fidelity import Fidelity
-from compiler.calibration.moments import backwards
 from compiler.calibration.products import products
 from compiler.calibration.sequence import in_order
 from compiler.errors import PassError

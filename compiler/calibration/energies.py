@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compiler.calibration.moments import Batches, backwards, key_of
+from compiler.calibration.backward import Batches, backwards
+from compiler.calibration.moments import key_of
 from compiler.calibration.products import leaving
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.weights.spill import Progress

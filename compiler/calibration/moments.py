@@ -11,8 +11,7 @@ output's energy: the units of ``compiler.calibration.fidelity``. It is taken tha
 the errors of different tokens: Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv 1503.05671), for
 weights that meet every token in its "expand" form (Eschenhagen et al., arXiv 2311.00636).
 
-Memory: C is measured a layer at a time, with the activations of all batches there. M is measured by whole passes
-through the model, with at most ``GRADIENT_BYTES`` of sums at a time, in as many passes as that takes.
+Memory: C is measured a layer at a time, with the activations of all batches there; M as ``gradients`` beside this says.
 """
 
 from __future__ import annotations
@@ -20,24 +19,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from compiler.calibration.products import Rows, entering, leaving, matrix_shape, products, reads
-from compiler.calibration.sweep import Stage, differentiable, quick_products, sweep
-from compiler.ir.execute import read_param
-from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.calibration.backward import Batches
+from compiler.calibration.gradients import at_outputs
+from compiler.calibration.products import Rows, entering, expert_weights, matrix_shape, products, reads
+from compiler.calibration.sweep import Stage, quick_products, sweep
+from compiler.ir.graph import Graph, Node, Param
 from compiler.weights.spill import Progress
 
-FULL_WIDTH = 2048  # of outputs; of wider ones only the diagonal of M is kept
-GRADIENT_BYTES = 2 << 30
-RESIDENT_BYTES = 4 << 30  # weights up to this much stay in memory while gradients are taken
 BLOCK = 4096  # vectors whose products are summed in float32, before they go into a sum in float64
-
-Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Moments:
 
     All float64; a stack's have an axis of experts in front. ``count`` [] of vectors seen, ``mean`` [in] of them,
     ``second`` [in, in] their second moment C (both zero where nothing was seen), and ``gradient`` M [out, out], or its
-    diagonal [out] for outputs wider than ``FULL_WIDTH``, or None when it was not asked for. ``magnitude`` and
+    diagonal [out] for outputs wider than ``gradients.FULL_WIDTH``, or None when it was not asked for. ``magnitude`` and
     ``largest`` [in] are the mean and the maximum of the elements' magnitudes.
     """
 
@@ -120,9 +113,8 @@ def measure(
     inputs = _measure_inputs(graph, nodes, batches, store, key)
     names = {param: f"gradient-{key}-{index}" for index, param in enumerate(nodes)} if gradients else {}
     missing = [param for param in names if names[param] not in store]
-    for part in _within_memory(missing):
-        for param, found in _gradients(graph, {param: nodes[param] for param in part}, gradients, seed).items():
-            store.save(names[param], {"gradient": found})
+    for param, found in at_outputs(graph, {param: nodes[param] for param in missing}, gradients, seed):
+        store.save(names[param], {"gradient": found})
     return Statistics(store, inputs, names)
 
 
@@ -240,7 +232,7 @@ def _sums(
         return {}
     sums = {name: _Sums(*_groups(param)) for name, _, param in places}
     wanted = list(dict.fromkeys(value for _, node, _ in places for value in reads(node)))
-    weights = _stacks(graph, [node for _, node, _ in places])
+    weights = expert_weights(graph, [node for _, node, _ in places])
     for batch, values in enumerate(stage.values(wanted)):
         with quick_products():
             for name, node, param in places:
@@ -254,126 +246,8 @@ def _groups(param: Param) -> tuple[int, int]:
     return experts, columns
 
 
-def _stacks(graph: Graph, nodes: Sequence[Node]) -> dict[Value, Tensor]:
-    """The values of the weights of experts, without which what goes on inside of them is not known."""
-    read = (value for node in nodes if node.op.name == "experts" for value in node.inputs[3:])
-    return {value: read_param(graph, value) for value in read if isinstance(value, Param)}
-
-
 def _stacked(param: Param) -> bool:
     return any(node.op.name == "experts" for node in param.users)
-
-
-# --- gradients at what leaves ------------------------------------------------------------------------------
-
-
-def _within_memory(params: Sequence[Param]) -> list[list[Param]]:
-    """``params`` in runs whose sums take at most ``GRADIENT_BYTES``, or that are of one weight."""
-    parts: list[list[Param]] = []
-    free = 0
-    for param in params:
-        size = 8 * _gradient_sum(param).numel()
-        if size > free or not parts:
-            parts.append([])
-            free = GRADIENT_BYTES
-        parts[-1].append(param)
-        free -= size
-    return parts
-
-
-def _gradient_sum(param: Param, device: str = "meta") -> Tensor:
-    experts, rows, _ = matrix_shape(param)
-    shape = (experts, rows, rows) if rows <= FULL_WIDTH else (experts, rows)
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-class Tape(Protocol):
-    """What sees every value of a run forward and back; ``samples`` is the size of the batch at hand."""
-
-    forward: bool
-    samples: int
-
-    def see(self, value: Value, tensor: Tensor) -> None:
-        """``tensor`` is computed."""
-        ...
-
-    def done(self) -> None:
-        """A batch has been run forward and back."""
-        ...
-
-
-class _Tape:
-    """Sees a differentiable run, and adds up the gradients at the outputs of products on the way back."""
-
-    def __init__(self, graph: Graph, nodes: Mapping[Param, Sequence[Node]]) -> None:
-        self.sums = {param: _gradient_sum(param, "cpu") for param in nodes}
-        self.forward = True
-        self.samples = 1
-        self._products: dict[Node, list[Param]] = {}
-        for param, users in nodes.items():
-            for node in users:
-                self._products.setdefault(node, []).append(param)
-        stacks = [node for node in self._products if node.op.name == "experts"]
-        self._weights = _stacks(graph, stacks)
-        self._read = {value for node in stacks for value in reads(node)}
-        self._known: dict[Value, Tensor] = {}
-
-    def see(self, value: Value, tensor: Tensor) -> None:
-        if value in self._read and self.forward:
-            self._known[value] = tensor.detach()
-        node = value.node
-        if node not in self._products:
-            return
-        if not tensor.requires_grad:
-            tensor.requires_grad_()
-        if self.forward:
-            tensor.register_hook(partial(self._add, node))
-
-    def done(self) -> None:
-        self._known.clear()
-
-    def _add(self, node: Node, gradient: Tensor) -> None:
-        with torch.no_grad():
-            for param in self._products[node]:
-                for expert, rows in leaving(node, param, gradient.detach(), {**self._known, **self._weights}):
-                    total = self.sums[param]
-                    total[expert] += rows.square().sum(0) if total.ndim == 2 else rows.T @ rows
-
-
-def _gradients(graph: Graph, nodes: Mapping[Param, Sequence[Node]], batches: Batches, seed: int) -> dict[Param, Tensor]:
-    tape = _Tape(graph, nodes)
-    predictions = backwards(graph, batches, seed, tape)
-    return {param: total / predictions for param, total in tape.sums.items()}
-
-
-def backwards(graph: Graph, batches: Batches, seed: int, tape: Tape) -> float:
-    """Run ``batches`` forward and back before the eyes of ``tape``. Returns for how many predictions that counts."""
-    source = torch.Generator().manual_seed(seed)
-    held = sum(param.type.numel * 4 for param in graph.params.values()) <= RESIDENT_BYTES
-    weights: dict[Value, Tensor] = {p: read_param(graph, p) for p in graph.params.values()} if held else {}
-    name = next(iter(graph.outputs))
-    predictions = 0.0
-    for batch in batches:
-        tape.forward, tape.samples = True, len(next(iter(batch.values())))
-        with quick_products():
-            output = differentiable(graph, batch, weights, observe=tape.see)[name]
-            tape.forward = False
-            gradient, count = _at_output(output.detach().float(), name == "logits", source)
-            if output.requires_grad:
-                output.backward(gradient.to(output.dtype))
-        tape.done()
-        predictions += count
-    return predictions
-
-
-def _at_output(output: Tensor, logits: bool, source: torch.Generator) -> tuple[Tensor, float]:
-    """A draw of the gradient at the output, and how many predictions it counts for: see the module's docstring."""
-    if not logits:
-        signs = torch.randint(0, 2, output.shape, generator=source).to(output) * 2 - 1
-        return signs, float(output.double().square().sum()) / 2
-    chances = output.softmax(-1).reshape(-1, output.shape[-1])
-    labels = torch.multinomial(chances, 1, generator=source)
-    return chances.scatter_add(1, labels, -torch.ones_like(chances[:, :1])).view(output.shape), float(len(chances))
 
 
 # --- what an error costs -----------------------------------------------------------------------------------

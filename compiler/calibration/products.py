@@ -6,12 +6,13 @@ Experts are a stack of matrices, each of which multiplies the tokens that are ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.ops.nn import gate
 
@@ -108,3 +109,9 @@ def _patches(node: Node, x: Tensor) -> Tensor:
         x, window = x[:, :, None], (1, *window)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return F.unfold(x, window, dilation, padding, stride).transpose(1, 2).flatten(0, 1)
+
+
+def expert_weights(graph: Graph, nodes: Sequence[Node]) -> dict[Value, Tensor]:
+    """The values of the weights of experts, without which what goes on inside of them is not known."""
+    read = (value for node in nodes if node.op.name == "experts" for value in node.inputs[3:])
+    return {value: read_param(graph, value) for value in read if isinstance(value, Param)}

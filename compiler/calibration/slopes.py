@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compiler.calibration.moments import Batches, Store, backwards, key_of
+from compiler.calibration.backward import Batches, backwards
+from compiler.calibration.moments import Store, key_of
 from compiler.calibration.products import products
 from compiler.ir.graph import Graph, Param, Value
 from compiler.weights.spill import Progress
