@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from backends.safetensors import Refusal, emit, propose
+from compiler.calibration.sweep import sweep
+from compiler.errors import PassError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.ops import op_named
@@ -76,6 +78,49 @@ def test_transformers_computes_with_what_was_written(name, tmp_path):
     assert job.reload_error() <= TOLERANCE
     groups = emission.quantization_config["config_groups"].values()
     assert any(group["input_activations"] for group in groups)
+
+
+STATIC = {
+    "int8": ("llama", Quantize(activations="int8", activation_scale="static")),
+    "fp8": ("llama", Quantize(type="fp8", per="tensor", activations="fp8", activation_scale="static")),
+    "fused": ("phi3", Quantize(activations="int8", activation_scale="static")),
+}
+
+
+@pytest.mark.parametrize(("name", "step"), STATIC.values(), ids=STATIC)
+def test_static_scales_are_stored_and_computed_with(name, step, tmp_path):
+    job = Job(name, tmp_path, [step], calibration=lambda graph: [FAMILIES[name].inputs()])
+    emission = job.emit()
+    assert job.reload_error() <= TOLERANCE
+    scales = [node.attr("scale") for node in job.graph.nodes_named("fake_quantize")]
+    stored = load_file(job.out / "model.safetensors")
+    found = {float(tensor) for key, tensor in stored.items() if key.endswith("input_scale")}
+    assert found == set(scales) and all(scales)
+    (group,) = emission.quantization_config["config_groups"].values()
+    assert group["input_activations"]["strategy"] == "tensor" and not group["input_activations"]["dynamic"]
+
+
+def test_static_scales_clip_nothing_that_was_seen():
+    """The largest magnitude that calibration shows becomes the largest code."""
+    graph = capture(FAMILIES["llama"].build())
+    inputs = FAMILIES["llama"].inputs()
+    step = Quantize(where="model.layers.0.*", activations="int8", activation_scale="static")
+    Pipeline([step]).run(graph, calibration=lambda graph: [inputs])
+    first = graph.nodes_named("fake_quantize")[0]
+    values: dict[str, torch.Tensor] = {}
+
+    def see(value, tensor):
+        if value is first.input(0):
+            values["x"] = tensor
+
+    for stage in sweep(graph, [inputs]):
+        stage.observe(see)
+    assert first.attr("scale") == pytest.approx(float(values["x"].abs().amax()) / 127.5, rel=1e-6)
+
+
+def test_a_scale_of_no_activations_is_an_error():
+    with pytest.raises(PassError, match="no activations are rounded"):
+        Pipeline([Quantize(activation_scale="static")]).run(capture(FAMILIES["llama"].config()), planned=True)
 
 
 @pytest.mark.parametrize("name", ["phi3", "bert", "vit", "t5"])

@@ -82,7 +82,7 @@ def _described(
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
     schemes = _schemes(named, keep=lambda name: EXPERT.search(name) is None)
     schemes |= {
-        module: replace(schemes[module], inputs=how)
+        module: replace(schemes[module], inputs=how.kind)
         for name, how in activations.items()
         if (module := name.removesuffix(".weight")) in schemes
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.safetensors.unify import Mismatch
@@ -20,6 +20,11 @@ class Rounding:
     type: str
     bits: int
     scale: float
+
+    @property
+    def kind(self) -> Rounding:
+        """What all rounding that differs in its scale alone has in common."""
+        return replace(self, scale=1.0 if self.scale else 0.0)
 
     def config(self) -> dict[str, Any]:
         """The ``input_activations`` entry of a compressed-tensors config group."""

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from compiler.errors import PassError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
@@ -44,8 +45,9 @@ class Quantize(Pass):
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
     and the head gets its own quantised copy; by default such a weight is left alone.
 
-    ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, token by token, as runtimes with
-    products of such numbers do.
+    ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, as runtimes with products of such
+    numbers do: with a scale for each token, or, ``activation-scale: static``, one for all that clips nothing that
+    calibration shows.
 
     Never exact.
     """
@@ -62,6 +64,7 @@ class Quantize(Pass):
     method: Literal["nearest", "gptq", "refined"] = "nearest"
     tied: Literal["skip", "copy"] = "skip"
     activations: Activations = "none"
+    activation_scale: Literal["token", "static"] = "token"
 
     exact_when: ClassVar = None
     edits_weights: ClassVar[bool] = False
@@ -73,8 +76,13 @@ class Quantize(Pass):
         return bool(self.widths) or self.bits != int(self.bits)
 
     @property
-    def calibrated(self) -> bool:
+    def solved(self) -> bool:
+        """Whether codes are chosen by what they do to calibration data."""
         return self.method != "nearest" or self.mixed
+
+    @property
+    def calibrated(self) -> bool:
+        return self.solved or self.activation_scale == "static"
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when the group divides no selected input width, or nothing can be quantised."""
@@ -82,16 +90,18 @@ class Quantize(Pass):
             check_widths(self.bits, self.widths, self.type)
         system = self.system(int(self.bits))
         system.check()
+        if self.activation_scale == "static" and self.activations == "none":
+            raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)
         check_groups(chosen, system.fixed_group or self.group, self.type if system.fixed_group else "")
-        if self.calibrated:
+        if self.solved:
             from passes.quantize.reduce import reduce
 
             reduce(graph, ctx, self, chosen)
         else:
             self._round(ctx, system.codecs(chosen))
         if self.activations != "none":
-            round_inputs(graph, ctx, chosen, self.activations)
+            round_inputs(graph, ctx, chosen, self.activations, static=self.activation_scale == "static")
 
     def _round(self, ctx: Context, codecs: Mapping[Param, Codec]) -> None:
         """Every weight to nearest, without reading any."""

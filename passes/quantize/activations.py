@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from compiler.calibration.sweep import sweep
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 
 Activations = Literal["none", "int8", "fp8"]
+LARGEST = {"int8": 127.5, "fp8": 448.0}
+PLANNED_SCALE = 1.0  # stands for what calibration will show
 
 
-def round_inputs(
-    graph: Graph, ctx: Context, params: Sequence[Param], kind: Activations, scales: Mapping[Param, float] | None = None
-) -> None:
+def round_inputs(graph: Graph, ctx: Context, params: Sequence[Param], kind: Activations, *, static: bool) -> None:
     """Put a ``fake_quantize`` before every linear map of ``params``; one for all that read the same value.
 
-    With ``scales``, which weights of one input share, it has that scale, else one for each token.
+    Its scale is that of each token, or, ``static``, the least that clips nothing of the calibration data.
     """
-    chosen, rounded = set(params), dict[Value, Value]()
-    for node in list(graph.nodes):
+    readers = _readers(graph, ctx, params)
+    largest = _largest(graph, ctx, readers) if static else {}
+    for x, nodes in readers.items():
+        options: dict[str, Any] = {"type": "int" if kind == "int8" else kind}
+        if static:
+            options["scale"] = _scale(largest.get(x), kind, nodes[0].input(1))
+        scope = nodes[0].scope.rpartition(".")[0]
+        rounded = graph.op("fake_quantize", [x], options, scope=scope, before=nodes[0])
+        for node in nodes:
+            graph.set_input(node, 0, rounded)
+
+
+def _readers(graph: Graph, ctx: Context, params: Sequence[Param]) -> dict[Value, list[Node]]:
+    """The linear maps of ``params`` by what they multiply, in order; other readers are reported."""
+    found: dict[Value, list[Node]] = {}
+    chosen = set(params)
+    for node in graph.nodes:
         for param in [value for value in node.inputs if isinstance(value, Param) and value in chosen]:
             reason = _obstacle(node)
             if reason:
                 ctx.skipped(param.name, reason)
-                continue
-            x = node.input(0)
-            if x not in rounded:
-                options: dict[str, Any] = {"type": "int" if kind == "int8" else kind}
-                options |= {} if scales is None else {"scale": scales[param]}
-                scope = node.scope.rpartition(".")[0]
-                rounded[x] = graph.op("fake_quantize", [x], options, scope=scope, before=node)
-            graph.set_input(node, 0, rounded[x])
+            else:
+                found.setdefault(node.input(0), []).append(node)
+    return found
 
 
 def _obstacle(node: Node) -> str:
@@ -39,3 +53,24 @@ def _obstacle(node: Node) -> str:
     if node.op.name != "linear":
         return f"its inputs stay as they are: it is read by `{node.op.name}`"
     return "" if node.input(0).type.rank == 3 else "its inputs stay as they are: they are not one vector a token"
+
+
+def _largest(graph: Graph, ctx: Context, values: Collection[Value]) -> Mapping[Value, float]:
+    """The largest magnitude that each of ``values`` has on the calibration data; none in a planned run."""
+    batches = ctx.calibration()
+    found: dict[Value, float] = {}
+
+    def see(value: Value, tensor: Tensor) -> None:
+        if value in values:
+            found[value] = max(found.get(value, 0.0), float(tensor.abs().amax()))
+
+    for stage in sweep(graph, batches) if batches else ():
+        stage.observe(see)
+    return found
+
+
+def _scale(largest: float | None, kind: Activations, weight: Value) -> float:
+    """The scale as files hold it, in the dtype of the weight."""
+    dtype = weight.storage if isinstance(weight, Param) else torch.float32
+    scale = PLANNED_SCALE if largest is None else largest / LARGEST[kind]
+    return float(torch.tensor(scale).to(dtype).clamp(min=torch.finfo(dtype).tiny))
