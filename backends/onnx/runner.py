@@ -59,6 +59,7 @@ class Runner:
         names = {value.name for value in self._session.get_inputs()}
         if not self._past or not {"input_ids", "attention_mask"} <= names:
             raise CheckpointError("it is no language model with a cache", where=str(path))
+        self._scores_last = "logits_to_keep" in names
         self._in_place = self._session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "yes"
 
     def logits(self, ids: Any) -> Any:
@@ -110,7 +111,7 @@ class Runner:
     ) -> tuple[Any, dict[str, Any]]:
         """Logits, of the ``last`` token or of all, and what is cached then; ``reuse`` writes it where it was read."""
         binding = self._session.io_binding()
-        if last:
+        if last and self._scores_last:
             binding.bind_cpu_input("logits_to_keep", ONE)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
