@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from backends.safetensors import emit, require
 from compiler.calibration.moments import Moments
@@ -495,6 +496,17 @@ def test_a_narrow_stream_in_half_precision_computes_what_its_code_does(tmp_path)
     with torch.no_grad():
         found = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
     assert distance(found, job.outputs()) < TOLERANCE
+
+
+def test_channels_of_a_patch_embedding_go_with_the_stream():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 16, "patch_size": 8}
+    model = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=1, num_labels=5)).eval()
+    graph = capture(model)
+    given = [{"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(3)]
+    Pipeline([Prune(what="hidden", keep=32, align=8, where="*", refit=False)]).run(graph, calibration=lambda _: given)
+    assert graph.params["vit.embeddings.patch_embeddings.projection.weight"].shape == (32, 3, 8, 8)
+    assert run(graph, given[0])["logits"].shape == (2, 5)
 
 
 def test_of_a_stream_the_directions_go_that_hold_nothing():
