@@ -34,18 +34,14 @@ class Labels:
 
     def merge(self, left: Tensor, right: Tensor) -> None:
         """Let labels at equal places of two tensors be the same, where neither is free."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
         both = (left != FREE) & (right != FREE) & (left != right)
-        if not both.any():
-            return
-        a, b = (self._first[side[both]].numpy() for side in (left, right))
-        count = len(self._first)
-        edges = coo_array((torch.ones(len(a)).numpy(), (a, b)), shape=(count, count))
-        part = torch.from_numpy(connected_components(edges, directed=False)[1]).long()[self._first]
-        least = torch.full((count,), count).scatter_reduce(0, part, torch.arange(count), "amin")
-        self._first = least[part]
+        a, b = left[both], right[both]
+        while bool((self._first[a] != self._first[b]).any()):
+            least = torch.minimum(self._first[a], self._first[b])
+            joined = self._first.clone()
+            for side in (self._first[a], self._first[b]):
+                joined.scatter_reduce_(0, side, least, "amin")
+            self._first = joined[joined[self._first]]
 
     def joined(self, left: Tensor, right: Tensor) -> Tensor:
         """What two tensors of labels ask of the same elements."""
