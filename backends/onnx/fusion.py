@@ -62,7 +62,14 @@ def fusions(graph: Graph, tokens: Dim | None) -> Fusions:
         if total is not None and total not in found.absorbed and norm not in found.absorbed:
             found.skips[norm] = total
             found.absorbed.add(total)
+    found.absorbed.update(_tables(graph, found))
     return found
+
+
+def _tables(graph: Graph, found: Fusions) -> list[Node]:
+    """Rotary tables that only absorbed operations read."""
+    tables = graph.nodes_named("rope_table")
+    return [node for node in tables if {user for value in node.outputs for user in value.users} <= found.absorbed]
 
 
 def position_limit(graph: Graph) -> int:

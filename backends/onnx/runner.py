@@ -64,7 +64,7 @@ class Runner:
 
     def logits(self, ids: Any) -> Any:
         """Logits [B, T, V] of the tokens ``ids`` [B, T], without a cache."""
-        found, _ = self._run(ids, np.ones(ids.shape, np.int64), self._empty(len(ids)), reuse=False, last=False)
+        found, _ = self._run(ids, np.ones(ids.shape, np.int64), self._empty(len(ids)), last=False)
         return found
 
     def greedy(self, ids: Sequence[int], count: int) -> Iterator[tuple[int, float]]:
@@ -72,15 +72,18 @@ class Runner:
         prompt's."""
         mask = np.ones((1, len(ids) + count), np.int64)
         started = time.perf_counter()
-        found, past = self._run(np.array([ids]), mask[:, : len(ids)], self._empty(1), reuse=False)
-        past = self._roomy(past, len(ids), len(ids) + count)
+        found, past = self._run(np.array([ids]), mask[:, : len(ids)], self._empty(1))
+        steps = self._steps(past, len(ids), count) if self._in_place else None
         for step in range(count):
             token = int(found[0, -1].argmax())
             yield token, time.perf_counter() - started
             started = time.perf_counter()
             if step + 1 < count:
-                filled = len(ids) + step + 1
-                found, past = self._run(np.array([[token]]), mask[:, :filled], past, reuse=self._in_place)
+                given = mask[:, : len(ids) + step + 1]
+                if steps is not None:
+                    found = steps.run(token, given)
+                else:
+                    found, past = self._run(np.array([[token]]), given, past)
 
     def timed(self, ids: Sequence[int], count: int) -> Timing:
         """How long the prompt ``ids`` and ``count`` tokens after it take."""
@@ -94,22 +97,19 @@ class Runner:
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
-    def _roomy(self, past: dict[str, Any], used: int, capacity: int) -> dict[str, Any]:
-        """The cache in buffers of ``capacity`` tokens, where the model can write into them."""
-        if not self._in_place:
-            return past
+    def _steps(self, past: dict[str, Any], used: int, count: int) -> _Steps:
+        """What runs single tokens, with the cache in buffers that have room for ``count`` more."""
         roomy: dict[str, Any] = {}
         for name, value in past.items():
             array = value.numpy()
-            wide = np.zeros((*array.shape[:2], capacity, array.shape[3]), np.float32)
-            wide[:, :, :used] = array[:, :, :used]
+            wide = np.zeros((*array.shape[:2], used + count, array.shape[3]), np.float32)
+            wide[:, :, :used] = array
             roomy[name] = self._value(wide)
-        return roomy
+        width = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")
+        return _Steps(self._session, roomy, np.zeros((1, 1, width), np.float32), self._value)
 
-    def _run(
-        self, ids: Any, mask: Any, past: dict[str, Any], *, reuse: bool, last: bool = True
-    ) -> tuple[Any, dict[str, Any]]:
-        """Logits, of the ``last`` token or of all, and what is cached then; ``reuse`` writes it where it was read."""
+    def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, last: bool = True) -> tuple[Any, dict[str, Any]]:
+        """Logits, of the ``last`` token or of all, and what is cached then."""
         binding = self._session.io_binding()
         if last and self._scores_last:
             binding.bind_cpu_input("logits_to_keep", ONE)
@@ -118,16 +118,33 @@ class Runner:
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits")
-        for name, value in past.items():
-            output = name.replace(PAST, PRESENT, 1)
-            if reuse:
-                binding.bind_ortvalue_output(output, value)
-            else:
-                binding.bind_output(output)
+        for name in past:
+            binding.bind_output(name.replace(PAST, PRESENT, 1))
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        kept = past if reuse else dict(zip(past, present, strict=True))  # buffers live as long as who made them
-        return logits.numpy(), kept
+        return logits.numpy(), dict(zip(past, present, strict=True))
+
+
+class _Steps:
+    """Single tokens through a model whose cache is read and written in ``buffers``; all is bound once but the mask."""
+
+    def __init__(self, model: Any, buffers: dict[str, Any], logits: Any, value: Any) -> None:
+        self._model, self._buffers, self._logits = model, buffers, logits
+        self._token, self._binding = np.zeros((1, 1), np.int64), model.io_binding()
+        self._held = (value(self._token), value(logits))  # these views live as long as their binding
+        self._binding.bind_ortvalue_input("input_ids", self._held[0])
+        self._binding.bind_ortvalue_output("logits", self._held[1])
+        for name, buffer in buffers.items():
+            self._binding.bind_ortvalue_input(name, buffer)
+            self._binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), buffer)
+
+    def run(self, token: int, mask: Any) -> Any:
+        """Logits [1, 1, V] after ``token``; ``mask`` [1, S] has it and all before it."""
+        self._token[0, 0] = token
+        given = np.ascontiguousarray(mask)
+        self._binding.bind_cpu_input("attention_mask", given)
+        self._model.run_with_iobinding(self._binding)
+        return self._logits
 
 
 def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator[tuple[str, float]]:

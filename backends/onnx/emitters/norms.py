@@ -50,6 +50,8 @@ def layer_norm(build: Builder, node: Node) -> ir.Value:
 def _with_sum(build: Builder, name: str, operands: Sequence[ir.Value | None], node: Node, total: Node) -> ir.Value:
     """A norm that also gives the sum it takes the norm of."""
     made = build.ops(name, *operands, count=4, domain=CONTRIB, epsilon=node.attr("eps"))
+    for unused in made[1:3]:
+        unused.name = ""  # an output without a name is not computed
     build.bind(total.output, made[3])
     return made[0]
 
