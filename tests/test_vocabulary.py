@@ -170,3 +170,18 @@ def test_what_cannot_lose_tokens_is_refused(tmp_path):
 def test_needed_tokens_are_an_error_where_fewer_are_to_stay(checkpoint):
     with pytest.raises(PassError, match="tokens must stay"):
         part_of(checkpoint, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({"keep": 0.5}, 48), ({"keep": 40}, 40), ({"keep": 0.9, "of": "model"}, 0)]
+)
+def test_keep_is_a_part_of_the_rows_a_number_or_a_part_of_the_model(options, count):
+    graph = capture(FAMILIES["llama"].config())
+    (entry,) = Pipeline([Prune(what="vocabulary", align=1, **options)]).run(graph, planned=True).passes
+    rows = graph.outputs["logits"].shape[-1]
+    assert rows == count or (not count and rows < 96)
+    if not count:
+        each = (entry.before.parameters - entry.after.parameters) // (96 - rows)
+        assert 0 <= 0.9 * entry.before.parameters - entry.after.parameters < each
+    with pytest.raises(PassError, match="97 tokens cannot remain of 96"):
+        Pipeline([Prune(what="vocabulary", keep=97)]).run(capture(FAMILIES["llama"].config()), planned=True)
