@@ -18,6 +18,12 @@ from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
 from compiler.ir.ops import op_named, operations
+from compiler.ir.types import TensorType
+from compiler.weights.evaluate import evaluate
+from compiler.weights.expr import load
+from compiler.weights.ops import take
+from compiler.weights.ops.rotary import rotary_table
+from compiler.weights.source import MemorySource
 from tests.families import FAMILIES
 from tests.latent import latent_graph
 
@@ -242,3 +248,34 @@ def test_an_unknown_target_is_refused(captured):
     with pytest.raises(TargetError, match="no ONNX target `ort-cup`") as refused:
         propose(captured("llama"), "ort-cup")
     assert refused.value.remedy == "did you mean `ort-cpu`?"
+
+
+def test_tensors_may_lie_in_several_files(tmp_path):
+    family = FAMILIES["llama"]
+    graph = capture(family.build(3))
+    emit(propose(graph), graph.sources, tmp_path, shard_bytes=40_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ids = family.inputs()["input_ids"]
+    found, _ = Session(tmp_path / "model.onnx").step(ids, torch.ones_like(ids))
+    assert error(found, run(graph, {"input_ids": ids})["logits"]) <= tolerance(graph)
+
+
+def test_a_part_of_a_rotary_table_is_that_part_of_the_whole():
+    source = {"model": MemorySource({"frequencies": torch.rand(4)})}
+    frequencies = load("model", "frequencies", TensorType(torch.float32, (4,)))
+    whole = rotary_table(frequencies, "sin", 20, 1.5)
+    for part in (take(whole, 0, 3, 9), take(take(whole, 0, 3, 15), 0, 2, 4), take(whole, 1, 1, 3)):
+        assert part.type.static_shape == tuple(evaluate([part], source)[0].shape)
+    values, part = evaluate([whole, take(take(whole, 0, 3, 15), 0, 2, 4)], source)
+    assert torch.equal(part, values[5:7])
+    assert torch.equal(values[2], torch.sin(2 * evaluate([frequencies], source)[0]) * 1.5)
+
+
+def test_what_lies_in_half_precision_and_is_looked_up_stays_so(tmp_path):
+    graph = capture(FAMILIES["llama"].build(3).to(torch.bfloat16))
+    emission = propose(graph)
+    dtypes = {name: expr.dtype for name, expr in emission.tensors.items()}
+    assert dtypes["model.embed_tokens.weight"] == torch.bfloat16
+    assert {dtype for name, dtype in dtypes.items() if "embed" not in name} == {torch.float32}
+    emit(emission, graph.sources, tmp_path)
+    assert verify(emission, tmp_path).holds
