@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -121,6 +123,40 @@ def test_static_scales_clip_nothing_that_was_seen():
 def test_a_scale_of_no_activations_is_an_error():
     with pytest.raises(PassError, match="no activations are rounded"):
         Pipeline([Quantize(activation_scale="static")]).run(capture(FAMILIES["llama"].config()), planned=True)
+
+
+CACHES = {
+    "int8": ("mistral", Quantize(cache="int8")),
+    "fp8 beside rounded activations": ("llama", Quantize(bits=4, group=16, activations="int8", cache="fp8")),
+}
+
+
+@pytest.mark.parametrize(("name", "step"), CACHES.values(), ids=CACHES)
+def test_transformers_rounds_keys_and_values_as_the_graph_does(name, step, tmp_path):
+    job = Job(name, tmp_path, [step], calibration=lambda graph: [FAMILIES[name].inputs()])
+    emission = job.emit()
+    exact = Job(name, tmp_path / "exact", [replace(step, cache="none")])
+    assert distance(exact.outputs(), job.outputs()) > 10 * TOLERANCE
+    assert job.reload_error() <= TOLERANCE
+    scheme = emission.quantization_config["kv_cache_scheme"]
+    assert (scheme["strategy"], scheme["dynamic"], scheme["num_bits"]) == ("tensor", False, 8)
+    stored = load_file(job.out / "model.safetensors")
+    assert stored["model.layers.1.self_attn.k_scale"].shape == stored["model.layers.0.self_attn.v_scale"].shape == (1,)
+
+
+def test_a_model_without_a_cache_has_none_to_round():
+    with pytest.raises(PassError, match="no attention of the model caches keys and values"):
+        Pipeline([Quantize(cache="fp8")]).run(
+            capture(FAMILIES["bert"].config()), planned=True, calibration=lambda g: []
+        )
+
+
+def test_rounded_caches_of_exact_weights_are_refused():
+    graph = capture(FAMILIES["t5"].config())
+    Pipeline([Quantize(cache="fp8")]).run(graph, planned=True, calibration=lambda g: [])
+    refusal = propose(graph)
+    assert isinstance(refusal, Refusal)
+    assert "caches are rounded in one way in all layers or in none" in refusal.reason
 
 
 @pytest.mark.parametrize("name", ["phi3", "bert", "vit", "t5"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from backends.safetensors.cache import Cache
 from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
 from backends.safetensors.parts import EXPERT, as_dequantize
 from backends.safetensors.rounding import Rounding
@@ -31,11 +32,15 @@ class Quantised:
 
 
 def quantization_config(
-    named: Mapping[str, Expr], stored: Mapping[str, Expr], module: Any, activations: Mapping[str, Rounding]
+    named: Mapping[str, Expr],
+    stored: Mapping[str, Expr],
+    module: Any,
+    activations: Mapping[str, Rounding],
+    cache: Cache | None = None,
 ) -> Quantised | Mismatch | None:
     """The config for ``module``, whose tensors are ``named``, and ``stored`` under the names of its checkpoint.
 
-    ``activations`` says how what weights multiply is rounded, by the weights' names.
+    ``activations`` says how what weights multiply is rounded, by the weights' names, ``cache`` what is cached.
 
     None when all are dense. A Mismatch says which weight cannot be stored, or why transformers could not load it.
     ``module`` is on the meta device and not to be used afterwards.
@@ -47,7 +52,25 @@ def quantization_config(
     if renamed:
         return Mismatch(f"files hold {renamed[0]} under another name, where no scale of what it multiplies is read")
     found = _described(named, stored, _names(module, "Linear"), _names(module, "Embedding"), activations)
+    if cache is not None:
+        found = _with_cache(found, cache)
+    odd = _of_other_dtype(stored) if isinstance(found, Quantised) and not found.config.get("dequantize") else None
+    if odd:
+        return Mismatch(f"transformers makes bfloat16 of {odd}, which is not what the model computes in")
     return _rehearsed(found, module) if isinstance(found, Quantised) else found
+
+
+def _with_cache(found: Quantised | Mismatch | None, cache: Cache) -> Quantised | Mismatch:
+    """The config of a model that rounds what it caches; transformers then dequantises in the first forward pass."""
+    if found is None:
+        return Mismatch("what is cached is rounded, and no weight is; quantise weights too")
+    if isinstance(found, Mismatch):
+        return found
+    groups = found.config["config_groups"].values()
+    if any(group["format"] == pack_quantized.FORMAT.name and not group["weights"]["symmetric"] for group in groups):
+        return Mismatch("transformers reads packed zero points only of models with exact caches; make them symmetric")
+    config = {key: value for key, value in found.config.items() if key != "dequantize"}
+    return Quantised({**config, "kv_cache_scheme": cache.config}, found.notes)
 
 
 def config_of_generated(tensors: Mapping[str, Param]) -> Quantised | Mismatch | None:
@@ -100,13 +123,7 @@ def _described(
     short = _too_short({**schemes, **experts}, stored)
     if short:
         return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
-    found = _config(schemes, experts, linears) if schemes or experts else None
-    if isinstance(found, Quantised) and not found.config.get("dequantize"):
-        odd = _of_other_dtype({**schemes, **experts}, {**named, **stored})
-        return (
-            Mismatch(f"transformers makes bfloat16 of {odd}, which is not what the model computes in") if odd else found
-        )
-    return found
+    return _config(schemes, experts, linears) if schemes or experts else None
 
 
 def _rehearsed(found: Quantised, module: Any) -> Quantised | Mismatch:
@@ -214,10 +231,10 @@ def _unreadable_experts(scheme: Scheme) -> str:
     return f"transformers reads no experts of {name}" if name in ("mxfp8", "nvfp4") else ""
 
 
-def _of_other_dtype(schemes: Mapping[str, Scheme], exprs: Mapping[str, Expr]) -> str | None:
+def _of_other_dtype(stored: Mapping[str, Expr]) -> str | None:
     """A weight of another dtype than that which transformers gives it in the first forward pass."""
-    weights = (f"{name}.weight" for name, scheme in schemes.items() if scheme.kind in ("mx", "nvfp4"))
-    return next((name for name in weights if exprs[name].dtype != torch.bfloat16), None)
+    values = {name: as_dequantize(expr) for name, expr in stored.items() if expr.dtype != torch.bfloat16}
+    return next((name for name, value in values.items() if value and scheme_of(value).kind in ("mx", "nvfp4")), None)
 
 
 def _too_short(schemes: Mapping[str, Scheme], stored: Mapping[str, Expr]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from backends.safetensors.assemble import assemble
+from backends.safetensors.cache import Rounded, cache_of, without_rounded_cache
 from backends.safetensors.compressed import quantization_config
 from backends.safetensors.gptq import gptq_config, gptq_parts_of
 from backends.safetensors.parts import as_dequantize, stored_parts
@@ -104,9 +105,10 @@ def propose(graph: Graph, layout: Layout = "compressed-tensors") -> Emission | R
     from backends.safetensors.targets import TARGETS
 
     plain, rounded = without_rounding(graph)
+    plain, caches = without_rounded_cache(plain)
     refusals: list[Refusal] = []
     for target in TARGETS:
-        found = _first(_Wanted(plain, rounded, layout), target.name, target.propose(plain))
+        found = _first(_Wanted(plain, rounded, caches, layout), target.name, target.propose(plain))
         if isinstance(found, Emission):
             return found
         refusals.append(found)
@@ -116,10 +118,12 @@ def propose(graph: Graph, layout: Layout = "compressed-tensors") -> Emission | R
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A graph without rounded activations, how what weights multiply is rounded, by name, and a layout for weights."""
+    """A graph without rounded activations, how what weights multiply is rounded, by name, and what attention caches,
+    in order, and a layout for weights."""
 
     graph: Graph
     rounded: Mapping[str, Rounding]
+    caches: Sequence[Rounded]
     layout: Layout
 
 
@@ -172,13 +176,18 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     activations = by_module(captured, found, wanted.rounded)
     if isinstance(activations, Mismatch):
         return Refusal(target, activations.reason)
+    dtype = dtype_name(found.values())
+    cache = cache_of(captured, wanted.caches, stored, getattr(torch, dtype))
+    if isinstance(cache, Mismatch):
+        return Refusal(target, cache.reason)
     if wanted.layout == "compressed-tensors":
-        quantised, parts_of = quantization_config(named, stored, module, activations), stored_parts
+        quantised, parts_of = quantization_config(named, stored, module, activations, cache), stored_parts
     else:
-        quantised, parts_of = gptq_config(stored, module, activations, wanted.layout), gptq_parts_of(wanted.layout)
+        rounds = bool(activations or cache)
+        quantised, parts_of = gptq_config(stored, module, rounds, wanted.layout), gptq_parts_of(wanted.layout)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
-    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype_name(found.values())}
+    written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype}
     if quantised:
         written["quantization_config"] = quantised.config
     notes = (*proposal.notes, *(quantised.notes if quantised else ()))
@@ -186,6 +195,7 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     tensors |= {
         key: scale for name, how in activations.items() for key, scale in how.tensors(name, named[name]).items()
     }
+    tensors |= cache.tensors if cache else {}
     return Emission(target, proposal.architecture, written, tensors, notes)
 
 

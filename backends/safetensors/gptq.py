@@ -19,7 +19,6 @@ import torch
 from backends.safetensors.compressed import Quantised
 from backends.safetensors.formats.scheme import Scheme, scheme_of
 from backends.safetensors.parts import as_dequantize
-from backends.safetensors.rounding import Rounding
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast, full, literal, repeat, transpose
@@ -60,18 +59,16 @@ def missing_packages(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(name for name in needed if find_spec(name) is None)
 
 
-def gptq_config(
-    stored: Mapping[str, Expr], module: Any, activations: Mapping[str, Rounding], version: Version
-) -> Quantised | Mismatch | None:
+def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: Version) -> Quantised | Mismatch | None:
     """The config for tensors ``stored`` of ``module``; None when all are dense.
 
-    A Mismatch says what the layout cannot hold.
+    ``rounds``: activations are rounded. A Mismatch says what the layout cannot hold.
     """
     values = {key: value for key, expr in stored.items() if (value := as_dequantize(expr)) is not None}
     schemes = {scheme_of(value) for value in values.values()}
     if not schemes:
         return None
-    if activations:
+    if rounds:
         return Mismatch("GPTQ checkpoints have no rounded activations")
     if len(schemes) > 1:
         return Mismatch("GPTQ checkpoints have one scheme for all weights; `compressed-tensors` has several")

@@ -37,6 +37,11 @@ class Rounding:
         return {key: literal([self.scale], dtype=weight.dtype)} if self.scale else {}
 
 
+def rounding_of(node: Node) -> Rounding:
+    """What a ``fake_quantize`` does."""
+    return Rounding(node.attr("type"), node.attr("bits"), node.attr("scale"))
+
+
 def without_rounding(graph: Graph) -> tuple[Graph, dict[str, Rounding]]:
     """``graph`` with exact activations, and the rounding of what each weight of a linear map multiplies, by its name.
 
@@ -49,7 +54,7 @@ def without_rounding(graph: Graph) -> tuple[Graph, dict[str, Rounding]]:
         readers = list(node.output.users)
         if not all(_multiplies(reader, node) for reader in readers):
             continue
-        how = Rounding(node.attr("type"), node.attr("bits"), node.attr("scale"))
+        how = rounding_of(node)
         found.update({reader.input(1).name: how for reader in readers})
         plain.replace(node.output, node.input(0))
         plain.erase(node)

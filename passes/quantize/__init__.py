@@ -13,7 +13,7 @@ from compiler.ir.graph import Graph, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 from compiler.weights.ops.codec import Codec
-from passes.quantize.activations import Activations, round_inputs
+from passes.quantize.activations import Activations, round_cache, round_inputs
 from passes.quantize.numbers import NumberSystem, Per, Type, Width
 from passes.quantize.places import check_groups, check_widths, chosen_of, report
 
@@ -47,7 +47,7 @@ class Quantize(Pass):
 
     ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, as runtimes with products of such
     numbers do: with a scale for each token, or, ``activation-scale: static``, one for all that clips nothing that
-    calibration shows.
+    calibration shows. ``cache`` rounds the keys and values of causal attention, with static scales.
 
     Never exact.
     """
@@ -65,6 +65,7 @@ class Quantize(Pass):
     tied: Literal["skip", "copy"] = "skip"
     activations: Activations = "none"
     activation_scale: Literal["token", "static"] = "token"
+    cache: Activations = "none"
 
     exact_when: ClassVar = None
     edits_weights: ClassVar[bool] = False
@@ -82,7 +83,7 @@ class Quantize(Pass):
 
     @property
     def calibrated(self) -> bool:
-        return self.solved or self.activation_scale == "static"
+        return self.solved or self.activation_scale == "static" or self.cache != "none"
 
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when the group divides no selected input width, or nothing can be quantised."""
@@ -102,6 +103,8 @@ class Quantize(Pass):
             self._round(ctx, system.codecs(chosen))
         if self.activations != "none":
             round_inputs(graph, ctx, chosen, self.activations, static=self.activation_scale == "static")
+        if self.cache != "none":
+            round_cache(graph, ctx, self.cache)
 
     def _round(self, ctx: Context, codecs: Mapping[Param, Codec]) -> None:
         """Every weight to nearest, without reading any."""

@@ -1,4 +1,4 @@
-"""What quantised matrices multiply, rounded as runtimes with integer or FP8 products round it."""
+"""What quantised matrices multiply, and what attention caches, rounded as runtimes round it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from compiler.calibration.sweep import sweep
+from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param, Value
+from compiler.ledger import model_dtype
 from compiler.pipeline import Context
 
 Activations = Literal["none", "int8", "fp8"]
 LARGEST = {"int8": 127.5, "fp8": 448.0}
+CACHED = (1, 2)  # operands of attention: keys, values
 PLANNED_SCALE = 1.0  # stands for what calibration will show
 
 
@@ -25,13 +28,37 @@ def round_inputs(graph: Graph, ctx: Context, params: Sequence[Param], kind: Acti
     readers = _readers(graph, ctx, params)
     largest = _largest(graph, ctx, readers) if static else {}
     for x, nodes in readers.items():
-        options: dict[str, Any] = {"type": "int" if kind == "int8" else kind}
+        options = _type(kind)
         if static:
-            options["scale"] = _scale(largest.get(x), kind, nodes[0].input(1))
+            weight = nodes[0].input(1)
+            dtype = weight.storage if isinstance(weight, Param) else model_dtype(graph)
+            options["scale"] = _scale(largest.get(x), kind, dtype)
         scope = nodes[0].scope.rpartition(".")[0]
         rounded = graph.op("fake_quantize", [x], options, scope=scope, before=nodes[0])
         for node in nodes:
             graph.set_input(node, 0, rounded)
+
+
+def round_cache(graph: Graph, ctx: Context, kind: Activations) -> None:
+    """Round keys and values of causal attention, with the least scales that clip nothing of the calibration data.
+
+    Raises PassError when no attention caches any.
+    """
+    places = [(node, operand) for node in graph.nodes_named("attention") if node.attr("causal") for operand in CACHED]
+    if not places:
+        raise PassError("no attention of the model caches keys and values", option="cache", remedy="leave `cache` out")
+    largest = _largest(graph, ctx, {node.input(operand) for node, operand in places})
+    rounded: dict[Value, Value] = {}
+    for node, operand in places:
+        x = node.input(operand)
+        if x not in rounded:
+            options = {**_type(kind), "scale": _scale(largest.get(x), kind, model_dtype(graph))}
+            rounded[x] = graph.op("fake_quantize", [x], options, scope=node.scope, before=node)
+        graph.set_input(node, operand, rounded[x])
+
+
+def _type(kind: Activations) -> dict[str, Any]:
+    return {"type": "int" if kind == "int8" else kind}
 
 
 def _readers(graph: Graph, ctx: Context, params: Sequence[Param]) -> dict[Value, list[Node]]:
@@ -69,8 +96,7 @@ def _largest(graph: Graph, ctx: Context, values: Collection[Value]) -> Mapping[V
     return found
 
 
-def _scale(largest: float | None, kind: Activations, weight: Value) -> float:
-    """The scale as files hold it, in the dtype of the weight."""
-    dtype = weight.storage if isinstance(weight, Param) else torch.float32
+def _scale(largest: float | None, kind: Activations, dtype: torch.dtype) -> float:
+    """The scale as files hold it, in ``dtype``."""
     scale = PLANNED_SCALE if largest is None else largest / LARGEST[kind]
     return float(torch.tensor(scale).to(dtype).clamp(min=torch.finfo(dtype).tiny))
