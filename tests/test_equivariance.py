@@ -7,11 +7,14 @@ import torch
 
 from compiler.frontend import capture
 from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
 from compiler.ir.verify import signature, verify
+from compiler.pipeline import Pipeline
 from compiler.rewrite.equivariance import Blocked, inner_region, region
 from compiler.rewrite.labels import FREE, Labels
 from compiler.rewrite.scaling import divide, turn_heads
 from compiler.weights.ops.basic import literal
+from passes import Rotate
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 from tests.removed import double, outputs
@@ -55,16 +58,19 @@ def scaled(graph: Graph) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scales_of_what_is_read_change_nothing(name):
+def test_scales_and_rotations_change_nothing(name):
     family = FAMILIES[name]
-    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
-    given = family.inputs(batch=2, tokens=5)
-    wanted, expected = outputs(graph, given), signature(graph)
-    done, _ = scaled(graph)
+    scales = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    rotations, given = copy_of(scales), family.inputs(batch=2, tokens=5)
+    wanted, expected = outputs(scales, given), signature(scales)
+    done, _ = scaled(scales)
     assert done >= 2
-    verify(graph, expected)
-    for output, value in outputs(graph, given).items():
-        assert (value - wanted[output]).abs().max() <= ROUNDING * wanted[output].abs().max()
+    verify(scales, expected)
+    report = Pipeline([Rotate(what=("values", "stream", "mlp"))]).run(rotations).passes[0]
+    assert len(report.rewritten) >= 2
+    for graph in (scales, rotations):
+        for output, value in outputs(graph, given).items():
+            assert (value - wanted[output]).abs().max() <= ROUNDING * wanted[output].abs().max()
 
 
 REFUSED = {
