@@ -59,7 +59,8 @@ class Runner:
         names = {value.name for value in self._session.get_inputs()}
         if not self._past or not {"input_ids", "attention_mask"} <= names:
             raise CheckpointError("it is no language model with a cache", where=str(path))
-        self._scores_last = "logits_to_keep" in names
+        defaults = {value.name for value in self._session.get_overridable_initializers()}
+        self._scores_last = "logits_to_keep" in defaults
         self._in_place = self._session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "yes"
 
     def logits(self, ids: Any) -> Any:
@@ -110,18 +111,12 @@ class Runner:
 
     def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, last: bool = True) -> tuple[Any, dict[str, Any]]:
         """Logits, of the ``last`` token or of all, and what is cached then."""
-        binding = self._session.io_binding()
+        given = {"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": np.ascontiguousarray(mask)}
         if last and self._scores_last:
-            binding.bind_cpu_input("logits_to_keep", ONE)
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
-        for name in past:
-            binding.bind_output(name.replace(PAST, PRESENT, 1))
-        self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
+            given["logits_to_keep"] = ONE
+        feeds = {**{name: self._value(array) for name, array in given.items()}, **past}
+        names = ["logits", *(name.replace(PAST, PRESENT, 1) for name in past)]
+        logits, *present = self._session.run_with_ort_values(names, feeds)
         return logits.numpy(), dict(zip(past, present, strict=True))
 
 
