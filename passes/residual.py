@@ -20,6 +20,7 @@ from compiler.ir.layers import copy_of
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 from compiler.weights.expr import Expr
+from compiler.weights.ops.codec import is_quantised, rounded_from
 
 STEPS = 24  # ranks that a weight may get
 LARGEST = 0.5  # of a weight's numbers: what its factors hold at most
@@ -125,7 +126,9 @@ class _Losses:
 
     def _lost(self, param: Param) -> Tensor:
         """What was rounded less what it was rounded to, float64 [m, n]."""
-        return self.ctx.value(param.expr.args[0].args[0]).double() - self.ctx.read(param).double()
+        exact = rounded_from(param.expr)
+        assert exact is not None  # others are obstacles
+        return self.ctx.value(exact).double() - self.ctx.read(param).double()
 
     def _metric(self, param: Param) -> Metric:
         found = self.statistics.of(param)
@@ -140,13 +143,19 @@ def _quantised(ctx: Context, params: Sequence[Param]) -> list[Param]:
             ctx.skipped(param.name, reason)
     found = [param for param, reason in reasons.items() if not reason]
     if not found:
-        raise PassError("none of the selected weights is quantised", option="where", remedy="put `quantize` before it")
+        raise PassError(
+            "none of the selected weights is quantised to the nearest codes",
+            option="where",
+            remedy="put `quantize` with `method: nearest` before it",
+        )
     return found
 
 
 def _obstacle(param: Param) -> str:
-    if param.expr.op != "dequantize" or param.expr.args[0].op != "quantize":
+    if not is_quantised(param.expr):
         return "it is not quantised"
+    if rounded_from(param.expr) is None:
+        return "its codes were chosen on calibration data, and what they were chosen for is not kept"
     node = param.single_user()
     single = node is not None and node.op.name == "linear"
     return "" if single else "it is not the weight of one linear map"

@@ -70,3 +70,15 @@ def test_dense_weights_and_too_few_numbers_are_errors():
         Pipeline([Residual(metric="plain", ranks="uniform")]).run(graph)
     with pytest.raises(PassError, match="less than what products of rank 1 hold"):
         Pipeline([Quantize(where=WHERE), Residual(where=WHERE, add=0.001)]).run(graph, planned=True)
+
+
+@pytest.mark.parametrize("type", ["fp8", "nvfp4"])
+def test_floats_are_brought_nearer_too(type):
+    graph, beside = (capture(FAMILIES["llama"].build()) for _ in range(2))
+    inputs = FAMILIES["llama"].inputs()
+    exact = run(graph, inputs)["logits"]
+    step = Quantize(where=WHERE, type=type)
+    Pipeline([step]).run(graph)
+    Pipeline([step, Residual(where=WHERE, add=0.4, ranks="uniform", metric="plain")]).run(beside)
+    alone, both = ((run(each, inputs)["logits"] - exact).norm() for each in (graph, beside))
+    assert both < alone

@@ -22,6 +22,7 @@ from compiler.weights.expr import Expr
 
 Parameters = tuple[Tensor, ...]
 CHUNK_ELEMENTS = 1 << 18
+CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes")
 DEQUANTIZE = ("dequantize", "dequantize_fp8", "dequantize_mx", "dequantize_nvfp4")
 
 
@@ -74,6 +75,12 @@ class Codec(Protocol):
 def is_quantised(expr: Expr) -> bool:
     """Whether ``expr`` is the value of a quantised weight: codes and their scales."""
     return expr.op in DEQUANTIZE
+
+
+def rounded_from(expr: Expr) -> Expr | None:
+    """The weight that a quantised one was rounded to nearest from; None where codes were chosen otherwise."""
+    codes = expr.args[0]
+    return codes.args[0] if is_quantised(expr) and codes.op in CODES else None
 
 
 def code_bits(expr: Expr) -> int:
