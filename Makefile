@@ -66,6 +66,7 @@ bench-smaller: $(VENV)/.bench $(GGUF) ## compare factorised, pruned and sparse m
 	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sparsify.py --seeds 0 1 2
 	$(BIN)/python benchmarks/encoders.py
+	$(BIN)/python benchmarks/transforms.py
 
 clean: ## remove the environment, fetched models and outputs
 	rm -rf $(VENV) models data out

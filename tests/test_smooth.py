@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backends.safetensors import emit
 from compiler.errors import PassError
+from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.pipeline import Pipeline
+from compiler.target import emission_of
 from passes import Smooth
-from tests.emitted import Job
+from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama, tokens
 from tests.removed import double, outputs, value
@@ -130,3 +133,12 @@ def test_a_plan_says_what_will_be_smoothed():
     report = Pipeline([Smooth()]).run(graph, planned=True, calibration=lambda _: []).passes[0]
     assert any("absorbed by bert.encoder.layer.0.attention.self.value" in each.what for each in report.rewritten)
     assert any("`gelu`" in each.reason for each in report.skipped)
+
+
+def test_explicit_scales_are_in_the_generated_module(tmp_path):
+    job = Job("bert", tmp_path, [Smooth(insert=True, where="mlp")], calibration=lambda _: given("bert"))
+    job.out.mkdir()
+    emit(emission_of(job.graph, "generated"), job.graph.sources, job.out)
+    with torch.no_grad():
+        theirs = load_model(job.out, trust_remote_code=True)(**job.family.inputs())
+    assert distance(theirs, job.outputs()) <= TOLERANCE
