@@ -11,6 +11,7 @@ in turn. On a machine with other work look at processor time; with one thread it
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from backends.onnx.runner import Runner
-from benchmarks.common import SMOLLM2, WORK, run
+from benchmarks.common import ROOT, SMOLLM2, WORK, run
 from compiler.console import table
 
 PASSES: dict[str, str] = {
@@ -128,6 +129,17 @@ def measure(options: argparse.Namespace, length: int) -> None:
     print(table(rows))
 
 
+def reload(name: str) -> None:
+    """Write the model in models/NAME as ONNX, and print how far ONNX Runtime's outputs are from the graph's."""
+    folder = WORK / "onnx"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, out = folder / f"{name}.yaml", folder / name
+    recipe.write_text(f"model: {ROOT / 'models' / name}\nemit: [onnx]\n")
+    finished = run([sys.executable, "-m", "compiler.cli", str(recipe), "-o", str(out)])
+    found = json.loads((out / "compress" / "report.json").read_text())["verification"]
+    print(f"{name}: {found['error']:.2g} of scale, {found['tolerance']:.2g} allowed; {finished.seconds:.0f} s in all")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -137,7 +149,12 @@ def main() -> None:
     parser.add_argument("--genai", type=Path, nargs="*", default=[])
     parser.add_argument("--genai-runtime", action="store_true", help="also run them by onnxruntime-genai")
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--reload", nargs="+", default=[], metavar="NAME", help="instead: models/NAME, written and run")
     options = parser.parse_args()
+    for name in options.reload:
+        reload(name)
+    if options.reload:
+        return
     for length in options.prompts:
         measure(options, length)
 
