@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compiler import Recipe, compress
-from compiler.errors import CheckpointError, PassError
+from compiler.errors import CheckpointError, PassError, RecipeError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
@@ -141,6 +141,16 @@ def test_a_job_writes_the_class_with_fewer_tokens_and_its_tokenizer(checkpoint, 
     assert config["eos_token_id"] == [tokenizer.eos_token_id] and config["pad_token_id"] == tokenizer.pad_token_id
     numbers = made["passes"][0]["rewritten"][0]["numbers"]
     assert numbers["kept"] == config["vocab_size"] and numbers["calibration_kept"] > 0.9
+
+
+def test_a_recipe_cannot_compare_token_by_token(checkpoint, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {checkpoint}\ncalibration: {{data: {write_text(tmp_path)}}}\nevaluate: {{data: text.txt}}\n"
+        "passes: [{prune: {what: vocabulary, keep: 90%}}]\n"
+    )
+    with pytest.raises(RecipeError, match="cannot be compared with the original token by token") as caught:
+        compress(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "out")
+    assert caught.value.span is not None
 
 
 def test_generated_code_has_the_new_numbers_too(checkpoint, tmp_path):
