@@ -12,6 +12,7 @@ from backends.safetensors import emit
 from compiler.errors import PassError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
+from compiler.ir.execute import run
 from compiler.ir.ops.hadamard import basis, transform
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
@@ -20,6 +21,7 @@ from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 from tests.removed import value
+from tests.test_onnx import written
 
 
 @settings(max_examples=20, deadline=None)
@@ -78,3 +80,13 @@ def test_rotated_heads_keep_the_models_own_class(tmp_path):
     job = Job("llama", tmp_path, [Rotate(what=("values", "stream"))], tie_word_embeddings=True)
     assert job.emit().architecture == "LlamaForCausalLM"
     assert job.reload_error() <= TOLERANCE
+
+
+def test_what_mlps_read_is_rotated_in_onnx(tmp_path):
+    """Of 80 channels: the Hadamard matrix of 16, and cosines of 5."""
+    family = FAMILIES["vit"]
+    graph = capture(family.build(layers=1))
+    wanted = run(graph, family.inputs())["logits"]
+    Pipeline([Rotate(what="mlp")]).run(graph)
+    found = written(graph, tmp_path, "onnx").run(**family.inputs())["logits"]
+    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()

@@ -25,7 +25,7 @@ def passed(walk: Walk, node: Node) -> None:
 
 
 def choices(walk: Walk, node: Node) -> list[Value]:
-    """The factors of a product of which one must carry what is asked of it; weights first. None when it is settled."""
+    """The factors of a product of which one must carry what is asked of it; weights first. Empty when it is settled."""
     if node.op.name != "mul" or len(node.inputs) < 2 or walk.of(node.outputs[0]) is None:
         return []
     factors = [value for value in node.inputs if value is not None]
