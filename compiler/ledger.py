@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import layer_of
@@ -32,7 +29,7 @@ Bytes = Callable[[Param], int]
 
 def measure(graph: Graph, bytes_of: Bytes | None = None) -> Ledger:
     """Take account of ``graph``; no weight is read. ``bytes_of`` is ``stored_bytes`` unless a format knows better."""
-    from compiler.ir.facts import flops_per_token, kv_cache_values, parameter_count
+    from compiler.ir.facts import flops_per_token, kv_cache_values, model_dtype, parameter_count
 
     return Ledger(
         parameters=parameter_count(graph),
@@ -62,12 +59,3 @@ def stored_bytes(param: Param) -> int:
     if is_quantised(param.expr):
         return sum(part.type.nbytes for part in param.expr.args)
     return param.type.with_dtype(param.storage).nbytes
-
-
-def model_dtype(graph: Graph) -> torch.dtype:
-    """The dtype that most of the floating weights are stored in, which is the one the model runs in."""
-    counts = Counter[torch.dtype]()
-    for param in graph.params.values():
-        if param.storage.is_floating_point and param.persistent:
-            counts[param.storage] += param.type.numel
-    return counts.most_common(1)[0][0] if counts else torch.float32

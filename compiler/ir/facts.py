@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+
+import torch
 
 from compiler.ir.coupling import CouplingGroup, Member, coupling_groups
 from compiler.ir.graph import Graph, Node, Param, Value
@@ -34,6 +37,7 @@ __all__ = [
     "latent_sites",
     "layers",
     "mlp_sites",
+    "model_dtype",
     "parameter_count",
 ]
 
@@ -47,6 +51,15 @@ def layers(graph: Graph) -> dict[str, int]:
 def parameter_count(graph: Graph) -> int:
     """Elements of all weights that a checkpoint holds; tied weights once."""
     return sum(param.type.numel for param in graph.params.values() if param.persistent)
+
+
+def model_dtype(graph: Graph) -> torch.dtype:
+    """The dtype that most of the floating weights are stored in, which is the one the model runs in."""
+    counts = Counter[torch.dtype]()
+    for param in graph.params.values():
+        if param.storage.is_floating_point and param.persistent:
+            counts[param.storage] += param.type.numel
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def kv_cache_values(graph: Graph) -> int:

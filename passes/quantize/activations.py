@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compiler.calibration.sweep import sweep
 from compiler.errors import PassError
+from compiler.ir.facts import model_dtype
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ledger import model_dtype
 from compiler.pipeline import Context
 
 Activations = Literal["none", "int8", "fp8"]
