@@ -26,7 +26,7 @@ from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from compiler.weights.spill import Progress, SpillSource
 from passes.quantize import Quantize
-from passes.quantize.mixed import evenly
+from passes.quantize.mixed import evenly, together
 from passes.quantize.solve import Problem, damped, nearest, refined, solve
 from passes.quantize.solve import in_order as column_by_column
 from tests.emitted import TOLERANCE, Job
@@ -230,12 +230,48 @@ def test_a_whole_number_is_shared_out_where_that_is_nearer():
 
 @pytest.mark.parametrize(("bits", "widths"), [(2.25, (2, 4)), (3.9, (2, 3, 8))])
 def test_a_plan_knows_the_size_before_anything_is_measured(bits, widths):
-    params = list(products(copy_of(captured("llama"))))
-    own = evenly(params, bits, widths)
+    graph = captured("llama")
+    params = list(products(graph))
+    groups = together(graph, params)
+    own = evenly(groups, bits, widths)
+    assert all(len({own[param] for param in group}) == 1 for group in groups)
     total = sum(param.type.numel for param in params)
     used = sum(size * param.type.numel for param, size in own.items())
-    largest = max(param.type.numel for param in params)
+    largest = max(sum(param.type.numel for param in group) for group in groups)
     assert bits * total - (max(widths) - min(widths)) * largest <= used <= bits * total
+
+
+@pytest.mark.parametrize("options", [{"method": "refined"}, {"bits": 3.5, "group": 16}], ids=str)
+def test_what_the_first_output_does_not_depend_on_is_not_taken_for_free(options):
+    graph, report, _ = quantised("siglip_text", **{"bits": 4, **options})
+    head = graph.params["head.weight"]
+    if "method" in options:
+        assert head.expr.attr("bits") == 4
+    else:
+        assert head.expr.attr("bits") == 3 and all("head.weight" not in curve.scope for curve in report.curves)
+
+
+def test_experts_alone_and_tables_alone():
+    for name, where in (("mixtral", "experts"), ("qwen3", "embedding")):
+        for options in ({"method": "refined", "bits": 4}, {"bits": 3.5}):
+            _, report, _ = quantised(name, where=where, tied="copy", **options)
+            assert report.rewritten
+
+
+def test_gradients_pass_rounded_activations():
+    graph, rounded = captured("llama"), copy_of(captured("llama"))
+    passes = [Quantize(where="attention.output", activations="int8", activation_scale="static")]
+    Pipeline(passes).run(rounded, calibration=lambda _: batches("llama"))
+    counts = []
+    for each in (graph, rounded):
+        nodes = _one(each, next(param.name for param in products(graph) if "v_proj" in param.name))
+        counts.append(torch.cat(energies(each, nodes, batches("llama"), Progress()).counts(list(nodes))))
+    assert torch.corrcoef(torch.stack(counts))[0, 1] > 0.95
+
+
+def _one(graph, name):
+    param = graph.params[name]
+    return {param: products(graph)[param][0]}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ POWER = 0.5
 
 
 class Energies:
-    """The energies at products with weights, one tensor [vectors] a batch; of experts there are none."""
+    """The energies at products with weights, one tensor [vectors] a batch.
+
+    There are none of experts, and none where the first output of the model does not depend on the product.
+    """
 
     def __init__(self, by_param: Mapping[Param, Sequence[Tensor]]) -> None:
         self._by_param = by_param
@@ -60,7 +63,8 @@ def energies(
         backwards(graph, batches, seed, tape)
         stored = {f"{index}.{batch}": part for index, (batch, part) in tape.flat()}
         progress.save(name, stored)
-    return Energies({param: _in_turn(stored, index) for index, param in enumerate(single)})
+    found = {param: _in_turn(stored, index) for index, param in enumerate(single)}
+    return Energies({param: parts for param, parts in found.items() if parts})
 
 
 def _in_turn(stored: Mapping[str, Tensor], index: int) -> list[Tensor]:
@@ -100,6 +104,8 @@ class _Tape:
 
     def done(self) -> None:
         """Small tensors made among large ones keep the memory of those from being given back: one takes their place."""
+        if not self._found:
+            return
         sizes = [len(found) for found in self._found.values()]
         for param, part in zip(self._found, torch.cat(list(self._found.values())).split(sizes), strict=True):
             self._kept[param].append(part)

@@ -41,35 +41,49 @@ def together(graph: Graph, params: Sequence[Param]) -> list[list[Param]]:
 
 
 def shared_out(
-    graph: Graph, ctx: Context, params: Sequence[Param], bits: float, widths: Sequence[int], codec_of: CodecOf
+    graph: Graph,
+    ctx: Context,
+    params: Sequence[Param],
+    bits: float,
+    widths: Sequence[int],
+    codec_of: CodecOf,
+    *,
+    solved: bool,
 ) -> dict[Param, int]:
     """One of ``widths`` for each of ``params``, with at most ``bits`` a weight on average and the least predicted loss.
 
-    Raises PassError when ``bits`` is less than the least width.
+    ``solved`` says that columns will make up for one another. Weights that the model's first output does not depend
+    on, of which nothing is known, are left out.
     """
+    if not params:
+        return {}
     batches = ctx.calibration()
     spreads = spread(batches, MOMENT_TOKENS), spread(batches, GRADIENT_TOKENS)
     known = measure(graph, params, spreads[0], ctx.progress, gradients=spreads[1])
-    groups = together(graph, params)
-    losses = [[_loss(ctx, known, group, width, codec_of) for width in widths] for group in groups]
-    sizes = [sum(param.type.numel for param in group) for group in groups]
+    losses = {
+        tuple(group): [_loss(ctx, known, group, width, codec_of, solved) for width in widths]
+        for group in together(graph, params)
+    }
+    losses = {group: own for group, own in losses.items() if any(own)}
+    sizes = [sum(param.type.numel for param in group) for group in losses]
     ways = [
         [Option(size * width, loss) for width, loss in zip(widths, own, strict=True)]
-        for size, own in zip(sizes, losses, strict=True)
+        for size, own in zip(sizes, losses.values(), strict=True)
     ]
-    chosen = allocate(ways, bits * sum(sizes))
-    for group, own, index in zip(groups, losses, chosen, strict=True):
-        widest = widths[-1]
-        kept = [width / widest for width in widths]
-        ctx.weighed(", ".join(param.name for param in group), kept, own, widths[index] / widest)
-    return {param: widths[index] for group, index in zip(groups, chosen, strict=True) for param in group}
+    chosen = dict(zip(losses, allocate(ways, bits * sum(sizes)) if ways else [], strict=True))
+    for group, index in chosen.items():
+        kept = [width / widths[-1] for width in widths]
+        ctx.weighed(", ".join(param.name for param in group), kept, losses[group], kept[index])
+    return {param: widths[index] for group, index in chosen.items() for param in group}
 
 
-def _loss(ctx: Context, known: Statistics, group: Sequence[Param], width: int, codec_of: CodecOf) -> float:
-    return sum(_predicted(ctx, param, known.of(param), codec_of(param, width)) for param in group)
+def _loss(
+    ctx: Context, known: Statistics, group: Sequence[Param], width: int, codec_of: CodecOf, solved: bool
+) -> float:
+    return sum(_predicted(ctx, param, known.of(param), codec_of(param, width), solved) for param in group)
 
 
-def _predicted(ctx: Context, param: Param, moments: Moments, codec: Codec) -> float:
+def _predicted(ctx: Context, param: Param, moments: Moments, codec: Codec, solved: bool) -> float:
     """What rounding ``param`` costs the model, in the units of ``compiler.calibration.moments``."""
     experts, rows, columns = matrix_shape(param)
     chosen = torch.arange(0, rows, max(1, rows // ROWS))
@@ -79,15 +93,17 @@ def _predicted(ctx: Context, param: Param, moments: Moments, codec: Codec) -> fl
     for matrix, second, cost in zip(
         ctx.read(param).float().reshape(experts, rows, columns), seconds, costs, strict=True
     ):
-        total += float(_lost(matrix[chosen], second, codec.for_matrix(matrix)) @ cost[chosen])
+        total += float(_lost(matrix[chosen], second, codec.for_matrix(matrix), solved) @ cost[chosen])
     return total / 2 * rows / len(chosen)
 
 
-def _lost(matrix: Tensor, second: Tensor, codec: Codec) -> Tensor:
-    """What each row of ``matrix`` loses when it is rounded in order: float64 [rows]."""
+def _lost(matrix: Tensor, second: Tensor, codec: Codec, solved: bool) -> Tensor:
+    """What each row of ``matrix`` loses when it is rounded, in order if ``solved``: float64 [rows]."""
     problem = Problem(matrix, damped(second))
-    error = matrix - nearest(problem, codec, weighted=True).values
-    return (error / inverse_factor(problem.second).diagonal()).square().sum(1, dtype=torch.float64)
+    error = matrix - nearest(problem, codec, weighted=solved).values
+    if solved:
+        return (error / inverse_factor(problem.second).diagonal()).square().sum(1, dtype=torch.float64)
+    return (error @ problem.second * error).sum(1, dtype=torch.float64)
 
 
 def _row_costs(moments: Moments, shape: tuple[int, int]) -> Tensor:
@@ -98,13 +114,14 @@ def _row_costs(moments: Moments, shape: tuple[int, int]) -> Tensor:
     return (gradient.diagonal(dim1=-2, dim2=-1) if whole else gradient).reshape(shape)
 
 
-def evenly(params: Sequence[Param], bits: float, widths: Sequence[int]) -> dict[Param, int]:
+def evenly(groups: Groups, bits: float, widths: Sequence[int]) -> dict[Param, int]:
     """The widths around ``bits``, as many of each as make the average, without knowing what would be best."""
     below, above = max(w for w in widths if w <= bits), min(w for w in widths if w >= bits)
-    left = (bits - below) * sum(param.type.numel for param in params)
+    left = (bits - below) * sum(param.type.numel for group in groups for param in group)
     found: dict[Param, int] = {}
-    for param in params:
-        more = (above - below) * param.type.numel
-        found[param] = above if 0 < more <= left else below
-        left -= more if found[param] == above else 0
+    for group in groups:
+        more = (above - below) * sum(param.type.numel for param in group)
+        own = above if 0 < more <= left else below
+        found.update(dict.fromkeys(group, own))
+        left -= more if own == above else 0
     return found

@@ -18,7 +18,7 @@ from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
-from passes.quantize.mixed import evenly, shared_out
+from passes.quantize.mixed import evenly, shared_out, together
 from passes.quantize.places import report
 from passes.quantize.solve import Problem, damped, solve
 
@@ -64,14 +64,27 @@ class _Job:
         self.params = params
         known = products(graph)
         self.measurable = [param for param in params if param in known and len(known[param]) == len(param.users)]
-        self.widths = wanted.widths or WIDTHS
+        self.widths = sorted(set(wanted.widths or WIDTHS))
         self._batches = ctx.calibration()
         self._energies: Energies | None = None
 
     def planned(self) -> tuple[Bits, dict[Param, Quantised]]:
         """Expressions of the right types and, as far as can be known before measuring, sizes."""
-        bits = evenly(self.params, self.wanted.bits, self.widths) if self.wanted.mixed else self._uniform()
-        return bits, {param: Quantised(codec.nearest(param.expr)) for param, codec in self._codecs(bits).items()}
+        bits, others = self._uniform(), [width for width in self.widths if width != self.wanted.bits]
+        if others and others[0] < self.wanted.bits < others[-1]:
+            bits = evenly(together(self.graph, self.params), self.wanted.bits, others)
+        return bits, {param: Quantised(self._planned(param, codec)) for param, codec in self._codecs(bits).items()}
+
+    def _planned(self, param: Param, codec: Codec) -> Expr:
+        """Codes and parameters without values; of rounding to nearest the expression itself."""
+        expr = codec.nearest(param.expr)
+        if self.wanted.method == "nearest" or param not in self.measurable:
+            return expr
+        parts = [torch.empty(part.shape, dtype=part.dtype, device="meta") for part in expr.args]
+        return codec.expression([self._kept(param, index, part) for index, part in enumerate(parts)])
+
+    def _kept(self, param: Param, index: int, part: Tensor) -> Expr:
+        return self.ctx.spill(f"{param.name}.part{index}", part)
 
     def nearest_to_original(self) -> tuple[Bits, dict[Param, Quantised]]:
         """What the options allow that brings the model nearest to the original."""
@@ -99,7 +112,7 @@ class _Job:
             trial.params[param.name].expr = one.expr
         refine = self.wanted.method == "refined"
         batches = spread(self._batches, REFINED_TOKENS if refine else TOKENS)
-        counts = self._measured_energies(batches) if refine else None
+        counts = self._measured_energies(batches) if refine and ordered else None
         for met in in_order(self.graph, trial, ordered, batches, paired=refine, energies=counts) if ordered else ():
             made[met.param] = self._one(met, codecs[met.param])
             trial.params[met.param.name].expr = made[met.param].expr
@@ -119,7 +132,7 @@ class _Job:
             whole += problem.cost(torch.zeros_like(matrix))
         stacked = met.param.type.rank > 2
         parts = [torch.stack(each) if stacked else each[0] for each in zip(*stored, strict=True)]
-        exprs = [self.ctx.spill(f"{met.param.name}.part{index}", part) for index, part in enumerate(parts)]
+        exprs = [self._kept(met.param, index, part) for index, part in enumerate(parts)]
         return Quantised(codec.expression(exprs), lost / whole if whole else 0.0)
 
     def _measured_energies(self, batches: Sequence[Mapping[str, Tensor]]) -> Energies:
@@ -139,7 +152,8 @@ class _Job:
         def codec_of(param: Param, width: int) -> Codec:
             return self._codecs({param: width})[param]
 
-        bits = shared_out(self.graph, self.ctx, self.measurable, self.wanted.bits, self.widths, codec_of)
+        solved = self.wanted.method != "nearest"
+        bits = shared_out(self.graph, self.ctx, self.measurable, self.wanted.bits, self.widths, codec_of, solved=solved)
         return {**dict.fromkeys(self.params, plain), **bits}
 
     def _codecs(self, bits: Bits) -> dict[Param, Codec]:

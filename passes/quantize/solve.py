@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compiler.errors import PassError
+from compiler.weights.ops.blockfloat import grouped
 from compiler.weights.ops.codec import Codec, Parameters
 
 DAMPING = 0.01  # of the mean energy of inputs
@@ -171,20 +172,19 @@ def refined(problem: Problem, codec: Codec, found: Solution) -> Solution:
 
 def _factors(problem: Problem, codec: Codec, found: Solution) -> Tensor:
     """By what to multiply the scales [rows, groups] of each row for the least error with these codes: least squares."""
-    cuts = list(_cuts(found.values.shape[1], codec.group))
     wanted = problem.wanted @ problem.second
-    step = max(1, SCALE_ELEMENTS // len(cuts) ** 2)
+    step = max(1, SCALE_ELEMENTS // found.parameters[0].shape[1] ** 2)
     rows = _cuts(len(wanted), step)
-    return torch.cat([_factors_of(problem.second, cuts, found.values[own], wanted[own]) for own in rows])
+    return torch.cat([_factors_of(problem.second, codec.group, found.values[own], wanted[own]) for own in rows])
 
 
-def _factors_of(second: Tensor, cuts: Sequence[slice], values: Tensor, wanted: Tensor) -> Tensor:
+def _factors_of(second: Tensor, group: int, values: Tensor, wanted: Tensor) -> Tensor:
     """Of values [rows, columns], given W H [rows, columns]."""
+    cuts = list(_cuts(values.shape[1], group))
     equations = torch.empty(len(values), len(cuts), len(cuts))
     for index, cut in enumerate(cuts):
-        crossed = (values[:, cut] @ second[cut]) * values
-        equations[:, index] = torch.stack([crossed[:, other].sum(1) for other in cuts], 1)
-    aims = torch.stack([(wanted[:, cut] * values[:, cut]).sum(1) for cut in cuts], 1)
+        equations[:, index] = grouped((values[:, cut] @ second[cut]) * values, group).sum(-1)
+    aims = grouped(wanted * values, group).sum(-1)
     diagonal = equations.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
     diagonal += ridge

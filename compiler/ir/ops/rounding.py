@@ -25,10 +25,10 @@ def _infer(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
 
 def _eval(x: Tensor, *, type: str, bits: int, scale: float) -> Tensor:
     largest = E4M3_MAX if type == "fp8" else (2**bits - 1) / 2
-    if scale:
-        return _rounded(x, torch.tensor(scale, dtype=x.dtype), type, bits)
-    own = x.abs().amax(-1, keepdim=True) / largest
-    return _rounded(x, torch.where(own == 0, torch.finfo(x.dtype).eps, own), type, bits)
+    own = torch.tensor(scale, dtype=x.dtype) if scale else x.detach().abs().amax(-1, keepdim=True) / largest
+    rounded = _rounded(x.detach(), torch.where(own == 0, torch.finfo(x.dtype).eps, own), type, bits)
+    # rounding has no slope of its own: gradients, which are only measured, pass it as if it were not there
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def _rounded(x: Tensor, scale: Tensor, type: str, bits: int) -> Tensor:
