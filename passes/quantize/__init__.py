@@ -36,7 +36,7 @@ class Quantize(Pass):
     ``method: nearest`` rounds every element by itself and needs no data. `gptq` (arXiv 2210.17323) rounds column by
     column, on inputs that have passed the weights quantised before, and lets the columns to come make up for each
     error. `refined` aims at what the original computes, weighs every input by how much the loss depends on what the
-    product makes of it, and then improves scales and codes in turns; it takes about three times as long.
+    product makes of it, and then improves scales and codes in turns; it takes more than twice as long.
 
     A fractional number of ``bits`` is an average: each matrix gets one of ``widths`` (2, 3, 4, 5, 6, 8 unless given),
     so that what rounding is predicted to cost the model is least; with ``widths`` so does a whole number, where that is
