@@ -156,6 +156,7 @@ def test_a_plan_has_the_types_of_the_run():
         planned = copy_of(captured("llama"))
         Pipeline([Quantize(**options)]).run(planned, planned=True, calibration=lambda _: [])
         for param, twin in zip(graph.params.values(), planned.params.values(), strict=True):
+            assert param.expr.attrs == twin.expr.attrs
             assert (param.expr.type, [arg.type for arg in param.expr.args]) == (
                 twin.expr.type,
                 [arg.type for arg in twin.expr.args],

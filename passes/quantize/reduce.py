@@ -71,7 +71,7 @@ class _Job:
     def planned(self) -> tuple[Bits, dict[Param, Quantised]]:
         """Expressions of the right types and, as far as can be known before measuring, sizes."""
         bits, others = self._uniform(), [width for width in self.widths if width != self.wanted.bits]
-        if others and others[0] < self.wanted.bits < others[-1]:
+        if self.wanted.mixed and others and others[0] < self.wanted.bits < others[-1]:
             bits = evenly(together(self.graph, self.params), self.wanted.bits, others)
         return bits, {param: Quantised(self._planned(param, codec)) for param, codec in self._codecs(bits).items()}
 
