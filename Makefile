@@ -46,7 +46,8 @@ lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, then the real model
-	$(BIN)/python -m pytest -q -m "not real" -n 2
+	$(BIN)/python -m pytest -q -m "not real" -n 2 --ignore=tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 	$(BIN)/python -m pytest -q -m real
 
 bench: $(VENV)/.user $(GGUF) ## measure what README's tables say

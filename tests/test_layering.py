@@ -29,6 +29,7 @@ ALLOWED = {
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),
     "backends.kernels": (),
+    "backends.binaries": ("backends.kernels",),
     "recipes": (),
     "compiler": ("compiler", "passes", "backends", "recipes"),
 }  # fmt: skip
@@ -38,6 +39,10 @@ TRANSFORMERS = ("compiler.frontend", "compiler.weights", "compiler.evaluate", "b
 
 CHECKPOINTS = ("checkpoint", "conversion", "gguf")
 """How the names of those files in compiler.weights begin."""
+
+
+KERNELS = ROOT / "backends" / "kernels"
+"""Files that checkpoints carry, where they have other neighbours: their imports of each other are relative."""
 
 
 def _modules() -> dict[str, Path]:
@@ -65,8 +70,8 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in {path}"
-            base = node.module or ""
+            assert node.level == 0 or path.parent == KERNELS, f"relative import in {path}"
+            base = f"backends.kernels.{node.module}" if node.level else node.module or ""
             found.update(f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names)
         pending += ast.iter_child_nodes(node)
     return found
@@ -119,6 +124,13 @@ def test_the_graph_needs_only_torch_and_its_helpers():
         if _within(module, ["compiler.ir", "compiler.rewrite"]):
             roots = {name.split(".")[0] for name in _imports(MODULES[module])}
             assert roots <= {*sys.stdlib_module_names, *third_party, "compiler"}, module
+
+
+def test_kernels_need_only_torch_and_triton():
+    for module in MODULES:
+        if _within(module, ["backends.kernels"]):
+            roots = {name.split(".")[0] for name in _imports(MODULES[module]) if not _within(name, ["backends.kernels"])}
+            assert roots <= {*sys.stdlib_module_names, "torch", "triton"}, module
 
 
 def test_the_command_starts_without_heavy_libraries():

@@ -1,0 +1,137 @@
+"""What a kernel file needs: Triton where it is installed, launches as data, and an operation of torch around both.
+
+The files of this folder import torch and each other and nothing else, so that a checkpoint can carry them.
+"""
+
+# pyright: basic, reportOptionalMemberAccess=false
+# Triton's language has no types that a checker could use.
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``, or the function itself where Triton is not installed: then only the path for CPUs runs."""
+    return triton.jit(function) if triton is not None else function
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of ``kernel`` by ``grid`` programs.
+
+    ``arguments`` are tensors and numbers by the kernel's names of them, ``constants`` its compile-time constants,
+    ``options`` further options of Triton's compiler.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Launches it on the current stream, or runs it in the interpreter. A grid without programs does nothing."""
+        if all(self.grid):
+            chosen = {} if INTERPRETED else {"num_warps": self.warps, "num_stages": self.stages, **self.options}
+            self.kernel[self.grid](**self.arguments, **self.constants, **chosen)
+
+
+class Plan(NamedTuple):
+    """What is launched, in order, and the tensors that hold the result after it."""
+
+    result: Any
+    launches: list[Launch]
+
+    def run(self) -> Any:
+        """The result."""
+        for launch in self.launches:
+            launch.run()
+        return self.result
+
+
+def operation(
+    on_cpu: Callable[..., Any],
+    reference: Callable[..., Any],
+    plan: Callable[..., Plan],
+    outside: Callable[..., str | None],
+    shaped: Callable[..., Any],
+) -> Any:
+    """``on_cpu`` as an operation of torch, by its name, that ``plan`` does on GPUs.
+
+    Inputs ``outside`` the plan's envelope (it says why) are computed by ``reference`` there, through which gradients
+    are taken, too; ``shaped`` makes an empty result. The operation's namespace is a digest of the file: checkpoints
+    that carry different versions of it can be loaded side by side.
+    """
+    source = Path(on_cpu.__code__.co_filename).read_bytes()
+    name = f"compress_model_{hashlib.sha256(source).hexdigest()[:12]}::{on_cpu.__name__}"
+    made = torch.library.custom_op(name, on_cpu, mutates_args=(), device_types="cpu")
+
+    def on_gpu(*inputs: Any) -> Any:
+        return reference(*inputs) if triton is None or outside(*inputs) else plan(*inputs).run()
+
+    made.register_kernel("cuda", on_gpu)
+    made.register_fake(shaped)
+    made.register_autograd(_differentiated(reference), setup_context=_keep)
+    return made
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps what the gradient is computed from: the inputs alone."""
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def _differentiated(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(context.saved_tensors)
+        inputs = [next(tensors).detach() if other is None else other[0] for other in context.others]
+        wanted = [index for index, needed in enumerate(context.needs_input_grad) if needed]
+        with torch.enable_grad():
+            for index in wanted:
+                inputs[index].requires_grad_()
+            result = reference(*inputs)
+        found = torch.autograd.grad(
+            result, [inputs[index] for index in wanted], gradients, allow_unused=True, materialize_grads=True
+        )
+        by_index = dict(zip(wanted, found, strict=True))
+        return tuple(by_index.get(index) for index in range(len(inputs)))
+
+    return backward
+
+
+def ceil_div(size: int, by: int) -> int:
+    """How many pieces of ``by`` cover ``size``."""
+    return -(-size // by)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
+    """The reason of the first check that fails."""
+    return next((reason for holds, reason in checks if not holds), None)
+
+
+def processors(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's GPU has; without a GPU, those of an H100."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
