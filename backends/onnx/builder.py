@@ -51,7 +51,8 @@ class Builder:
     """Appends ONNX nodes. ``values`` are the ONNX values of the graph's; ``axes`` the names of its symbolic dims.
 
     ``notes`` tell the user what was done differently than the graph says. ``accuracy`` is that of products with
-    quantised weights: 0 takes inputs as they are, 4 rounds them to int8.
+    quantised weights: 0 takes inputs as they are, 4 rounds them to int8. Without ``rounds`` activations that the graph
+    rounds are taken as they are.
     """
 
     graph: Graph
@@ -63,6 +64,7 @@ class Builder:
     stored: dict[Any, Stored] = field(default_factory=dict[Any, Stored])
     sizes: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
     accuracy: int = 4
+    rounds: bool = True
     notes: dict[str, int] = field(default_factory=dict[str, int])
     scope: str = ""
     cache: Cache | None = None

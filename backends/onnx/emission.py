@@ -53,9 +53,9 @@ class OnnxEmission:
         opsets = f"opset {OPSET}" + (" and its own operations" if self.runtime.contrib else "")
         return (f"ONNX Runtime {self.runtime.runtime} or later ({opsets})", *(f"but: {note}" for note in self.notes))
 
-    def at_accuracy(self, accuracy: int) -> OnnxEmission:
-        """The same tensors multiplied at another accuracy."""
-        return propose(self.graph, self.runtime.name, accuracy=accuracy)
+    def exact(self) -> OnnxEmission:
+        """The same tensors, with nothing that is computed rounded to codes: neither inputs nor activations."""
+        return propose(self.graph, self.runtime.name, accuracy=0, rounds=False)
 
     @property
     def main(self) -> str:
@@ -103,15 +103,17 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4) -> OnnxEmission:
+def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4, rounds: bool = True) -> OnnxEmission:
     """What is written for ``graph``. Reads no weight.
 
-    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are.
-    Raises TargetError naming the operation and scope of what has no ONNX form.
+    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are. Without
+    ``rounds``, activations that the graph rounds are not. Raises TargetError naming the operation and scope of what has
+    no ONNX form.
     """
     wanted = target_named(target)
     if is_pair(graph):
-        models = {ENCODER: lowered_encoder(graph, wanted), MAIN[1]: lowered_decoder(graph, wanted, accuracy)}
-        return OnnxEmission(graph, wanted, "pair", models, accuracy)
-    made = lowered(graph, wanted, accuracy=accuracy)
+        encoder = lowered_encoder(graph, wanted, accuracy=accuracy, rounds=rounds)
+        decoder = lowered_decoder(graph, wanted, accuracy=accuracy, rounds=rounds)
+        return OnnxEmission(graph, wanted, "pair", {ENCODER: encoder, MAIN[1]: decoder}, accuracy)
+    made = lowered(graph, wanted, accuracy=accuracy, rounds=rounds)
     return OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {MAIN[0]: made}, accuracy)

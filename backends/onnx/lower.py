@@ -73,14 +73,14 @@ def is_causal(graph: Graph) -> bool:
     return graph.outputs["logits"].shape[:-1] == tokens and all(node.attr("causal") for node in attends)
 
 
-def lowered(graph: Graph, target: Target, *, accuracy: int = 4) -> Lowered:
+def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True) -> Lowered:
     """``graph`` for ``target``. Reads no weight.
 
     A causal language model gets a cache and a mask for padding, an encoder of tokens a mask; all sizes but batch and
     tokens are fixed. Raises TargetError naming the operation and its scope for what has no ONNX form.
     """
     copy, causal = copy_of(graph), is_causal(graph)
-    build = Builder(copy, target, axis_names(copy), accuracy=accuracy)
+    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds)
     inputs = add_inputs(build, copy)
     if TOKENS in copy.inputs:
         inputs.append(add_mask(build, copy, TOKENS, cached=causal))

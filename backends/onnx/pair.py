@@ -47,7 +47,7 @@ def crossings(graph: Graph) -> list[Node]:
     return found
 
 
-def lowered_encoder(graph: Graph, target: Target) -> Lowered:
+def lowered_encoder(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True) -> Lowered:
     """The encoder: its own outputs, and a key and a value for each attention that crosses over."""
     copy = copy_of(graph)
     kept = {name: value for name, value in copy.outputs.items() if name != "logits"}
@@ -56,7 +56,7 @@ def lowered_encoder(graph: Graph, target: Target) -> Lowered:
     copy.outputs = kept
     copy.prune()
     del copy.inputs[DECODER]
-    build = Builder(copy, target, axis_names(copy))
+    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds)
     inputs = add_inputs(build, copy)
     if TOKENS in copy.inputs:
         inputs.append(add_mask(build, copy, TOKENS, cached=False))
@@ -64,7 +64,7 @@ def lowered_encoder(graph: Graph, target: Target) -> Lowered:
     return finished(build, copy, inputs)
 
 
-def lowered_decoder(graph: Graph, target: Target, accuracy: int) -> Lowered:
+def lowered_decoder(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True) -> Lowered:
     """The decoder: tokens, their mask, what the encoder made, and past tokens' keys and values."""
     copy = copy_of(graph)
     source = next(iter(copy.inputs))
@@ -82,7 +82,8 @@ def lowered_decoder(graph: Graph, target: Target, accuracy: int) -> Lowered:
     columns = [copy.inputs.pop(name, None) for name in (QUERIES, KEYS)]
     for node in copy.nodes_named(*COUNTING):
         raise TargetError(f"`{node.op.name}` over tokens cannot go on from a cache", where=node.scope)
-    build = Builder(copy, target, {**axis_names(copy), str(tokens_of_source): SOURCE_AXIS}, accuracy=accuracy)
+    axes = {**axis_names(copy), str(tokens_of_source): SOURCE_AXIS}
+    build = Builder(copy, target, axes, accuracy=accuracy, rounds=rounds)
     inputs = add_inputs(build, copy)
     inputs.insert(1, add_mask(build, copy, DECODER, cached=True))
     if tokens_of_source:

@@ -18,19 +18,18 @@ from backends.onnx.write import SHARD_BYTES, save_models
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments
+from compiler.ir.rounded import MOST, other_codes, rounds_activations, without_rounding
 
 VECTORS, EXACT = "parity.npz", ".exact."
 BATCH, LENGTH, SIZE = 2, 6, 32
-ROUNDED_BOUND = 0.25
-"""How far inputs rounded to int8 may move an output, over the largest one: a hundred times what a sum of such errors is
-expected to be, and far less than any mistake makes."""
 
 
 @dataclass(frozen=True)
 class Reloaded:
     """How far the written model's outputs are from the graph's, over the largest output, and what rounding allows.
 
-    ``rounded`` is the same where products round their inputs to int8; ``error`` is then measured without that.
+    ``rounded`` is the same, and ``bound`` what it may be, where products round their inputs or the graph its activations
+    to codes; ``error`` is then that of a twin which rounds none.
     """
 
     error: float
@@ -46,23 +45,26 @@ class Reloaded:
 
 def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> Reloaded:
     """Run the model in ``directory`` and compare it with the graph on random inputs, which stay there as vectors."""
-    graph = _unrounded(emission.graph)
+    graph = _with_exact_products(emission.graph)
     inputs = random_inputs(graph)
     outputs = run(graph, inputs)
-    rounds = emission.rounds_inputs
+    exact = run(without_rounding(graph), inputs) if rounds_activations(graph) else outputs
     tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
-    vectors = _vectors(inputs, outputs, ROUNDED_BOUND if rounds else tolerance)
+    # products that round their inputs do it in ways of their own
+    bound = MOST if emission.rounds_inputs else other_codes(outputs, exact) if exact is not outputs else None
+    vectors = _vectors(inputs, outputs, bound or tolerance)
     np.savez(directory / VECTORS, allow_pickle=False, **vectors)
     written = largest_error(directory / emission.main, vectors)
-    if not rounds:
+    if bound is None:
         return Reloaded(written, tolerance)
-    return Reloaded(_exact_error(emission, directory, vectors, shard_bytes), tolerance, written, ROUNDED_BOUND)
+    twin = _exact_error(emission, directory, _vectors(inputs, exact, tolerance), shard_bytes)
+    return Reloaded(twin, tolerance, written, bound)
 
 
 def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, Any], shard_bytes: int) -> float:
-    """The error of a model over the same tensors whose products take their inputs as they are."""
+    """The error of a model over the same tensors that rounds nothing it computes to codes."""
     names = {name: f"{EXACT}{name}" for name in emission.models}
-    save_models(emission.at_accuracy(0), directory, shard_bytes, names=names)
+    save_models(emission.exact(), directory, shard_bytes, names=names)
     try:
         return largest_error(directory / names[emission.main], vectors)
     finally:
@@ -70,7 +72,7 @@ def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, 
             (directory / name).unlink()
 
 
-def _unrounded(graph: Graph) -> Graph:
+def _with_exact_products(graph: Graph) -> Graph:
     """``graph`` with the products of codes and scales not rounded to the dtype of the scales: as kernels compute."""
     copy = copy_of(graph)
     for param in copy.params.values():

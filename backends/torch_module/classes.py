@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -90,7 +90,7 @@ def _what(item: Item, path: str, classes: dict[str, ModuleClass], layout: Layout
         return "loop", item.name, [id(classes[layer.path]) for layer in item.layers]
     attributes = [(name, _shown(name, item.attr(name))) for name in item.op.attrs]
     leaf = layout.leaves.get(item)
-    held = (leaf.path.removeprefix(path), sorted(leaf.weights)) if leaf else ()
+    held = (leaf.path.removeprefix(path), sorted(leaf.weights), _packed(leaf.weights, layout)) if leaf else ()
     operands = [_operand(value, path, layout) for value in item.inputs]
     return item.op.name, attributes, held, operands
 
@@ -105,7 +105,13 @@ def _shown(name: str, value: Any) -> Any:
     return value if isinstance(value, str) or value == 0 else "size"
 
 
+def _packed(weights: Mapping[str, Param], layout: Layout) -> list[str]:
+    return sorted(name for name, param in weights.items() if param in layout.schemes)
+
+
 def _operand(value: Value | None, path: str, layout: Layout) -> str:
+    if isinstance(value, Param) and value in layout.schemes:
+        return f"packed {layout.bare.get(value, '').removeprefix(path)}"
     if isinstance(value, Param):
         return layout.bare[value].removeprefix(path) if value in layout.bare else "weight"
     return "none" if value is None else "value"

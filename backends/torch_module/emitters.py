@@ -27,6 +27,10 @@ class Site(Protocol):
         """The submodule that does the operation (``self.q_proj``), when it is one."""
         ...
 
+    def weight(self) -> str | None:
+        """The weight of that submodule as a tensor."""
+        ...
+
     def size(self, name: str, index: int | None = None) -> str:
         """A number that may differ between the modules of the class: an attribute, or a dim of a ``dims`` one."""
         ...
@@ -382,7 +386,7 @@ def _attention(site: Site) -> Code:
 
 def _latent_attention(site: Site) -> Code:
     function = site.helper("latent_attention")
-    up = f"{leaf}.weight" if (leaf := site.leaf()) else arg(site, 3).text
+    up = site.weight() or arg(site, 3).text
     shown = [arg(site, 0).text, arg(site, 1).text, optional(site, 2) or "None", up, optional(site, 5) or "None"]
     softcap = site.node.attr("softcap")
     options = [site.rotation] if site.rotation else []

@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from backends.safetensors.formats import Scheme, scheme_of
+from backends.torch_module.packed import MODULES, packed
+from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
@@ -55,12 +58,13 @@ class Leaf:
 @dataclass
 class Layout:
     """The tree of modules. ``bare`` are the paths of parameters that no leaf holds; ``parts`` the words for modules
-    with a stack of layers each, by path, where there are several."""
+    with a stack of layers each, by path, where there are several; ``schemes`` say how packed weights are packed."""
 
     leaves: dict[Node, Leaf] = field(default_factory=dict[Node, Leaf])
     bare: dict[Param, str] = field(default_factory=dict[Param, str])
     container: dict[Node, str] = field(default_factory=dict[Node, str])
     parts: dict[str, str] = field(default_factory=dict[str, str])
+    schemes: dict[Param, Scheme] = field(default_factory=dict[Param, Scheme])
 
     def part(self, path: str) -> str:
         """The word for the part that ``path`` lies in: "encoder", "decoder" or ""."""
@@ -103,7 +107,18 @@ def layout_of(graph: Graph, body: str | None, nodes: list[Node]) -> Layout:
     containers = set(_containers(layout))
     for node in nodes:
         layout.container[node] = _container(node, layout, containers, body)
+    layout.schemes = _schemes(layout)
     return layout
+
+
+def _schemes(layout: Layout) -> dict[Param, Scheme]:
+    """How each packed weight is. Raises TargetError when one is read otherwise than as a matrix."""
+    found = {param: scheme_of(value) for param in layout.named().values() if (value := packed(param)) is not None}
+    for param in found:
+        strange = next((node for node in param.users if node.op.name not in MODULES), None)
+        if strange is not None:
+            raise TargetError(f"{param.name} is quantised, and read by `{strange.op.name}`", where=strange.scope)
+    return found
 
 
 def _leaf_weights(node: Node) -> dict[str, Param]:

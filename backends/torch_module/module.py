@@ -11,6 +11,7 @@ from backends.torch_module.code import call, identifier
 from backends.torch_module.forward import Context, Forward
 from backends.torch_module.layout import Layout, Leaf, below
 from backends.torch_module.names import argument_name
+from backends.torch_module.packed import MODULES, SCHEME, scheme_name, shown
 from backends.torch_module.program import Body, Call, Extras, Item, Loop
 from backends.torch_module.sizes import Sizes, frequencies_name, likely
 from compiler.errors import TargetError
@@ -139,6 +140,7 @@ class ClassWriter:
         return Context(
             parameter=self._parameter,
             leaf=self._leaf,
+            weight=self._weight,
             held=lambda node: list(leaf.weights.values()) if (leaf := self.model.layout.leaves.get(node)) else [],
             size=self._size,
             helper=self._helper,
@@ -195,12 +197,21 @@ class ClassWriter:
         for leaf in self.model.layout.leaves.values():
             for name, held in leaf.weights.items():
                 if held is param and param not in self.model.layout.bare:
-                    return f"{self._relative(leaf.path)}.{name}"
+                    return self._tensor(leaf, name)
         return self._relative(self.model.layout.bare[param])
 
     def _leaf(self, node: Node) -> str | None:
         leaf = self.model.layout.leaves.get(node)
         return None if leaf is None else self._relative(leaf.path)
+
+    def _weight(self, node: Node) -> str | None:
+        leaf = self.model.layout.leaves.get(node)
+        return None if leaf is None else self._tensor(leaf, "weight")
+
+    def _tensor(self, leaf: Leaf, name: str) -> str:
+        """A parameter of a leaf as a tensor: made of its codes where they are packed."""
+        path = self._relative(leaf.path)
+        return f"{path}.dense()" if leaf.weights[name] in self.model.layout.schemes else f"{path}.{name}"
 
     def _size(self, index: int, name: str, place: int | None) -> str:
         """A number at item ``index``: the same everywhere, an expression of quantities, or a quantity of its own."""
@@ -304,24 +315,45 @@ class ClassWriter:
             path = self.model.layout.bare.get(value) if isinstance(value, Param) else None
             if path is not None and path not in done:
                 done.add(path)
-                yield [f"        {self._bare(path, index, position)}"]
+                yield self._bare(path, index, position)
 
-    def _bare(self, path: str, index: int, position: int) -> str:
-        """The statement that makes a parameter, or a buffer of numbers that do not learn."""
+    def _bare(self, path: str, index: int, position: int) -> list[str]:
+        """The statement that makes a parameter, a stack of packed ones, or a buffer of numbers that do not learn."""
         param = self._items_param(self.module.first, index, position)
-        made = f"torch.empty({self._shape(index, position)})"
+        name, shape = self._relative(path), self._shape(index, position)
+        if param in self.model.layout.schemes:
+            return call(8, f"{name} = {self._packed_class('experts')}(", [*shape, self._scheme(index, position)])
+        made = f"torch.empty({', '.join(shape) or '()'}"
         if param.type.dtype.is_floating_point:
-            return f"{self._relative(path)} = nn.Parameter({made})"
-        name = self._relative(path).removeprefix("self.")
-        made = f"{made.removesuffix(')')}, dtype={param.type.dtype})"
-        return f'self.register_buffer("{name}", {made})'
+            return [f"        {name} = nn.Parameter({made}))"]
+        return [f'        self.register_buffer("{name.removeprefix("self.")}", {made}, dtype={param.type.dtype}))']
 
-    def _shape(self, index: int, position: int) -> str:
+    def _packed_class(self, operation: str) -> str:
+        return self._helper(MODULES[operation])
+
+    def _scheme(self, index: int, position: int) -> str:
+        """How a weight is packed, as arguments."""
+        body = self.module.first
+        named = self.model.layout.named()
+        schemes: dict[str, Any] = {}
+        for body in self.module.bodies:
+            param = self._items_param(body, index, position)
+            schemes[next(path for path, held in named.items() if held is param)] = self.model.layout.schemes[param]
+        path = next(iter(schemes))
+        values = {path: shown(scheme) for path, scheme in schemes.items()}
+        known = (SCHEME, self.model.sizes.known(scheme_name(path), self.part))
+        name = next((n for n in known if self._holds(n, values)), None)
+        return f"**{self._reference(name or self._own(values, scheme_name(path)))}"
+
+    def _holds(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Whether the quantity ``name`` is each of ``values`` where it is."""
+        return all(self.model.sizes.at(path).get(name) == value for path, value in values.items())
+
+    def _shape(self, index: int, position: int) -> list[str]:
         rank = self._items_param(self.module.first, index, position).type.rank
         item = self._items()[index]
         hints = OPERAND_SIZES.get((item.op.name, position), ()) if isinstance(item, Node) else ()
-        shown = [self._dimension(index, position, axis, hints[axis : axis + 1]) for axis in range(rank)]
-        return ", ".join(shown) or "()"
+        return [self._dimension(index, position, axis, hints[axis : axis + 1]) for axis in range(rank)]
 
     def _items_param(self, body: Body, index: int, position: int) -> Param:
         item = body.items[index]
@@ -352,9 +384,14 @@ class ClassWriter:
                 position = 1 if leaf.op == "linear" else 3
                 width = self._dimension(index, position, 1, tuple(columns))
                 height = self._dimension(index, position, 0, tuple(rows))
-                return "nn.Linear", [width, height, f"bias={'bias' in leaf.weights}"]
+                bias = f"bias={'bias' in leaf.weights}"
+                if leaf.weights["weight"] in self.model.layout.schemes:
+                    return self._packed_class(leaf.op), [width, height, self._scheme(index, position), bias]
+                return "nn.Linear", [width, height, bias]
             case "embedding":
                 shape = [self._dimension(index, 0, axis, tuple((rows, columns)[axis])) for axis in (0, 1)]
+                if leaf.weights["weight"] in self.model.layout.schemes:
+                    return self._packed_class(leaf.op), [*shape, self._scheme(index, 0)]
                 return "nn.Embedding", shape
             case "rms_norm":
                 self.model.helpers.add("OffsetRMSNorm" if node.attr("offset") else "RMSNorm")

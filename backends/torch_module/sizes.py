@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from backends.torch_module.layout import Layout, Leaf
+from backends.torch_module.packed import SCHEME, scheme_name, shown
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
@@ -208,6 +210,7 @@ def sizes_of(graph: Graph, layout: Layout, layers: Mapping[str, int]) -> Sizes:
     for name in sizes.by_layer:
         sizes.everywhere.pop(name, None)  # of a part beside the layers, which is no quantity of the model
     _note_frequencies(sizes, graph)
+    _note_schemes(sizes, layout)
     return sizes
 
 
@@ -222,6 +225,19 @@ def _note_frequencies(sizes: Sizes, graph: Graph) -> None:
         if leaf is not None and isinstance(param, Param):
             (values,) = evaluate([param.expr], graph.sources)
             sizes.note(frequencies_name(leaf), leaf.path, values.float().tolist())
+
+
+def _note_schemes(sizes: Sizes, layout: Layout) -> None:
+    """How weights are packed: the commonest scheme once; of modules of a name that has other schemes too, each one's."""
+    schemes = {path: layout.schemes[param] for path, param in layout.named().items() if param in layout.schemes}
+    if not schemes:
+        return
+    common = Counter(schemes.values()).most_common(1)[0][0]
+    sizes.everywhere[SCHEME] = shown(common)
+    odd = {scheme_name(path) for path, scheme in schemes.items() if scheme != common}
+    for path, scheme in schemes.items():
+        if scheme_name(path) in odd:
+            sizes.note(scheme_name(path), path, shown(scheme))
 
 
 def _of_tokens(graph: Graph) -> list[Node]:

@@ -76,6 +76,8 @@ def compare(build: Builder, node: Node) -> ir.Value:
 @rule("fake_quantize", "type", "bits", "scale")
 def fake_quantize(build: Builder, node: Node) -> ir.Value:
     x, dtype, bits = build.arg(node, 0), node.input(0).type.dtype, node.attr("bits")
+    if not build.rounds:
+        return x
     fp8 = node.attr("type") == "fp8"
     low, high = (-E4M3_MAX, E4M3_MAX) if fp8 else (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
     scale = build.scalar(node.attr("scale"), dtype) if node.attr("scale") else _own_scale(build, x, dtype, high - low)

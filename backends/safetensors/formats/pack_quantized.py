@@ -18,17 +18,17 @@ def _holds(scheme: Scheme) -> bool:
     return scheme.kind == "int" and 2 <= scheme.bits <= 8
 
 
-def _parts(value: Expr) -> dict[str, Expr]:
+def packed_parts(value: Expr) -> dict[str, Expr]:
+    """The parts of a quantised weight [..., out, in] but its shape, by name."""
     bits = value.attr("bits")
     codes, scale, *zero = value.args
-    parts = {
-        "weight_packed": pack_bits(codes, bits),
-        "weight_scale": scale,
-        "weight_shape": literal([float(size) for size in value.shape], dtype=torch.int64),
-    }
-    if zero:
-        parts["weight_zero_point"] = pack_bits(zero[0], bits, axis=-2)
-    return parts
+    parts = {"weight_packed": pack_bits(codes, bits), "weight_scale": scale}
+    return {**parts, "weight_zero_point": pack_bits(zero[0], bits, axis=-2)} if zero else parts
+
+
+def _parts(value: Expr) -> dict[str, Expr]:
+    shape = literal([float(size) for size in value.shape], dtype=torch.int64)
+    return {**packed_parts(value), "weight_shape": shape}
 
 
 FORMAT = Format("pack-quantized", _holds, _parts)
