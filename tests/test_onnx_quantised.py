@@ -21,7 +21,7 @@ from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import load
 from compiler.weights.ops.quant import quantise
 from compiler.weights.source import MemorySource
-from passes import Quantize
+from passes import Quantize, Rotate
 from tests.families import FAMILIES
 
 ROWS, EPS = 24, torch.finfo(torch.float32).eps
@@ -129,3 +129,74 @@ def test_a_quantised_model_is_its_graph(name, tmp_path):
     emit(emission, graph.sources, tmp_path)
     found = verify(emission, tmp_path)
     assert found.holds and found.rounded is not None and found.rounded > found.error
+
+
+def computed_in_one_step(kind, given, directory):
+    graph, width = Graph("rounding"), int(given.shape[-1])
+    graph.sources["model"] = MemorySource({"bias": torch.zeros(width)})
+    bias = graph.add_param("part.bias", load("model", "bias", TensorType(torch.float32, (width,))))
+    x = graph.add_input("x", TensorType(torch.float32, ("B", "T", width)))
+    graph.outputs["y"] = graph.op("add", [graph.op("fake_quantize", [x], kind, scope="part"), bias], scope="part")
+    return run(graph, {"x": given})["y"], computed(graph, directory, {"x": given}, "onnx")[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.03])
+@pytest.mark.parametrize("kind", [{"type": "int"}, {"type": "int", "bits": 4}, {"type": "fp8"}], ids=str)
+def test_activations_are_rounded_to_the_same_values(kind, scale, tmp_path):
+    """To the bit, of the same activations: halves, zeros and clipped ones too."""
+    given = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 50)[:, None]
+    given[0, 0], given[0, 1, 0] = 0.0, -9.0
+    ours, theirs = computed_in_one_step({**kind, "scale": scale}, given, tmp_path)
+    assert torch.equal(theirs, ours)
+
+
+def test_a_largest_negative_element_lies_between_two_codes(tmp_path):
+    """Why whole models cannot be compared so: the last bit of such an element decides which of the two it becomes."""
+    given = -torch.linspace(0.5, 1.5, 1000).reshape(1, 1000, 1)
+    _, found = computed_in_one_step({"type": "int"}, given, tmp_path)
+    codes = (found / (given.abs() / 127.5)).round().unique()
+    assert codes.tolist() == [-128.0, -127.0]
+
+
+def rounding(name):
+    calibration = [FAMILIES[name].inputs(seed=1)]
+    return lambda _: calibration
+
+
+ROUNDED = {
+    "activations": ("llama", {"head_dim": 16}, [Quantize(activations="int8")]),
+    "of an encoder and a decoder": ("t5", {}, [Quantize(activations="int8")]),
+    "of tokens sent to experts": ("mixtral", {}, [Quantize(type="fp8", activations="fp8")]),
+    "in scales that were measured": ("bert", {}, [Quantize(activations="int8", activation_scale="static")]),
+    "after rotation": (
+        "mistral",
+        {},
+        [Rotate(what=("values", "stream", "mlp")), Quantize(bits=4, group=16, activations="int8")],
+    ),
+    "caches of eight bits": ("llama", {"head_dim": 16}, [Quantize(bits=8, cache="int8")]),
+    "caches of floats": ("qwen2", {}, [Quantize(bits=4, group=16, activations="int8", cache="fp8")]),
+}
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "onnx"])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_a_model_that_rounds_activations_is_its_graph(kind, target, tmp_path):
+    """Without rounding to the last bits; with it no farther than rounding goes. Whole, by tokens, with padding."""
+    name, changes, passes = ROUNDED[kind]
+    graph = capture(FAMILIES[name].build(**changes))
+    Pipeline(passes).run(graph, calibration=rounding(name))
+    emission = propose(graph, target)
+    emit(emission, graph.sources, tmp_path)
+    found = verify(emission, tmp_path)
+    assert found.error <= found.tolerance and found.rounded is not None
+    assert found.rounded <= found.bound <= 1.0
+    assert not list(tmp_path.glob(".exact.*"))
+
+
+def test_rotated_weights_are_multiplied_by_rotated_activations(tmp_path):
+    graph = capture(FAMILIES["phi3"].build())
+    Pipeline([Rotate(what=("values", "mlp"))]).run(graph)
+    assert graph.nodes_named("hadamard")
+    emission = propose(graph)
+    emit(emission, graph.sources, tmp_path)
+    assert verify(emission, tmp_path).holds

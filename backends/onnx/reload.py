@@ -18,7 +18,7 @@ from backends.onnx.write import SHARD_BYTES, save_models
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments
-from compiler.ir.rounded import MOST, other_codes, rounds_activations, without_rounding
+from compiler.ir.rounded import other_codes, rounds_activations, widest, without_rounding
 
 VECTORS, EXACT = "parity.npz", ".exact."
 BATCH, LENGTH, SIZE = 2, 6, 32
@@ -28,8 +28,8 @@ BATCH, LENGTH, SIZE = 2, 6, 32
 class Reloaded:
     """How far the written model's outputs are from the graph's, over the largest output, and what rounding allows.
 
-    ``rounded`` is the same, and ``bound`` what it may be, where products round their inputs or the graph its activations
-    to codes; ``error`` is then that of a twin which rounds none.
+    ``rounded`` is the same, and ``bound`` what it may be, where products round their inputs or the graph its
+    activations to codes; ``error`` is then that of a twin which rounds none.
     """
 
     error: float
@@ -48,10 +48,14 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
     graph = _with_exact_products(emission.graph)
     inputs = random_inputs(graph)
     outputs = run(graph, inputs)
-    exact = run(without_rounding(graph), inputs) if rounds_activations(graph) else outputs
+    rounds = rounds_activations(graph)
+    exact = run(without_rounding(graph), inputs) if rounds else outputs
     tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
-    # products that round their inputs do it in ways of their own
-    bound = MOST if emission.rounds_inputs else other_codes(outputs, exact) if exact is not outputs else None
+    bound = None
+    if emission.rounds_inputs:
+        bound = widest(graph)  # products round their inputs in a way of their own
+    elif rounds:
+        bound = other_codes(graph, outputs, exact)
     vectors = _vectors(inputs, outputs, bound or tolerance)
     np.savez(directory / VECTORS, allow_pickle=False, **vectors)
     written = largest_error(directory / emission.main, vectors)

@@ -55,7 +55,7 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
     error = _largest([_distance(output_named(theirs, name).float(), value.float()) for name, value in ours.items()])
     tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))  # sums in another order, by layers
     if rounds_activations(graph):
-        tolerance = max(tolerance, other_codes(ours, run(without_rounding(graph), inputs)))
+        tolerance = max(tolerance, other_codes(graph, ours, run(without_rounding(graph), inputs)))
     if not error <= tolerance:
         raise ParityError(
             f"the written model differs from the graph by {error:.3g} of the output's scale",
@@ -68,9 +68,9 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
 def verify_onnx(emission: OnnxEmission, directory: Path, *, memory: int) -> Verification:
     """Run the ONNX model in ``directory`` by ONNX Runtime and compare its outputs with the graph's, on random inputs.
 
-    Where products round their inputs, or the graph its activations, to codes, that is compared without rounding, and with
-    it against a wide bound.
-    Skipped when its tensors do not fit ``memory`` bytes. Raises ParityError when the outputs differ.
+    Where products round their inputs, or the graph its activations, to codes, that is compared without rounding, and
+    with it against a wide bound. Skipped when its tensors do not fit ``memory`` bytes. Raises ParityError when the
+    outputs differ.
     """
     from backends.onnx import verify
 
