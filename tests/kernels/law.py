@@ -23,15 +23,15 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
 
-def holds(kernel: ModuleType, *inputs: Any, length: int, rounded: bool = False) -> None:
+def holds(kernel: ModuleType, *inputs: Any, length: int, rounded: bool = False, tile: Any = None) -> None:
     """Asserts that the plan of ``kernel`` for ``inputs`` writes what its reference says.
 
     ``length`` is how many products a result sums; ``rounded``: operands are rounded to the dtype of the activations on
-    the way, as matrix units need them.
+    the way, as matrix units need them. ``tile``: one that the kernel's table would not choose.
     """
     assert kernel.outside(*inputs) is None
     expected = _several(kernel.reference(*(_wide(value) for value in inputs)))
-    plan = kernel.plan(*inputs)
+    plan = kernel.plan(*inputs) if tile is None else kernel.plan(*inputs, tile=tile)
     spoil(plan, inputs)
     before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     for actual, wide in zip(_several(plan.run()), expected, strict=True):
