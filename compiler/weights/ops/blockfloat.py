@@ -113,7 +113,8 @@ class BlockFloat(ABC):
 
     def _error(self, values: Tensor, scale: Tensor, weights: Tensor | None = None) -> Tensor:
         factor = self.multiplier(scale).unsqueeze(-1)
-        return weighted_squares(self.element.round(values.float() / factor).mul_(factor).sub_(values), weights)
+        product = self.element.round(values.float() / factor).mul_(factor)
+        return weighted_squares(self.rounded(product).float().sub_(values), weights)
 
 
 def _blocks(size: int, block: int) -> int:
