@@ -13,7 +13,7 @@ GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench bench-mla bench-smaller clean
+.PHONY: help demo test lint bench bench-mla bench-smaller bench-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -68,6 +68,10 @@ bench-smaller: $(VENV)/.bench $(GGUF) ## compare factorised, pruned and sparse m
 	$(BIN)/python benchmarks/sparsify.py --seeds 0 1 2
 	$(BIN)/python benchmarks/encoders.py
 	$(BIN)/python benchmarks/transforms.py
+
+bench-gpu: $(VENV)/.bench ## measure the kernels on this machine's GPU
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu_decode.py
 
 clean: ## remove the environment, fetched models and outputs
 	rm -rf $(VENV) models data out
