@@ -16,6 +16,7 @@ from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of
 from compiler.weights.expr import load
 from compiler.weights.spill import Progress, SpillSource
+from tests.captures import graph_of
 from tests.families import FAMILIES
 
 
@@ -24,7 +25,7 @@ def batches(name, count=6, tokens=20):
 
 
 def measured(name, directory=None, **options):
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     params = list(products(graph))
     return graph, params, m.measure(graph, params, batches(name), Progress(directory), **options)
 
@@ -79,7 +80,7 @@ def changed(graph, param, error):
 @pytest.mark.parametrize(("name", "size"), [("llama", 2e-3), ("mixtral", 2e-3), ("clip_text", 1e-3)])
 def test_the_cost_of_an_error_is_the_divergence_it_brings(name, size):
     """On one token nothing is taken to be independent: only the drawing of labels (or signs) is left to chance."""
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     token = one_token(name)
     params = [param for param in products(graph) if "layers.1" in param.name and "router" not in param.name]
     statistics = m.measure(graph, params, [token], Progress(), gradients=[token] * 150, seed=1)

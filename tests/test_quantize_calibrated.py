@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +13,6 @@ from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.products import products
 from compiler.calibration.sequence import in_order
 from compiler.errors import PassError
-from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Pipeline
@@ -25,12 +22,12 @@ from compiler.weights.ops.integer import Integer
 from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from compiler.weights.spill import Progress, SpillSource
-from passes.quantize import Quantize
+from passes.quantize import Quantize, reduce
 from passes.quantize.mixed import evenly, together
 from passes.quantize.solve import Problem, damped, nearest, refined, solve
 from passes.quantize.solve import in_order as column_by_column
+from tests.captures import graph_of
 from tests.emitted import TOLERANCE, Job
-from tests.families import FAMILIES
 from tests.test_sparsify import batches
 
 CODECS = {
@@ -110,14 +107,9 @@ def test_moments_that_are_no_numbers():
 # --- on models -----------------------------------------------------------------------------------------------
 
 
-@cache
-def captured(name):
-    return capture(FAMILIES[name].build())
-
-
 def quantised(name, directory=None, **options):
     """A family's graph after the pass, the pass's report, and the distance from the original on calibration data."""
-    graph, given_batches = copy_of(captured(name)), batches(name)
+    graph, given_batches = graph_of(name), batches(name)
     before = Fidelity(graph, given_batches)
     pipeline = Pipeline([Quantize(**options)])
     (report,) = pipeline.run(graph, workdir=directory, calibration=lambda _: given_batches).passes
@@ -150,10 +142,36 @@ def test_the_same_again_and_after_a_stop(method, tmp_path):
         assert param.expr.key == twin.expr.key == third.expr.key
 
 
+class Stop(Exception):
+    """Raised where a run is to be interrupted."""
+
+
+@pytest.mark.parametrize("options", [{"method": "refined"}, {"type": "nvfp4", "method": "gptq"}], ids=str)
+def test_an_interrupted_run_solves_only_what_is_left(options, tmp_path, monkeypatch):
+    """Queries, keys and values, which are measured together, are solved together again."""
+    wanted, _, _ = quantised("llama", **options)
+    solved = 0
+
+    def counting(*given, **how):
+        nonlocal solved
+        solved += 1
+        if solved == 9:
+            raise Stop
+        return solve(*given, **how)
+
+    monkeypatch.setattr(reduce, "solve", counting)
+    with pytest.raises(Stop):
+        quantised("llama", tmp_path, **options)
+    found, _, _ = quantised("llama", tmp_path, **options)
+    matrices = len(products(found))
+    assert solved == 9 + matrices - 7  # the ninth was the second matrix of the second layer
+    assert [param.expr.key for param in found.params.values()] == [param.expr.key for param in wanted.params.values()]
+
+
 def test_a_plan_has_the_types_of_the_run():
     for options in ({"bits": 3, "group": 16, "method": "refined"}, {"type": "nvfp4", "method": "gptq"}):
         graph, _, _ = quantised("llama", **options)
-        planned = copy_of(captured("llama"))
+        planned = graph_of("llama")
         Pipeline([Quantize(**options)]).run(planned, planned=True, calibration=lambda _: [])
         for param, twin in zip(graph.params.values(), planned.params.values(), strict=True):
             assert param.expr.attrs == twin.expr.attrs
@@ -168,7 +186,7 @@ def test_a_plan_has_the_types_of_the_run():
 
 def test_energies_are_those_of_gradients():
     """Of a head, whose gradient at the logits is known: chances less the label that was drawn."""
-    graph, given_batches = copy_of(captured("llama")), batches("llama", count=2)
+    graph, given_batches = graph_of("llama"), batches("llama", count=2)
     head = next(param for param, nodes in products(graph).items() if nodes[0] is graph.outputs["logits"].node)
     found = energies(graph, {head: products(graph)[head][0]}, given_batches, Progress(), seed=3)
 
@@ -196,7 +214,7 @@ def test_energies_are_those_of_gradients():
 
 def test_weights_meet_what_those_before_them_have_become():
     """And F takes it back to what the original meets: with nothing rewritten it is the identity."""
-    graph, given_batches = copy_of(captured("llama")), batches("llama")
+    graph, given_batches = graph_of("llama"), batches("llama")
     trial = copy_of(graph)
     params = [param for param in products(graph) if param.type.rank == 2]
     seen = []
@@ -231,7 +249,7 @@ def test_a_whole_number_is_shared_out_where_that_is_nearer():
 
 @pytest.mark.parametrize(("bits", "widths"), [(2.25, (2, 4)), (3.9, (2, 3, 8))])
 def test_a_plan_knows_the_size_before_anything_is_measured(bits, widths):
-    graph = captured("llama")
+    graph = graph_of("llama")
     params = list(products(graph))
     groups = together(graph, params)
     own = evenly(groups, bits, widths)
@@ -260,7 +278,7 @@ def test_experts_alone_and_tables_alone():
 
 
 def test_gradients_pass_rounded_activations():
-    graph, rounded = captured("llama"), copy_of(captured("llama"))
+    graph, rounded = graph_of("llama"), graph_of("llama")
     passes = [Quantize(where="attention.output", activations="int8", activation_scale="static")]
     Pipeline(passes).run(rounded, calibration=lambda _: batches("llama"))
     counts = []

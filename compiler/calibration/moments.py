@@ -134,12 +134,23 @@ def at_stage(
 
 
 def _moments(param: Param, bundles: Sequence[Mapping[str, Tensor]], gradient: Tensor | None) -> Moments:
-    """The moments of ``param`` from sums over parts of its products."""
-    whole = {key: torch.stack([bundle[key] for bundle in bundles]) for key in _Sums.KEYS}
-    count, first, second, sizes = (whole[key].sum(0) for key in _Sums.KEYS[:4])
-    seen = count.clamp_min(1)[:, None]
-    found = Moments(count, first / seen, second / seen[..., None], gradient, sizes / seen, whole["largest"].amax(0))
+    """The moments of ``param`` from those over parts of its products."""
+    joined = bundles[0] if len(bundles) == 1 else _joined(bundles)
+    count, mean, second, magnitude, largest = (joined[key] for key in _Sums.KEYS)
+    found = Moments(count, mean, second, gradient, magnitude, largest)
     return found if _stacked(param) else found.of_expert(0)
+
+
+def _joined(bundles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Means over all vectors of several products from those over each's."""
+    count = torch.stack([bundle["count"] for bundle in bundles]).sum(0)
+    found = {"count": count, "largest": torch.stack([bundle["largest"] for bundle in bundles]).amax(0)}
+    for key in _Sums.MEANS:
+        found[key] = torch.zeros_like(bundles[0][key])
+        for bundle in bundles:
+            share = bundle["count"] / count.clamp_min(1)
+            found[key] += bundle[key] * share.view(-1, *[1] * (bundle[key].ndim - 1))
+    return found
 
 
 def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradients: Batches, seed: int) -> str:
@@ -159,26 +170,31 @@ def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradie
 class _Sums:
     """Sums over vectors, in float64, and the largest magnitudes, for each of a number of experts."""
 
-    KEYS = ("count", "first", "second", "sizes", "largest")
+    MEANS = ("mean", "second", "magnitude")
+    KEYS = ("count", *MEANS, "largest")
 
     def __init__(self, experts: int, width: int) -> None:
         self.count = torch.zeros(experts, dtype=torch.float64)
-        self.first = torch.zeros(experts, width, dtype=torch.float64)
+        self.mean = torch.zeros(experts, width, dtype=torch.float64)
         self.second = torch.zeros(experts, width, width, dtype=torch.float64)
-        self.sizes = torch.zeros(experts, width, dtype=torch.float64)
+        self.magnitude = torch.zeros(experts, width, dtype=torch.float64)
         self.largest = torch.zeros(experts, width, dtype=torch.float64)
 
     def add(self, rows: Rows, counts: Tensor | None) -> None:
         for expert, vectors in rows:
             weighed = vectors if counts is None else vectors * counts[:, None]
             self.count[expert] += len(vectors) if counts is None else counts.sum()
-            self.first[expert] += weighed.sum(0, dtype=torch.float64)
-            self.sizes[expert] += weighed.abs().sum(0, dtype=torch.float64)
+            self.mean[expert] += weighed.sum(0, dtype=torch.float64)
+            self.magnitude[expert] += weighed.abs().sum(0, dtype=torch.float64)
             self.largest[expert] = torch.maximum(self.largest[expert], vectors.abs().amax(0).double())
             for block, own in zip(vectors.split(BLOCK), weighed.split(BLOCK), strict=True):
                 self.second[expert] += own.T @ block
 
     def bundle(self) -> dict[str, Tensor]:
+        """The sums as means, in their place: a stack's second moments are too large to have twice. Ends the sums."""
+        for key in self.MEANS:
+            own: Tensor = getattr(self, key)
+            own /= self.count.clamp_min(1).view(-1, *[1] * (own.ndim - 1))
         return {key: getattr(self, key) for key in self.KEYS}
 
 

@@ -61,8 +61,7 @@ def shared_out(
     spreads = spread(batches, MOMENT_TOKENS), spread(batches, GRADIENT_TOKENS)
     known = measure(graph, params, spreads[0], ctx.progress, gradients=spreads[1])
     losses = {
-        tuple(group): [_loss(ctx, known, group, width, codec_of, solved) for width in widths]
-        for group in together(graph, params)
+        tuple(group): _losses(ctx, known, group, widths, codec_of, solved=solved) for group in together(graph, params)
     }
     losses = {group: own for group, own in losses.items() if any(own)}
     sizes = [sum(param.type.numel for param in group) for group in losses]
@@ -77,32 +76,44 @@ def shared_out(
     return {param: widths[index] for group, index in chosen.items() for param in group}
 
 
-def _loss(
-    ctx: Context, known: Statistics, group: Sequence[Param], width: int, codec_of: CodecOf, solved: bool
-) -> float:
-    return sum(_predicted(ctx, param, known.of(param), codec_of(param, width), solved) for param in group)
+def _losses(
+    ctx: Context, known: Statistics, group: Sequence[Param], widths: Sequence[int], codec_of: CodecOf, *, solved: bool
+) -> list[float]:
+    """What each of ``widths`` costs the model, of weights ``group`` that multiply the same value."""
+    pivots = _pivots(group[0], known.of(group[0])) if solved else None
+    each = [_predicted(ctx, param, known.of(param), [codec_of(param, w) for w in widths], pivots) for param in group]
+    return [sum(costs) for costs in zip(*each, strict=True)]
 
 
-def _predicted(ctx: Context, param: Param, moments: Moments, codec: Codec, solved: bool) -> float:
-    """What rounding ``param`` costs the model, in the units of ``compiler.calibration.moments``."""
+def _predicted(
+    ctx: Context, param: Param, moments: Moments, codecs: Sequence[Codec], pivots: Tensor | None
+) -> list[float]:
+    """What rounding ``param`` by each codec costs the model, in the units of ``compiler.calibration.moments``."""
     experts, rows, columns = matrix_shape(param)
     chosen = torch.arange(0, rows, max(1, rows // ROWS))
+    matrices = ctx.read(param).float().reshape(experts, rows, columns)
+    seconds, costs = moments.second.reshape(experts, columns, columns), _row_costs(moments, (experts, rows))
+    totals = [0.0 for _ in codecs]
+    for expert, matrix in enumerate(matrices):
+        problem = Problem(matrix[chosen], damped(seconds[expert]))
+        for index, codec in enumerate(codecs):
+            lost = _lost(problem, codec.for_matrix(matrix), None if pivots is None else pivots[expert])
+            totals[index] += float(lost @ costs[expert][chosen])
+    return [total / 2 * rows / len(chosen) for total in totals]
+
+
+def _pivots(param: Param, moments: Moments) -> Tensor:
+    """The diagonal of U [experts, columns], the same for all that multiply what ``param`` does."""
+    experts, _, columns = matrix_shape(param)
     seconds = moments.second.reshape(experts, columns, columns)
-    costs = _row_costs(moments, (experts, rows))
-    total = 0.0
-    for matrix, second, cost in zip(
-        ctx.read(param).float().reshape(experts, rows, columns), seconds, costs, strict=True
-    ):
-        total += float(_lost(matrix[chosen], second, codec.for_matrix(matrix), solved) @ cost[chosen])
-    return total / 2 * rows / len(chosen)
+    return torch.stack([inverse_factor(damped(second)).diagonal() for second in seconds])
 
 
-def _lost(matrix: Tensor, second: Tensor, codec: Codec, solved: bool) -> Tensor:
-    """What each row of ``matrix`` loses when it is rounded, in order if ``solved``: float64 [rows]."""
-    problem = Problem(matrix, damped(second))
-    error = matrix - nearest(problem, codec, weighted=solved).values
-    if solved:
-        return (error / inverse_factor(problem.second).diagonal()).square().sum(1, dtype=torch.float64)
+def _lost(problem: Problem, codec: Codec, pivots: Tensor | None) -> Tensor:
+    """What each row loses when it is rounded, in order by ``pivots`` if there are any: float64 [rows]."""
+    error = problem.wanted - nearest(problem, codec, weighted=pivots is not None).values
+    if pivots is not None:
+        return (error / pivots).square().sum(1, dtype=torch.float64)
     return (error @ problem.second * error).sum(1, dtype=torch.float64)
 
 

@@ -20,6 +20,7 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
 from passes.quantize.mixed import evenly, shared_out, together
 from passes.quantize.places import report
+from passes.quantize.resume import Solved
 from passes.quantize.solve import Problem, damped, solve
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class _Job:
             bits = self._uniform()
             return bits, self.made(bits)
         shared = self._shared_out()
-        if self.wanted.bits not in self.widths:
+        if self.wanted.bits != int(self.wanted.bits):
             return shared, self.made(shared)
         fidelity = Fidelity(self.graph, spread(self._batches, CHOICE_TOKENS, 1))
         found = [(bits, self.made(bits)) for bits in (self._uniform(), shared)]
@@ -112,13 +113,25 @@ class _Job:
             trial.params[param.name].expr = one.expr
         refine = self.wanted.method == "refined"
         batches = spread(self._batches, REFINED_TOKENS if refine else TOKENS)
-        counts = self._measured_energies(batches) if refine and ordered else None
-        for met in in_order(self.graph, trial, ordered, batches, paired=refine, energies=counts) if ordered else ():
-            made[met.param] = self._one(met, codecs[met.param])
+        solved = Solved(self.ctx.progress, self.graph, self.wanted, bits, batches)
+        for group in together(self.graph, ordered):
+            for param, (parts, error) in solved.load(group).items():
+                made[param] = self._quantised(param, codecs[param], parts, error)
+                trial.params[param.name].expr = made[param].expr
+        left = [param for param in ordered if param not in made]
+        counts = self._measured_energies(batches) if refine and left else None
+        for met in in_order(self.graph, trial, left, batches, paired=refine, energies=counts) if left else ():
+            parts, error = self._one(met, codecs[met.param])
+            solved.save(met.param, parts, error)
+            made[met.param] = self._quantised(met.param, codecs[met.param], parts, error)
             trial.params[met.param.name].expr = made[met.param].expr
         return made
 
-    def _one(self, met: Met, codec: Codec) -> Quantised:
+    def _quantised(self, param: Param, codec: Codec, parts: Sequence[Tensor], error: float) -> Quantised:
+        return Quantised(codec.expression([self._kept(param, index, part) for index, part in enumerate(parts)]), error)
+
+    def _one(self, met: Met, codec: Codec) -> tuple[list[Tensor], float]:
+        """The tensors to keep of one weight, and its error."""
         experts, rows, columns = matrix_shape(met.param)
         stored: list[tuple[Tensor, ...]] = []
         lost = whole = 0.0
@@ -132,8 +145,7 @@ class _Job:
             whole += problem.cost(torch.zeros_like(matrix))
         stacked = met.param.type.rank > 2
         parts = [torch.stack(each) if stacked else each[0] for each in zip(*stored, strict=True)]
-        exprs = [self._kept(met.param, index, part) for index, part in enumerate(parts)]
-        return Quantised(codec.expression(exprs), lost / whole if whole else 0.0)
+        return parts, lost / whole if whole else 0.0
 
     def _measured_energies(self, batches: Sequence[Mapping[str, Tensor]]) -> Energies:
         if self._energies is None:
