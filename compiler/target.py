@@ -114,7 +114,7 @@ def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> E
         made = generate(graph, cache_bits=cache_bits, compact=compact)
     except TargetError as error:
         raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
-    quantised = config_of_generated(made.tensors)
+    quantised = config_of_generated(made.unpacked)
     if isinstance(quantised, Mismatch):
         raise TargetError(f"{quantised.reason}; and {_none(no_stock)}")
     config = {**_numbered(made.config, graph), "dtype": dtype_name(made.tensors.values())}
@@ -130,8 +130,11 @@ def _numbered(config: Mapping[str, Any], graph: Graph) -> dict[str, Any]:
 
 
 def _stored(name: str, param: Param, compact: bool) -> dict[str, Expr]:
-    from backends.torch_module import stored
+    from backends.torch_module import packed, packed_tensors, stored
 
+    value = packed(param)
+    if value is not None:
+        return packed_tensors(name, value)
     return stored_parts(name, param.expr) if is_quantised(param.expr) else stored(name, param, compact=compact)
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from backends.safetensors import emit
 from compiler import Recipe, compress
@@ -98,14 +99,27 @@ def test_a_recipe_asks_for_a_cache_of_few_bits(folder, made):
     assert "no stock class: none caches latents in 8 bits" in make_plan(recipe_in(folder, "cache-bits: 8")).text()
 
 
-def test_generated_code_loads_quantised_weights_of_one_scheme_and_others_are_refused(folder):
-    once = "- quantize: {bits: 8, group: 8, where: mlp}\n"
-    for name, more in (("quantised", ""), ("twice", "- quantize: {bits: 4, group: 8, where: attention.output}\n")):
-        text = f"model: {folder / 'source'}\npasses:\n- gqa-to-mla\n{once}{more}"
-        (folder / f"{name}.yaml").write_text(text)
-    result = compress(Recipe.load(folder / "quantised.yaml"), folder / "quantised")
+def test_generated_code_holds_integers_of_several_schemes_and_floats_of_one(folder):
+    recipes = {}
+    integers, floats = ("bits: 8, group: 16", "bits: 4, group: 0, symmetric: false"), ("type: fp8", "type: nvfp4")
+    for name, kinds in (("mixed", integers), ("floats", floats)):
+        steps = zip(kinds, ("mlp", "attention.output"), strict=True)
+        passes = "".join(f"- quantize: {{{kind}, where: {where}}}\n" for kind, where in steps)
+        path = folder / f"{name}.yaml"
+        path.write_text(f"model: {folder / 'source'}\npasses:\n- gqa-to-mla\n{passes}")
+        recipes[name] = Recipe.load(path)
+    result = compress(recipes["mixed"], folder / "mixed")
     assert result.document["verification"]["performed"]
-    assert "one scheme for all weights" in make_plan(Recipe.load(folder / "twice.yaml")).refusal
+    plan, output = make_plan(recipes["mixed"]).output, result.document["output"]
+    assert plan.tensor_bytes == output["tensor_bytes"] == tensor_bytes(folder / "mixed")
+    assert "quantization_config" not in json.loads((folder / "mixed" / "config.json").read_text())
+    assert {"packed_linear.py", "launch.py"} <= set(output["other_files"])
+    assert "one scheme for all weights" in make_plan(recipes["floats"]).refusal
+
+
+def tensor_bytes(directory) -> int:
+    tensors = [load_file(file).values() for file in directory.glob("*.safetensors")]
+    return sum(tensor.nbytes for found in tensors for tensor in found)
 
 
 def test_two_checkpoints_of_other_code_live_in_one_process(tmp_path):

@@ -13,12 +13,13 @@ import torch
 
 from backends.safetensors.cache import Cache
 from backends.safetensors.formats import Scheme, format_of, int_quantized, pack_quantized, scheme_of
-from backends.safetensors.parts import EXPERT, as_dequantize
+from backends.safetensors.parts import EXPERT
 from backends.safetensors.rounding import Rounding
 from backends.safetensors.unify import Mismatch
 from compiler.ir.graph import Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import is_quantised
+from compiler.weights.rows import as_dequantize
 
 WORD = 32  # bits of the words that codes are packed into
 

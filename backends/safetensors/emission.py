@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,16 @@ from backends.safetensors.assemble import assemble
 from backends.safetensors.cache import Rounded, cache_of, without_rounded_cache
 from backends.safetensors.compressed import quantization_config
 from backends.safetensors.gptq import gptq_config, gptq_parts_of
-from backends.safetensors.parts import as_dequantize, stored_parts
+from backends.safetensors.parts import stored_parts
 from backends.safetensors.rounding import Rounding, by_module, without_rounding
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import CaptureError, TargetError
 from compiler.ir.graph import Graph, Param
+from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
+from compiler.weights.rows import as_dequantize
 
 Layout = Literal["compressed-tensors", "gptq", "gptq-v2"]
 """How quantised weights lie in files."""
@@ -158,7 +161,7 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     graph = wanted.graph
     try:
         config = config_from_dict(proposal.config)
-        captured = _captured(config, proposal.architecture, graph)
+        captured = _captured(_Class(proposal, config), graph)
     except CaptureError as error:
         return Refusal(target, f"its class does not run with these sizes: {error.cause}")
     found = unify(captured, graph)
@@ -199,18 +202,39 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     return Emission(target, proposal.architecture, written, tensors, notes)
 
 
-def _captured(config: Any, architecture: str, graph: Graph) -> Graph:
-    """The proposal's graph on inputs like those of ``graph``."""
+class _Class:
+    """A proposal that can be looked up: equal to those of the same class and config."""
+
+    def __init__(self, proposal: Proposal, config: Any) -> None:
+        self.architecture, self.config = proposal.architecture, config
+        self._key = (proposal.architecture, repr(proposal.config))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Class) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _captured(proposed: _Class, graph: Graph) -> Graph:
+    """The proposal's graph, not to be changed, on inputs like those of ``graph``."""
+    found = _on_inputs(proposed, ())
+    types = {name: value.type for name, value in graph.inputs.items()}
+    if {name: value.type for name, value in found.inputs.items()} == types:
+        return found
+    return _on_inputs(proposed, tuple(types.items()))
+
+
+@lru_cache(maxsize=16)
+def _on_inputs(proposed: _Class, types: tuple[tuple[str, TensorType], ...]) -> Graph:
+    """The class on inputs of ``types``, or its own. A job proposes the same one when it plans and when it writes."""
     from compiler.frontend.capture import capture
 
-    found = capture(config, architecture=architecture)
-    if {name: value.type for name, value in found.inputs.items()} == {n: v.type for n, v in graph.inputs.items()}:
-        return found
     inputs = {
-        name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
-        for name, value in graph.inputs.items()
+        name: torch.zeros([2 if isinstance(dim, str) else dim for dim in type.shape], dtype=type.dtype)
+        for name, type in types
     }
-    return capture(config, inputs=inputs, architecture=architecture)
+    return capture(proposed.config, inputs=inputs or None, architecture=proposed.architecture)
 
 
 def _dense(param: Param) -> Expr:

@@ -18,11 +18,11 @@ import torch
 
 from backends.safetensors.compressed import Quantised
 from backends.safetensors.formats.scheme import Scheme, scheme_of
-from backends.safetensors.parts import as_dequantize
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast, full, literal, repeat, transpose
 from compiler.weights.ops.quant import pack_bits
+from compiler.weights.rows import as_dequantize
 
 Version = Literal["gptq", "gptq-v2"]
 BITS = (2, 3, 4, 8)

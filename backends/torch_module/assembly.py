@@ -10,6 +10,7 @@ from typing import Any
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import names_in, wrapped
 from backends.torch_module.module import ClassWriter, Model
+from backends.torch_module.packing import packed, shipped, tied_parts
 from backends.torch_module.program import Body, Extras
 from backends.torch_module.rendering import environment, field_of, render
 from backends.torch_module.sparse import loading_code
@@ -35,6 +36,12 @@ HELPERS = (
     "hadamard",
     "gelu_tanh",
     "fake_quantize",
+    "unpack_codes",
+    "PackedWeight",
+    "PackedLinear",
+    "PackedEmbedding",
+    "PackedExperts",
+    "expert_linear",
     "run_experts",
     "run_clamped_experts",
     "LatentRotation",
@@ -52,6 +59,10 @@ NEEDS = {
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
     "gelu_tanh": (),
+    "PackedLinear": ("PackedWeight",),
+    "PackedEmbedding": ("PackedWeight", "unpack_codes"),
+    "PackedExperts": ("PackedWeight", "expert_linear"),
+    "dense": ("unpack_codes",),
 }
 OUTPUTS = {
     "BaseModelOutput",
@@ -64,6 +75,9 @@ OUTPUTS = {
     "Seq2SeqModelOutput",
     "SequenceClassifierOutput",
 }
+KERNEL_FILES = ("packed_linear",)
+"""Files of kernels that a checkpoint gets when its code calls them."""
+
 DOCS = {
     "latent_attention": "Attention to keys and values that are made from one latent for each token, which is cached.",
     "attention": "Attention to the tokens before.",
@@ -91,6 +105,11 @@ class Generated:
     files: Mapping[str, str]
     tensors: Mapping[str, Param]
 
+    @property
+    def unpacked(self) -> dict[str, Param]:
+        """The tensors that the code does not hold packed itself."""
+        return {path: param for path, param in self.tensors.items() if packed(param) is None}
+
 
 class Assembly:
     """The parts of a checkpoint. Kinds of models say what their top classes and their config are."""
@@ -104,6 +123,7 @@ class Assembly:
         self.name = name
         self.program = program
         self.tied = self._tied()
+        self.tied_tensors = tied_parts(self.tied, model.layout.named())
 
     def top(self) -> str:
         """The classes that transformers loads."""
@@ -132,6 +152,8 @@ class Assembly:
         prefix = self.model.prefix
         configuration = self._configuration(config, modeling)
         files = {f"modeling_{self.name}.py": modeling, f"configuration_{self.name}.py": configuration}
+        for kernel in names_in(modeling) & set(KERNEL_FILES):
+            files |= shipped(kernel)
         auto_map = {"AutoConfig": f"configuration_{self.name}.{prefix}Config"}
         auto_map |= {auto: f"modeling_{self.name}.{prefix}{end}" for auto, end in self.auto_classes.items()}
         architecture = f"{prefix}{list(self.auto_classes.values())[-1]}"
@@ -153,7 +175,7 @@ class Assembly:
 
     def tied_inside(self) -> dict[str, str]:
         """Ties between weights of the model without its head."""
-        within = {path: first for path, first in self.tied.items() if path.startswith("model.")}
+        within = {path: first for path, first in self.tied_tensors.items() if path.startswith("model.")}
         return {path.removeprefix("model."): first.removeprefix("model.") for path, first in within.items()}
 
     def _config(self) -> dict[str, Any]:
@@ -169,9 +191,10 @@ class Assembly:
         a checkpoint of other code would run that of the first.
         """
         fields = [(name, *field_of(value)) for name, value in config.items() if name not in INHERITED]
-        lists = any("field(" in default for _, _, default in fields)
         source = self.graph.origin.architecture or self.graph.name
-        context = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields, "lists": lists}
+        context: dict[str, Any] = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields}
+        context["lists"] = any("field(" in default for _, _, default in fields)
+        context["typed"] = any("Any" in names_in(kind) for _, kind, _ in fields)
         context["digest"] = hashlib.sha256(modeling.encode()).hexdigest()[:16]
         return render("configuration.py.jinja", source=source, **context) + "\n"
 
@@ -199,7 +222,9 @@ class Assembly:
 
     def bare_classes(self) -> str:
         bare = self.model.layout.bare.items()
-        holders = {path.rpartition(".")[0] for param, path in bare if param.type.dtype.is_floating_point}
+        packed = self.model.layout.schemes
+        plain = {param: path for param, path in bare if param.type.dtype.is_floating_point and param not in packed}
+        holders = {path.rpartition(".")[0] for path in plain.values()}
         names = sorted(
             {f"{self.model.prefix}{self.model.classes[path].name}" for path in holders if path in self.model.classes}
         )
@@ -208,6 +233,8 @@ class Assembly:
     def _helpers(self) -> list[str]:
         context = {"prefix": self.model.prefix, **self.helper_context()}
         used = set(self.model.helpers)
+        context |= {"packed_experts": "PackedExperts" in used, "packed_dense": "dense" in used}
+        context["packed_rows"] = bool({"PackedEmbedding", "dense"} & used)
         for name in list(used):
             used.update(NEEDS.get(name, ()))
         template = environment().get_template("helpers.py.jinja")
@@ -220,6 +247,7 @@ class Assembly:
             prefix=self.model.prefix,
             name=self.name,
             used=names_in(text),
+            kernels=KERNEL_FILES,
             outputs=sorted(OUTPUTS & names_in(text)),
             source=self.graph.origin.architecture or self.graph.name,
         )

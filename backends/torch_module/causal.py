@@ -72,7 +72,7 @@ class CausalAssembly(Assembly):
             head_forward=head_lines,
             head_result=head_result,
             head=self._head(),
-            tied=mapping(self.tied),
+            tied=mapping(self.tied_tensors),
             tied_inside=mapping(self.tied_inside()),
         )
 

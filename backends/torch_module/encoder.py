@@ -88,7 +88,7 @@ class EncoderAssembly(Assembly):
             forward=[*before, *lines],
             results=results,
             loss=LOSSES.get(self.ending, ""),
-            tied=mapping(self.tied),
+            tied=mapping(self.tied_tensors),
         )
 
     def _layer_classes(self) -> list[str]:

@@ -26,9 +26,9 @@ class Context:
     """What the statements of one class need from the rest of the module.
 
     ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation, ``weight`` its weight
-    and ``held`` the parameters it has, ``size`` a number that may differ between instances, ``helper`` a function of the module,
-    ``arguments`` and ``loop`` say how submodules and stacks are called, ``cache`` which part of the cache is for
-    the attention of tokens to those before.
+    and ``held`` the parameters it has, ``size`` a number that may differ between instances, ``helper`` a function of
+    the module, ``arguments`` and ``loop`` say how submodules and stacks are called, ``cache`` which part of the cache
+    is for the attention of tokens to those before.
     """
 
     parameter: Callable[[Param], str]

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from backends.safetensors.formats import Scheme, scheme_of
-from backends.torch_module.packed import MODULES, packed
+from backends.torch_module.packing import OPERANDS, Scheme, scheme_of
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of
@@ -113,11 +112,11 @@ def layout_of(graph: Graph, body: str | None, nodes: list[Node]) -> Layout:
 
 def _schemes(layout: Layout) -> dict[Param, Scheme]:
     """How each packed weight is. Raises TargetError when one is read otherwise than as a matrix."""
-    found = {param: scheme_of(value) for param in layout.named().values() if (value := packed(param)) is not None}
+    found = {param: scheme for param in layout.named().values() if (scheme := scheme_of(param)) is not None}
     for param in found:
-        strange = next((node for node in param.users if node.op.name not in MODULES), None)
-        if strange is not None:
-            raise TargetError(f"{param.name} is quantised, and read by `{strange.op.name}`", where=strange.scope)
+        for node in param.users:
+            if any(value is param and i not in OPERANDS.get(node.op.name, ()) for i, value in enumerate(node.inputs)):
+                raise TargetError(f"{param.name} is quantised, and no matrix of `{node.op.name}`", where=node.scope)
     return found
 
 

@@ -11,7 +11,7 @@ from backends.torch_module.code import call, identifier
 from backends.torch_module.forward import Context, Forward
 from backends.torch_module.layout import Layout, Leaf, below
 from backends.torch_module.names import argument_name
-from backends.torch_module.packed import MODULES, SCHEME, scheme_name, shown
+from backends.torch_module.packing import MODULES, SCHEME, scheme_name
 from backends.torch_module.program import Body, Call, Extras, Item, Loop
 from backends.torch_module.sizes import Sizes, frequencies_name, likely
 from compiler.errors import TargetError
@@ -211,7 +211,10 @@ class ClassWriter:
     def _tensor(self, leaf: Leaf, name: str) -> str:
         """A parameter of a leaf as a tensor: made of its codes where they are packed."""
         path = self._relative(leaf.path)
-        return f"{path}.dense()" if leaf.weights[name] in self.model.layout.schemes else f"{path}.{name}"
+        if leaf.weights[name] not in self.model.layout.schemes:
+            return f"{path}.{name}"
+        self._helper("dense")
+        return f"{path}.dense()"
 
     def _size(self, index: int, name: str, place: int | None) -> str:
         """A number at item ``index``: the same everywhere, an expression of quantities, or a quantity of its own."""
@@ -322,7 +325,7 @@ class ClassWriter:
         param = self._items_param(self.module.first, index, position)
         name, shape = self._relative(path), self._shape(index, position)
         if param in self.model.layout.schemes:
-            return call(8, f"{name} = {self._packed_class('experts')}(", [*shape, self._scheme(index, position)])
+            return call(8, f"{name} = {self._packed_class('experts')}(", [*shape, self._scheme(path, index, position)])
         made = f"torch.empty({', '.join(shape) or '()'}"
         if param.type.dtype.is_floating_point:
             return [f"        {name} = nn.Parameter({made}))"]
@@ -331,23 +334,13 @@ class ClassWriter:
     def _packed_class(self, operation: str) -> str:
         return self._helper(MODULES[operation])
 
-    def _scheme(self, index: int, position: int) -> str:
-        """How a weight is packed, as arguments."""
-        body = self.module.first
-        named = self.model.layout.named()
-        schemes: dict[str, Any] = {}
-        for body in self.module.bodies:
-            param = self._items_param(body, index, position)
-            schemes[next(path for path, held in named.items() if held is param)] = self.model.layout.schemes[param]
-        path = next(iter(schemes))
-        values = {path: shown(scheme) for path, scheme in schemes.items()}
-        known = (SCHEME, self.model.sizes.known(scheme_name(path), self.part))
-        name = next((n for n in known if self._holds(n, values)), None)
-        return f"**{self._reference(name or self._own(values, scheme_name(path)))}"
-
-    def _holds(self, name: str, values: Mapping[str, Any]) -> bool:
-        """Whether the quantity ``name`` is each of ``values`` where it is."""
-        return all(self.model.sizes.at(path).get(name) == value for path, value in values.items())
+    def _scheme(self, path: str, index: int, position: int) -> str:
+        """How the weight of ``path`` is packed, as arguments."""
+        held = {body.path: self._items_param(body, index, position) for body in self.module.bodies}
+        values = {body: self.model.layout.schemes[param]._asdict() for body, param in held.items()}
+        known = {body: self.model.sizes.at(body) for body in values}
+        choices = (name for name in (SCHEME, scheme_name(path)) if all(known[b].get(name) == values[b] for b in values))
+        return f"**{self._reference(next(choices, None) or self._own(values, scheme_name(path)))}"
 
     def _shape(self, index: int, position: int) -> list[str]:
         rank = self._items_param(self.module.first, index, position).type.rank
@@ -384,14 +377,15 @@ class ClassWriter:
                 position = 1 if leaf.op == "linear" else 3
                 width = self._dimension(index, position, 1, tuple(columns))
                 height = self._dimension(index, position, 0, tuple(rows))
-                bias = f"bias={'bias' in leaf.weights}"
+                biased = "bias" in leaf.weights
                 if leaf.weights["weight"] in self.model.layout.schemes:
-                    return self._packed_class(leaf.op), [width, height, self._scheme(index, position), bias]
-                return "nn.Linear", [width, height, bias]
+                    bias = ["bias=True"] if biased else []
+                    return self._packed_class(leaf.op), [width, height, self._scheme(leaf.path, index, position), *bias]
+                return "nn.Linear", [width, height, f"bias={biased}"]
             case "embedding":
                 shape = [self._dimension(index, 0, axis, tuple((rows, columns)[axis])) for axis in (0, 1)]
                 if leaf.weights["weight"] in self.model.layout.schemes:
-                    return self._packed_class(leaf.op), [*shape, self._scheme(index, 0)]
+                    return self._packed_class(leaf.op), [*shape, self._scheme(leaf.path, index, 0)]
                 return "nn.Embedding", shape
             case "rms_norm":
                 self.model.helpers.add("OffsetRMSNorm" if node.attr("offset") else "RMSNorm")

@@ -157,7 +157,7 @@ class PairAssembly(Assembly):
             head_forward=head_lines,
             head_result=results["logits"],
             head=self._head(),
-            tied=mapping(self.tied),
+            tied=mapping(self.tied_tensors),
             tied_inside=mapping(self.tied_inside()),
         )
 

@@ -35,6 +35,8 @@ def mapping(values: Mapping[str, str]) -> str:
 
 def field_of(value: Any) -> tuple[str, str]:
     """The type and the default of a config entry."""
+    if isinstance(value, dict):
+        return "dict[str, Any]", "field(default_factory=dict)"
     if isinstance(value, list):
         return f"list[{_item_type(value)}]", "field(default_factory=list)"
     kind = type(value).__name__
@@ -43,5 +45,5 @@ def field_of(value: Any) -> tuple[str, str]:
 
 def _item_type(values: list[Any]) -> str:
     shown = [value for value in values if value != []]
-    inner = {f"list[{_item_type(value)}]" if isinstance(value, list) else type(value).__name__ for value in shown}
+    inner = {field_of(value)[0] for value in shown}
     return " | ".join([*sorted(inner - {"NoneType"}), *(["None"] if "NoneType" in inner else [])])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.torch_module.layout import Layout, Leaf
-from backends.torch_module.packed import SCHEME, scheme_name, shown
+from backends.torch_module.packing import SCHEME, scheme_name
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import layer_of
 from compiler.ir.roles import roles
@@ -228,16 +228,16 @@ def _note_frequencies(sizes: Sizes, graph: Graph) -> None:
 
 
 def _note_schemes(sizes: Sizes, layout: Layout) -> None:
-    """How weights are packed: the commonest scheme once; of modules of a name that has other schemes too, each one's."""
+    """How weights are packed: the commonest scheme once; of modules of a name that has others too, what each has."""
     schemes = {path: layout.schemes[param] for path, param in layout.named().items() if param in layout.schemes}
     if not schemes:
         return
     common = Counter(schemes.values()).most_common(1)[0][0]
-    sizes.everywhere[SCHEME] = shown(common)
+    sizes.everywhere[SCHEME] = common._asdict()
     odd = {scheme_name(path) for path, scheme in schemes.items() if scheme != common}
     for path, scheme in schemes.items():
         if scheme_name(path) in odd:
-            sizes.note(scheme_name(path), path, shown(scheme))
+            sizes.note(scheme_name(path), path, scheme._asdict())
 
 
 def _of_tokens(graph: Graph) -> list[Node]:

@@ -39,6 +39,7 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
     ``own_code`` says that the code in ``directory`` was written by this program, and may be run.
     Skipped when the model in float32 does not fit ``memory`` bytes. Raises ParityError when the outputs differ.
     """
+    from backends.torch_module import as_computed
     from compiler.evaluate import load_model
     from compiler.evaluate.inputs import position_limit, random_windows
     from compiler.ir.execute import run
@@ -50,6 +51,7 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
     (window,) = random_windows(model, 1, min(LENGTH, position_limit(model) or LENGTH), seed=0)
     with torch.no_grad():
         theirs = model(**window.arguments, **_exactly(model))
+    graph = as_computed(graph) if own_code else graph
     inputs = {name: window.arguments[name] for name in graph.inputs}
     ours = run(graph, inputs)
     error = _largest([_distance(output_named(theirs, name).float(), value.float()) for name, value in ours.items()])

@@ -11,24 +11,17 @@ import torch
 from backends.safetensors.formats.scheme import Format, Scheme
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import literal
-from compiler.weights.ops.quant import pack_bits
+from compiler.weights.ops.quant import packed_parts
 
 
 def _holds(scheme: Scheme) -> bool:
     return scheme.kind == "int" and 2 <= scheme.bits <= 8
 
 
-def packed_parts(value: Expr) -> dict[str, Expr]:
-    """The parts of a quantised weight [..., out, in] but its shape, by name."""
-    bits = value.attr("bits")
-    codes, scale, *zero = value.args
-    parts = {"weight_packed": pack_bits(codes, bits), "weight_scale": scale}
-    return {**parts, "weight_zero_point": pack_bits(zero[0], bits, axis=-2)} if zero else parts
-
-
 def _parts(value: Expr) -> dict[str, Expr]:
     shape = literal([float(size) for size in value.shape], dtype=torch.int64)
-    return {**packed_parts(value), "weight_shape": shape}
+    named = zip(("weight_packed", "weight_scale", "weight_zero_point"), packed_parts(value), strict=False)
+    return {**dict(named), "weight_shape": shape}
 
 
 FORMAT = Format("pack-quantized", _holds, _parts)

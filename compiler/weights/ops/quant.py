@@ -47,6 +47,13 @@ def pack_bits(codes: Expr, bits: int, axis: int = -1) -> Expr:
     return apply("pack_bits", [codes], {"bits": bits, "axis": axis})
 
 
+def packed_parts(value: Expr) -> tuple[Expr, ...]:
+    """The codes of a ``dequantize`` [..., out, in] packed along rows, its scales, and its zero points along columns."""
+    bits = value.attr("bits")
+    codes, scale, *zero = value.args
+    return pack_bits(codes, bits), scale, *(pack_bits(part, bits, axis=-2) for part in zero)
+
+
 def _group_count(width: int, group: int) -> int:
     if group and width % group:
         raise ValueError(f"groups of {group} do not divide {width} inputs")

@@ -1,0 +1,105 @@
+"""Integer-quantised weights as generated modules hold them: codes packed into words, scales and zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from compiler.ir.graph import Graph, Param
+from compiler.ir.layers import copy_of
+from compiler.weights.expr import Expr, apply
+from compiler.weights.ops.basic import cast
+from compiler.weights.ops.quant import packed_parts
+from compiler.weights.rows import as_dequantize
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+SCHEME = "weight_scheme"
+"""The entry of the config that says how weights are packed; a module of another scheme has an entry of its own."""
+
+MODULES = {
+    "linear": "PackedLinear",
+    "latent_attention": "PackedLinear",
+    "embedding": "PackedEmbedding",
+    "experts": "PackedExperts",
+}
+"""The module that holds a packed weight, by the operation that reads it."""
+
+OPERANDS = {"linear": (1,), "latent_attention": (3,), "embedding": (0,), "experts": (3, 4)}
+"""Where operations read matrices that can be packed."""
+
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+class Scheme(NamedTuple):
+    """How a weight is packed, by the names that packed modules have for it. A ``group_size`` of 0 is a whole row."""
+
+    bits: int
+    group_size: int
+    zero_points: bool
+
+
+def packed(param: Param) -> Expr | None:
+    """The codes, scales and zero points that code holds ``param`` as; None for a weight that is no packed integers."""
+    value = as_dequantize(param.expr)
+    return value if value is not None and value.op == "dequantize" else None
+
+
+def scheme_of(param: Param) -> Scheme | None:
+    """How ``param`` is packed; None when it is not."""
+    value = packed(param)
+    return None if value is None else Scheme(value.attr("bits"), value.attr("group"), len(value.args) > 2)
+
+
+def packed_tensors(path: str, value: Expr) -> dict[str, Expr]:
+    """The tensors of the file that stand for the weight ``value`` at ``path``."""
+    return {part_path(path, name): part for name, part in zip(PARTS, packed_parts(value), strict=False)}
+
+
+def part_path(path: str, part: str) -> str:
+    """Where a part of the packed weight ``path`` is: in a module of its own where no module has held the weight."""
+    return f"{path.removesuffix('.weight')}.{part}"
+
+
+def scheme_name(path: str) -> str:
+    """The entry of the config for the packed weight ``path`` where its scheme is not everybody's."""
+    return f"{path.removesuffix('.weight').rpartition('.')[2]}_scheme"
+
+
+def tied_parts(tied: Mapping[str, str], named: Mapping[str, Param]) -> dict[str, str]:
+    """Ties between tensors from those between the weights ``named``, which may be packed."""
+    found: dict[str, str] = {}
+    for path, first in tied.items():
+        value = packed(named[first])
+        parts = PARTS[: len(value.args)] if value is not None else ()
+        found |= {part_path(path, part): part_path(first, part) for part in parts} or {path: first}
+    return found
+
+
+def as_computed(graph: Graph) -> Graph:
+    """``graph`` with packed weights as generated code makes them of codes and scales in float32.
+
+    The graph's own are rounded to the dtype of the scales, as those of a class that is given dense weights would be.
+    """
+    weights = {name: value for name, param in graph.params.items() if (value := packed(param)) is not None}
+    if not weights:
+        return graph
+    found = copy_of(graph)
+    for name, value in weights.items():
+        codes, scale, *zeros = value.args
+        exact = [codes, cast(scale, torch.float32), *zeros]
+        found.params[name].expr = apply(value.op, exact, dict(value.attrs))
+    return found
+
+
+def shipped(name: str) -> dict[str, str]:
+    """The kernel file ``name`` and those that it imports, by file name: their texts."""
+    text = (KERNELS / f"{name}.py").read_text(encoding="utf-8")
+    found = {f"{name}.py": text}
+    for line in text.splitlines():
+        if line.startswith("from ."):
+            found |= shipped(line.removeprefix("from .").partition(" ")[0])
+    return found
