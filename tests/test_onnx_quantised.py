@@ -22,6 +22,7 @@ from compiler.weights.expr import load
 from compiler.weights.ops.quant import quantise
 from compiler.weights.source import MemorySource
 from passes import Quantize, Rotate
+from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
 
 ROWS, EPS = 24, torch.finfo(torch.float32).eps
@@ -183,7 +184,7 @@ ROUNDED = {
 def test_a_model_that_rounds_activations_is_its_graph(kind, target, tmp_path):
     """Without rounding to the last bits; with it no farther than rounding goes. Whole, by tokens, with padding."""
     name, changes, passes = ROUNDED[kind]
-    graph = capture(FAMILIES[name].build(**changes))
+    graph = graph_of(name, **changes)
     Pipeline(passes).run(graph, calibration=rounding(name))
     emission = propose(graph, target)
     emit(emission, graph.sources, tmp_path)
@@ -194,9 +195,30 @@ def test_a_model_that_rounds_activations_is_its_graph(kind, target, tmp_path):
 
 
 def test_rotated_weights_are_multiplied_by_rotated_activations(tmp_path):
-    graph = capture(FAMILIES["phi3"].build())
+    graph = graph_of("phi3")
     Pipeline([Rotate(what=("values", "mlp"))]).run(graph)
     assert graph.nodes_named("hadamard")
     emission = propose(graph)
+    emit(emission, graph.sources, tmp_path)
+    assert verify(emission, tmp_path).holds
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama", 14), ("mixtral", 12)])
+def test_a_report_says_which_codes_are_lost(name, count):
+    """Of floats all: of projections that are joined, of experts."""
+    graph = plan_of(name, head_dim=16)
+    Pipeline([Quantize(type="fp8", skip=("lm_head*",))]).run(graph, planned=True)
+    (note,) = propose(graph).notes
+    assert (
+        note
+        == f"quantised weights are written dense, in float32: nothing multiplies by their codes there ({count} times)"
+    )
+
+
+def test_weights_of_several_widths_with_zero_points_are_their_graph(tmp_path):
+    graph = graph_of("llama", head_dim=16)
+    step = Quantize(bits=4, widths=(2, 4, 8), group=16, symmetric=False)
+    Pipeline([step]).run(graph, calibration=rounding("llama"))
+    emission = propose(graph, "onnx")
     emit(emission, graph.sources, tmp_path)
     assert verify(emission, tmp_path).holds

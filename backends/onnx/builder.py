@@ -20,7 +20,9 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.types import Dim, TensorType
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
+from compiler.weights.ops.codec import is_quantised
 
+DENSE = "quantised weights are written dense, in float32: nothing multiplies by their codes there"
 DTYPES: dict[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT,
     torch.float64: ir.DataType.DOUBLE,
@@ -160,7 +162,13 @@ class Builder:
 
     def weight(self, param: Param) -> ir.Value:
         """A parameter in its compute dtype, as a dense tensor of its own shape."""
-        return self.store(param.name, dense(param))
+        return self.store(param.name, self.dense(param))
+
+    def dense(self, param: Param) -> Expr:
+        """What ``dense`` gives; the user is told of codes that are lost by it."""
+        if is_quantised(param.expr):
+            self.note(DENSE)
+        return dense(param)
 
     def store(
         self, name: str, expr: Expr, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None

@@ -20,7 +20,6 @@ from compiler.weights.ops.basic import add, cast, concat, full, index, mul, pad,
 
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16
-DENSE = "quantised weights are written dense, in float32: nothing multiplies by their codes there"
 UNPACKED = "quantised weights are stored as codes, but multiplied dense: no kernel has blocks that divide their width"
 
 
@@ -57,7 +56,6 @@ def packed(build: Builder, weight: Param, *, table: bool = False) -> Packed | No
         bits = max(bits, 4)
     rows, width = codes.shape
     if width * bits % 32 or (table and not build.target.contrib):
-        build.note(DENSE)
         return None
     group = weight.expr.attr("group") or width
     block = _block(group) if build.target.contrib else group

@@ -7,9 +7,8 @@ import torch
 
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule
-from backends.onnx.quantised import DENSE
 from compiler.errors import TargetError
-from compiler.ir.graph import Node, Param
+from compiler.ir.graph import Node
 
 SCANNED = ("gate_up", "down", "gate_up_bias", "down_bias")
 
@@ -18,8 +17,6 @@ SCANNED = ("gate_up", "down", "gate_up_bias", "down_bias")
 def experts(build: Builder, node: Node) -> ir.Value:
     x, indices, weights = (build.arg(node, index) for index in range(3))
     stacks = {name: build.optional(node, index) for index, name in enumerate(SCANNED, 3)}
-    if any(isinstance(value, Param) and value.expr.op == "dequantize" for value in node.inputs):
-        build.note(DENSE)
     given = {name: value for name, value in stacks.items() if value is not None}
     zeros = build.op("Expand", build.scalar(0.0), build.op("Shape", x))
     first = node.input(3).shape[0]

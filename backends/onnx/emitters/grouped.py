@@ -65,7 +65,8 @@ def _projected(build: Builder, parts: Grouped) -> Sequence[ir.Value | None]:
     first = parts.projections[0]
     weights = [node.input(1) for node in parts.projections]
     biases = [bias for node in parts.projections if (bias := node.optional_input(2)) is not None]
-    return [linear_map(build, build.arg(first, 0), _stacked(weights), _stacked(biases) if biases else None), None, None]
+    bias = _stacked(build, biases) if biases else None
+    return [linear_map(build, build.arg(first, 0), _stacked(build, weights), bias), None, None]
 
 
 def _flat(build: Builder, operand: Operand) -> ir.Value:
@@ -79,10 +80,10 @@ def _flat(build: Builder, operand: Operand) -> ir.Value:
     return build.op("Reshape", normed, build.ints(0, 0, -1))
 
 
-def _stacked(values: Sequence[Value]) -> Param:
+def _stacked(build: Builder, values: Sequence[Value]) -> Param:
     """Parameters on top of one another, as one."""
     params = [value for value in values if isinstance(value, Param)]
-    expr: Expr = joined(params) or concat([dense(param) for param in params], 0)
+    expr: Expr = joined(params) or concat([build.dense(param) for param in params], 0)
     name = ".and.".join([params[0].name, *(param.name.rpartition(".")[0].rpartition(".")[2] for param in params[1:])])
     return Param(name, expr.type.with_dtype(params[0].type.dtype), expr=expr, storage=expr.dtype)
 

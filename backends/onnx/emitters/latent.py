@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from backends.onnx.builder import Builder, dense
+from backends.onnx.builder import Builder
 from backends.onnx.emitters.attention import scaled_product, softmaxed
 from backends.onnx.emitters.rule import Rule, rule
-from backends.onnx.quantised import DENSE
 from compiler.errors import TargetError
 from compiler.ir.graph import Node, Param
 from compiler.weights.ops import take
@@ -52,10 +51,8 @@ def _halves(build: Builder, node: Node, heads: int, unrotated: int) -> tuple[ir.
     up = node.input(3)
     if not isinstance(up, Param):
         raise TargetError("latent attention whose up-projection is computed has no ONNX form", where=node.scope)
-    if up.expr.op == "dequantize":
-        build.note(DENSE)
     rows, rank = up.type.static_shape
-    each = reshape(dense(up), (heads, rows // heads, rank))
+    each = reshape(build.dense(up), (heads, rows // heads, rank))
     keys, values = take(each, 1, 0, unrotated), take(each, 1, unrotated, rows // heads)
     return build.store(f"{up.name}.keys", keys), build.store(f"{up.name}.values", transpose(values, (0, 2, 1)))
 
