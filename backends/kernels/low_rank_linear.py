@@ -2,17 +2,18 @@
 
     hidden = x · downᵀ;   y = hidden · upᵀ + bias
 
-Bytes moved: down [R, K] and up [N, R] once; x, hidden and y are small and stay in the second-level cache. Three designs:
+Bytes moved: down [R, K] and up [N, R] once; x, hidden and y are small and stay in the second-level cache. Three
+designs:
 
-    "grid"      one cooperative launch. Blocks of rows of down, split over K, are shared out to all programs; a barrier of
-                the grid; blocks of rows of up are shared out. While a program works on down it already asks for its
-                rows of up, so that device memory never rests.
+    "grid"      one cooperative launch. Blocks of rows of down, split over K, are shared out to all programs, and the
+                last program at a block adds the sums up; a barrier of the grid; blocks of rows of up are shared out.
+                While a program works on down it already asks for its rows of up: device memory never rests.
     "slices"    a program takes a slice of R and some rows of up, and computes its slice of hidden itself: down is read
                 from the cache many times. Slices of R are summed by a second, small launch; one slice needs none.
     "launches"  the two halves of "grid" one after the other.
 """
 
-# pyright: basic, reportOptionalMemberAccess=false
+# pyright: basic, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from functools import cache
@@ -26,25 +27,34 @@ from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, oper
 
 MOST_TOKENS = 16
 SECTOR = 32  # bytes: the least that memory delivers
+LEAST = 16  # rows of a block of up: narrower ones make narrower loads
 COMBINED = 1024  # results that one program of the combining launch sums
 
 
 class Tile(NamedTuple):
-    """``rows`` of down and ``depth`` of K are a block of the first half, ``outputs`` of N and ``width`` of R of the second.
+    """``rows`` of down by ``depth`` of K are a block of the first half, of the second it is at most ``outputs`` of N by
+    ``width`` of R.
 
-    ``programs`` run on a processor, ``warps`` each. In "slices" ``rows`` is the slice of R, and ``width`` means nothing.
+    ``programs`` run on a processor, ``warps`` each. In "slices" ``rows`` is the slice of R, ``width`` means nothing.
     ``ahead`` sectors of up at most are asked for before the barrier of "grid".
     """
 
-    design: str = "launches"
-    rows: int = 8
-    depth: int = 512
-    outputs: int = 16
-    width: int = 128
-    programs: int = 2
-    warps: int = 4
+    design: str
+    rows: int
+    depth: int
+    outputs: int
+    width: int
+    programs: int
+    warps: int
     stages: int = 3
     ahead: int = 0
+
+
+# Most bytes of weights -> the tile for one token, the tile for several.
+TILES = {
+    1 << 19: (Tile("launches", 4, 512, 16, 128, 2, 4), Tile("launches", 16, 128, 16, 64, 2, 2)),
+    1 << 62: (Tile("grid", 4, 1024, 64, 64, 2, 4, ahead=1024), Tile("grid", 16, 256, 64, 64, 2, 4, ahead=1024)),
+}
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,13 +72,12 @@ def _product(
     first,
     last,
     width,
-    PIECES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """[TOKENS, ROWS]: over columns ``first`` to ``last``, the sums of products of x, in PIECES to add, and rows of w."""
+    """[TOKENS, ROWS]: rows of x times rows of w, over columns ``first`` to ``last``."""
     token = tl.arange(0, TOKENS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     lines = w + row.to(tl.int64)[:, None] * width
@@ -76,18 +85,14 @@ def _product(
     for start in range(first, last, BLOCK):
         here = start + column
         weight = tl.load(lines + here, mask=inside[:, None] & (here < last), other=0.0)
-        there = (token < tokens) & (here < last)
-        value = tl.load(x + token * width + here, mask=there, other=0.0).to(tl.float32)
-        for piece in tl.static_range(1, PIECES):
-            value += tl.load(x + (piece * tokens + token) * width + here, mask=there, other=0.0)
+        value = tl.load(x + token * width + here, mask=(token < tokens) & (here < last), other=0.0)
         if TOKENS == 1:
-            total += value * weight.to(tl.float32)
+            total += value.to(tl.float32) * weight.to(tl.float32)
         else:
-            rounded = value.to(weight.dtype)
             if WIDE:
-                rounded, weight = rounded.to(tl.float32), weight.to(tl.float32)
-            total = tl.dot(rounded, tl.trans(weight), total, input_precision="ieee")
-    return tl.sum(total, 1)[None, :] if TOKENS == 1 else total
+                value, weight = value.to(tl.float32), weight.to(tl.float32)
+            total = tl.dot(value, tl.trans(weight), total, input_precision="ieee")
+    return tl.expand_dims(tl.sum(total, 1), 0) if TOKENS == 1 else total
 
 
 @jit
@@ -97,6 +102,21 @@ def _write(y, bias, total, tokens, row, inside, n, BIAS: tl.constexpr, TOKENS: t
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
     place = token.to(tl.int64) * n + row[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=(token < tokens) & inside[None, :])
+
+
+@jit
+def _add_up(parts, hidden, counter, tokens, row, inside, r, PIECES: tl.constexpr, TOKENS: tl.constexpr):
+    """The last program to arrive here adds the pieces of its rows of hidden, always in the same order."""
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == PIECES - 1:
+        token = tl.arange(0, TOKENS)[:, None]
+        place = token * r + row[None, :]
+        here = (token < tokens) & inside[None, :]
+        total = tl.load(parts + place, mask=here, other=0.0)
+        for piece in tl.static_range(1, PIECES):
+            total += tl.load(parts + piece * tokens * r + place, mask=here, other=0.0)
+        tl.store(hidden + place, total.to(hidden.dtype.element_ty), mask=here)
+        tl.store(counter, 0)
 
 
 @jit
@@ -117,9 +137,10 @@ def _low_rank_linear(
     down,
     up,
     bias,
+    parts,
     hidden,
     y,
-    counter,
+    counters,
     waste,
     tokens,
     k,
@@ -154,11 +175,14 @@ def _low_rank_linear(
             mine, first = unit // PIECES * ROWS + row, unit % PIECES * SPAN
             inside = mine < r
             last = tl.minimum(first + SPAN, k)
-            total = _product(x, down, tokens, mine, inside, first, last, k, 1, TOKENS, ROWS, DEPTH, WIDE)
-            piece = hidden + (unit % PIECES) * tokens * r
-            _write(piece, bias, total, tokens, mine, inside, r, False, TOKENS)
+            total = _product(x, down, tokens, mine, inside, first, last, k, TOKENS, ROWS, DEPTH, WIDE)
+            part = parts + (unit % PIECES) * tokens * r
+            _write(part, bias, total, tokens, mine, inside, r, False, TOKENS)
+            if PIECES > 1:
+                counter = counters + 1 + unit // PIECES
+                _add_up(parts, hidden, counter, tokens, mine, inside, r, PIECES, TOKENS)
     if HALF == 0:
-        _barrier(counter)
+        _barrier(counters)
     if AHEAD:
         tl.store(waste + program, tl.sum(ahead.to(tl.float32)))
     if HALF != 1:
@@ -166,7 +190,7 @@ def _low_rank_linear(
         for block in range(program, tl.cdiv(n, share), programs):
             mine = block * share + row
             inside = (row < share) & (mine < n)
-            total = _product(hidden, up, tokens, mine, inside, 0, r, r, PIECES, TOKENS, OUTPUTS, WIDTH, WIDE)
+            total = _product(hidden, up, tokens, mine, inside, 0, r, r, TOKENS, OUTPUTS, WIDTH, WIDE)
             _write(y, bias, total, tokens, mine, inside, n, BIAS, TOKENS)
 
 
@@ -194,7 +218,7 @@ def _sliced(
     part = tl.program_id(0) % slices
     mine = part * ROWS + tl.arange(0, ROWS)
     kept = mine < r
-    hidden = _product(x, down, tokens, mine, kept, 0, k, k, 1, TOKENS, ROWS, DEPTH, WIDE)
+    hidden = _product(x, down, tokens, mine, kept, 0, k, k, TOKENS, ROWS, DEPTH, WIDE)
     start = tl.program_id(0) // slices * share
     end = tl.minimum(start + share, n)
     for first in range(start, end, OUTPUTS):
@@ -203,12 +227,12 @@ def _sliced(
         lines = up + row.to(tl.int64)[:, None] * r + mine[None, :]
         weight = tl.load(lines, mask=inside[:, None] & kept[None, :], other=0.0)
         if TOKENS == 1:
-            total = tl.sum(hidden * weight.to(tl.float32), 1)[None, :]
+            total = tl.expand_dims(tl.sum(hidden * weight.to(tl.float32), 1), 0)
         else:
-            rounded = hidden.to(weight.dtype)
+            value = hidden.to(weight.dtype)
             if WIDE:
-                rounded, weight = rounded.to(tl.float32), weight.to(tl.float32)
-            total = tl.dot(rounded, tl.trans(weight), input_precision="ieee")
+                value, weight = value.to(tl.float32), weight.to(tl.float32)
+            total = tl.dot(value, tl.trans(weight), input_precision="ieee")
         _write(y + part.to(tl.int64) * tokens * n, bias, total, tokens, row, inside, n, BIAS, TOKENS)
 
 
@@ -239,19 +263,20 @@ def outside(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> str | N
     )
 
 
-def tile_for(x: Tensor, down: Tensor, up: Tensor) -> Tile:
-    """The design and sizes for these shapes."""
-    return Tile()
-
-
 def plan(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Plan:
     """One launch or two, as the tile's design says. In the interpreter programs cannot wait for each other."""
-    tile = tile or tile_for(x, down, up)
+    tile = tile or _tile(x, down, up)
     if tile.design == "grid" and (INTERPRETED or torch.version.hip):
         tile = tile._replace(design="launches")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], up.shape[0])
     return Plan(y, (_slices if tile.design == "slices" else _halves)(x, down, up, bias, y, tile))
+
+
+def _tile(x: Tensor, down: Tensor, up: Tensor) -> Tile:
+    size = (down.numel() + up.numel()) * up.element_size()
+    one, several = next(tiles for most, tiles in TILES.items() if size <= most)
+    return several if x.numel() > x.shape[-1] else one
 
 
 def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, tile: Tile) -> list[Launch]:
@@ -263,11 +288,12 @@ def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor,
     rounds = ceil_div(ceil_div(n, tile.outputs), programs)
     share = ceil_div(n, rounds * programs)
     together = tile.design == "grid"
-    hidden = x.new_empty(pieces, tokens, r, dtype=torch.float32)
+    hidden = x.new_empty(tokens, r)
     arguments = _common(x, down, up, bias) | {
+        "parts": hidden if pieces == 1 else x.new_empty(pieces, tokens, r, dtype=torch.float32),
         "hidden": hidden,
         "y": y,
-        "counter": _counter(x) if together else hidden,
+        "counters": _counters(x, 1 + programs),
         "waste": x.new_empty(programs, dtype=torch.float32) if together else hidden,
         "share": share,
     }
@@ -277,7 +303,7 @@ def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor,
         "PIECES": pieces,
         "ROWS": tile.rows,
         "DEPTH": tile.depth,
-        "OUTPUTS": tile.outputs,
+        "OUTPUTS": max(power_of_two(share), LEAST),
         "WIDTH": tile.width,
         "AHEAD": min(power_of_two(ceil_div(share * r, stride)), tile.ahead) if together else 0,
         "STRIDE": stride,
@@ -320,17 +346,17 @@ def _kind(tokens: int, bias: Tensor | None) -> dict[str, Any]:
     return {"TOKENS": 1 if tokens <= 1 else MOST_TOKENS, "BIAS": bias is not None, "WIDE": INTERPRETED}
 
 
-def _counter(x: Tensor) -> Tensor:
-    """What the barrier counts in: launches on one stream follow each other and share it; a captured graph, which may
-    be replayed on any stream, has its own."""
+def _counters(x: Tensor, count: int) -> Tensor:
+    """Zeros, which every launch leaves as zeros or, for the barrier, fit for the next. Launches on one stream follow
+    each other and share them; a captured graph, which may be replayed on any stream, has its own."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return x.new_zeros(1, dtype=torch.int32)
-    return _lasting(x.device, torch.cuda.current_stream(x.device).cuda_stream)
+        return x.new_zeros(count, dtype=torch.int32)
+    return _lasting(x.device, torch.cuda.current_stream(x.device).cuda_stream, count)
 
 
 @cache
-def _lasting(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _lasting(device: torch.device, stream: int, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ from backends.kernels.low_rank_linear import Tile
 from tests.kernels.law import DTYPES, holds, random
 
 DESIGNS = {
-    "grid": Tile("grid", rows=16, depth=32, outputs=16, width=16, programs=1, ahead=64),
-    "slices": Tile("slices", rows=16, depth=32, outputs=16, programs=1),
-    "launches": Tile("launches", rows=16, depth=32, outputs=16, width=16, programs=1),
+    "grid": Tile("grid", 16, 32, 16, 16, programs=1, warps=4, ahead=64),
+    "slices": Tile("slices", 16, 32, 16, 0, programs=1, warps=4),
+    "launches": Tile("launches", 16, 32, 16, 16, programs=1, warps=4),
 }
 
 
@@ -18,7 +18,7 @@ def factors(k, r, n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("tokens", [(), (3, 2), (0,), (16,)])
+@pytest.mark.parametrize("tokens", [(), (3, 2), (0,)])
 def test_equals_reference(tokens, biased, dtype):
     down, up = factors(40, 24, 33, dtype)
     x, bias = random(*tokens, 40, dtype=dtype), random(33, dtype=dtype, seed=3)
@@ -27,7 +27,7 @@ def test_equals_reference(tokens, biased, dtype):
 
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (100, 5, 7), (65, 33, 40), (64, 48, 200)])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 16])
 def test_designs_equal_reference(tokens, sizes, design):
     down, up = factors(*sizes, torch.bfloat16)
     x, bias = random(tokens, sizes[0], dtype=torch.bfloat16), random(sizes[2], dtype=torch.bfloat16, seed=3)
