@@ -54,17 +54,41 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.constants, **chosen)
 
 
+@dataclass(frozen=True)
+class Product:
+    """y [..., N] = x [..., K] · weight [N, K]ᵀ as torch multiplies matrices, after launches that make one of them."""
+
+    x: Tensor
+    weight: Tensor
+    y: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As of a launch."""
+        return {"x": self.x, "weight": self.weight, "y": self.y}
+
+    def run(self) -> None:
+        """Multiplies."""
+        rows, width = self.weight.shape
+        torch.mm(self.x.view(-1, width), self.weight.mT, out=self.y.view(-1, rows))
+
+
 class Plan(NamedTuple):
     """What is launched, in order, and the tensors that hold the result after it."""
 
     result: Any
-    launches: list[Launch]
+    launches: list[Any]  # of Launch and Product
 
     def run(self) -> Any:
         """The result."""
         for launch in self.launches:
             launch.run()
         return self.result
+
+    @property
+    def compiled(self) -> list[Launch]:
+        """The launches that Triton compiles."""
+        return [launch for launch in self.launches if isinstance(launch, Launch)]
 
 
 def operation(

@@ -2,16 +2,57 @@
 
     y = x · Wᵀ,   W[n, k] = (code[n, k] - zero[n, g]) · scale[n, g],   g = k // (K / G)
 
-How codes and zero points lie in their words: packed_weight.py.
+How codes and zero points lie in their words: packed_weight.py. Bytes moved: words, scales and zero points once, unless
+there are more tokens than a block holds; x and y are small. Three designs:
+
+    "vector"   each program sums rows of W times all of K in float32, for a few tokens
+    "matrix"   blocks of W, rounded to x's dtype, go to the matrix units; K is split while there are few blocks, the
+               splits' sums go through scratch and are added in order
+    "widened"  W is written out in x's dtype and torch multiplies: for so many tokens that this costs little
+
+A code c of b bits becomes the float 2^b + c when it is put into the upper bits of the mantissa, without a conversion.
 """
 
 # pyright: basic
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from .launch import Plan, first_reason, operation
+from .launch import INTERPRETED, Launch, Plan, Product, ceil_div, first_reason, jit, operation, power_of_two, tl
+from .launch import processors as processors_of
 from .packed_weight import dense, on_cpu
+
+UNIT = 32
+"""Codes that fill a whole number of words, one for each bit."""
+COMBINED = 1024
+
+
+class Tile(NamedTuple):
+    """Blocks of ``rows`` of W, ``units`` of 32 inputs, ``tokens`` of x; ``splits`` of K, 0: as many as fill a GPU."""
+
+    design: str
+    tokens: int
+    rows: int
+    units: int
+    warps: int
+    stages: int
+    splits: int = 0
+
+
+# Most tokens -> the tile.
+TILES = {
+    1: Tile("vector", 1, 4, 32, 4, 1),
+    2: Tile("vector", 2, 4, 16, 4, 1),
+    4: Tile("vector", 4, 4, 16, 4, 1),
+    16: Tile("matrix", 16, 32, 4, 4, 3),
+    32: Tile("matrix", 32, 64, 4, 4, 3),
+    128: Tile("matrix", 64, 64, 4, 4, 3),
+    384: Tile("matrix", 128, 128, 2, 8, 3),
+    1 << 62: Tile("widened", 1, 16, 16, 4, 1),
+}
 
 
 def reference(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -23,14 +64,248 @@ def reference(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bi
     return (x.float() @ dense(words, scales, zeros, bits, x.shape[-1]).mT).to(x.dtype)
 
 
+@jit
+def codes_at(words, unit, inside, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
+    """int32 [ROWS, UNITS, 32]: the codes of ``unit`` [ROWS, UNITS], counted from the first of W."""
+    if 32 % BITS == 0:
+        held = tl.load(words + unit[:, :, None] * BITS + tl.arange(0, BITS), mask=inside[:, :, None], other=0)
+        offset = tl.arange(0, 32 // BITS) * BITS
+        code = (held[:, :, :, None] >> offset) & (2**BITS - 1)
+        return code.reshape(ROWS, UNITS, 32)
+    bit = tl.arange(0, 32) * BITS
+    offset = bit % 32
+    word = words + unit[:, :, None] * BITS + bit // 32
+    low = tl.load(word, mask=inside[:, :, None], other=0)
+    high = tl.load(word + 1, mask=inside[:, :, None] & (offset + BITS > 32), other=0)
+    return ((low >> offset) & (2**BITS - 1) & ~(-1 << (32 - offset))) | ((high << (32 - offset)) & (2**BITS - 1))
+
+
+@jit
+def affine_at(scales, zeros, row, group, inside, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """float32 [ROWS, UNITS] a and b of codes c: W = a · (2^BITS + c) + b."""
+    scale = tl.load(scales + row * groups + group, mask=inside, other=0.0).to(tl.float32)
+    if not ZEROS:
+        return scale, scale * -(2**BITS + 2 ** (BITS - 1))
+    bit = row * BITS
+    offset = bit % 32
+    word = zeros + (bit // 32) * groups + group
+    zero = (tl.load(word, mask=inside, other=0) >> offset) & (2**BITS - 1)
+    if 32 % BITS != 0:
+        zero &= ~(-1 << (32 - offset))
+        high = tl.load(word + groups, mask=inside & (offset + BITS > 32), other=0)
+        zero |= (high << (32 - offset)) & (2**BITS - 1)
+    return scale, scale * -((2**BITS + zero).to(tl.float32))
+
+
+@jit
+def weights_at(
+    words,
+    scales,
+    zeros,
+    row,
+    unit,
+    inside,
+    units,
+    groups,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ZEROS: tl.constexpr,
+):
+    """float32 [ROWS, UNITS, 32]: W at ``row`` [ROWS, 1] and ``unit`` [1, UNITS]; groups are of SPAN units."""
+    code = codes_at(words, row * units + unit, inside, ROWS, UNITS, BITS)
+    number = ((code << (23 - BITS)) | ((127 + BITS) << 23)).to(tl.float32, bitcast=True)
+    scale, shift = affine_at(scales, zeros, row, unit // SPAN, inside, groups, BITS, ZEROS)
+    return number * scale[:, :, None] + shift[:, :, None]
+
+
+@jit
+def _vector(
+    x,
+    words,
+    scales,
+    zeros,
+    y,
+    tokens,
+    rows,
+    units,
+    groups,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ZEROS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    token = tl.arange(0, TOKENS)[:, None]
+    total = tl.zeros([TOKENS, ROWS, UNITS, 32], tl.float32)
+    for start in tl.range(0, units, UNITS, num_stages=STAGES):
+        unit = start + tl.arange(0, UNITS)[None, :]
+        here = (token < tokens) & (unit < units)
+        place = (token * units + unit)[:, :, None] * 32 + tl.arange(0, 32)
+        value = tl.load(x + place, mask=here[:, :, None], other=0.0).to(tl.float32)
+        inside = (row < rows) & (unit < units)
+        weight = weights_at(
+            words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+        )  # fmt: skip
+        total += value[:, None, :, :] * weight[None, :, :, :]
+    result = tl.sum(total.reshape(TOKENS, ROWS, UNITS * 32), 2)
+    column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(y + token * rows + column, result.to(y.dtype.element_ty), mask=(token < tokens) & (column < rows))
+
+
+@jit
+def _matrix(
+    x,
+    words,
+    scales,
+    zeros,
+    y,
+    tokens,
+    rows,
+    units,
+    groups,
+    share,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ZEROS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y [splits, tokens, rows]: each split's sum, over ``share`` units."""
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    first = tl.program_id(2) * share
+    last = tl.minimum(first + share, units)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    for start in tl.range(first, last, UNITS, num_stages=STAGES):
+        unit = start + tl.arange(0, UNITS)[None, :]
+        column = start * 32 + tl.arange(0, UNITS * 32)[None, :]
+        here = (token < tokens) & (column < last * 32)
+        value = tl.load(x + token.to(tl.int64) * units * 32 + column, mask=here, other=0.0)
+        inside = (row < rows) & (unit < last)
+        weight = weights_at(
+            words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+        )  # fmt: skip
+        weight = weight.reshape(ROWS, UNITS * 32).to(value.dtype)
+        if WIDE:
+            value, weight = value.to(tl.float32), weight.to(tl.float32)
+        total = tl.dot(value, tl.trans(weight), total, input_precision="ieee")
+    column = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[None, :]
+    place = (tl.program_id(2) * tokens + token).to(tl.int64) * rows + column
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=(token < tokens) & (column < rows))
+
+
+@jit
+def _added(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * size.to(tl.int64) + place, mask=place < size, other=0.0)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=place < size)
+
+
+@jit
+def _widened(
+    words,
+    scales,
+    zeros,
+    weight,
+    rows,
+    units,
+    groups,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ZEROS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    unit = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[None, :]
+    inside = (row < rows) & (unit < units)
+    values = weights_at(
+        words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+    )  # fmt: skip
+    place = (row.to(tl.int64) * units + unit)[:, :, None] * 32 + tl.arange(0, 32)
+    tl.store(weight + place, values.to(weight.dtype.element_ty), mask=inside[:, :, None])
+
+
 def outside(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> str | None:
     """Why the inputs are not for the kernels."""
-    return first_reason([(False, "there is no kernel yet")])
+    width, groups = x.shape[-1], scales.shape[-1]
+    return first_reason(
+        [
+            (x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"{x.dtype} is no dtype of activations"),
+            (2 <= bits <= 8, f"codes of {bits} bits"),
+            (width % (UNIT * groups) == 0, f"{groups} groups of {width} inputs are not of a multiple of {UNIT}"),
+            (words.is_contiguous() and scales.is_contiguous(), "the weight is not contiguous"),
+            (zeros is None or zeros.is_contiguous(), "the zero points are not contiguous"),
+        ]
+    )
 
 
-def plan(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Plan:
-    """Nothing."""
-    return Plan(reference(x, words, scales, zeros, bits), [])
+def plan(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, tile: Tile | None = None) -> Plan:
+    """One launch; two where K is split; one, and torch's product, for many tokens."""
+    x = x.contiguous()
+    tokens, rows = x.numel() // x.shape[-1], words.shape[0]
+    tile = tile or next(each for most, each in TILES.items() if tokens <= most)
+    y = x.new_empty(*x.shape[:-1], rows)
+    weight = packed_arguments(x, words, scales, zeros)
+    constants = {**packed_constants(x, scales, zeros, bits), "ROWS": tile.rows, "UNITS": tile.units}
+    if tile.design == "widened":
+        return _widened_plan(x, y, weight, constants, tile)
+    arguments = {**weight, "x": x, "y": y, "tokens": tokens}
+    constants |= {"STAGES": tile.stages, "TOKENS": tile.tokens}
+    if tile.design == "vector":
+        constants["TOKENS"] = power_of_two(tokens)
+        return Plan(y, [Launch(_vector, (ceil_div(rows, tile.rows),), arguments, constants, tile.warps, tile.stages)])
+    return _matrix_plan(y, arguments, constants, tile)
+
+
+def packed_arguments(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor | int]:
+    """What kernels are told of a weight."""
+    units = x.shape[-1] // UNIT
+    sizes = {"rows": words.shape[0], "units": units, "groups": scales.shape[-1]}
+    return {"words": words, "scales": scales, "zeros": words if zeros is None else zeros, **sizes}
+
+
+def packed_constants(x: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> dict[str, int | bool]:
+    """What kernels for a weight are compiled for."""
+    return {"BITS": bits, "SPAN": x.shape[-1] // UNIT // scales.shape[-1], "ZEROS": zeros is not None}
+
+
+def _matrix_plan(y: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile) -> Plan:
+    tokens, rows, units = (int(arguments[name]) for name in ("tokens", "rows", "units"))
+    blocks = (ceil_div(tokens, tile.tokens), ceil_div(rows, tile.rows))
+    steps = ceil_div(units, tile.units)
+    wanted = tile.splits or 2 * processors_of(y) // max(blocks[0] * blocks[1], 1)
+    share = ceil_div(steps, min(max(wanted, 1), steps)) * tile.units
+    splits = ceil_div(units, share)
+    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
+    arguments = {**arguments, "y": parts, "share": share}
+    constants = {**constants, "WIDE": INTERPRETED}
+    launches = [Launch(_matrix, (*blocks, splits), arguments, constants, tile.warps, tile.stages)]
+    if splits > 1:
+        sums = {"parts": parts, "y": y, "size": y.numel()}
+        sizes = {"SPLITS": splits, "BLOCK": COMBINED}
+        launches.append(Launch(_added, (ceil_div(y.numel(), COMBINED),), sums, sizes))
+    return Plan(y, launches)
+
+
+def _widened_plan(
+    x: Tensor, y: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile
+) -> Plan:
+    rows, units = y.shape[-1], x.shape[-1] // UNIT
+    weight = x.new_empty(rows, x.shape[-1])
+    grid = (ceil_div(rows, tile.rows), ceil_div(units, tile.units))
+    launch = Launch(_widened, grid, {**arguments, "weight": weight}, constants, tile.warps, tile.stages)
+    return Plan(y, [launch, Product(x, weight, y)])
 
 
 def packed_linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:

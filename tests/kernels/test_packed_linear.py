@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from backends.kernels import packed_linear, packed_weight
+from backends.kernels.packed_linear import Tile
 from compiler.weights.evaluate import evaluate
 from compiler.weights.ops.quant import pack_bits, quantise
-from tests.kernels.law import DEVICE, DTYPES, random
+from tests.kernels.law import DEVICE, DTYPES, holds, random
 from tests.test_packing import bound
 
 BITS = range(2, 9)
@@ -45,6 +46,41 @@ def test_operation_equals_reference(bits, group, symmetric, dtype):
         torch.testing.assert_close(
             actual.float(), expected, rtol=0, atol=(2 * torch.finfo(dtype).eps + summed) * largest
         )
+
+
+TILES = {
+    "vector": Tile("vector", 1, 4, 2, 4, 1),
+    "matrix": Tile("matrix", 16, 16, 1, 4, 2, splits=3),
+    "whole": Tile("matrix", 16, 32, 2, 4, 2, splits=1),
+    "widened": Tile("widened", 1, 8, 2, 4, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("design", "tokens"), [("vector", 1), ("vector", 3), ("matrix", 17), ("whole", 3), ("widened", 5)]
+)
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(2, True), (3, False), (3, True), (4, False), (4, True), (5, False), (8, False)]
+)
+def test_kernels_equal_reference(bits, symmetric, design, tokens, monkeypatch):
+    monkeypatch.setattr(packed_linear, "TILES", {1 << 62: TILES[design]})
+    for place, (rows, width, group) in enumerate([(37, 160, 32), (6, 128, 64)]):
+        dtype = DTYPES[(bits + tokens + place) % 3]
+        words, scales, zeros, _ = packed(random(rows, width), bits, group, symmetric, dtype)
+        x = random(tokens, width, dtype=dtype)
+        holds(packed_linear, x, words, scales, zeros, bits, length=width, rounded=design != "vector")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 4, 96), (0, 96), (5, 96)])
+def test_plans_equal_reference(shape, dtype):
+    words, scales, zeros, _ = packed(random(9, 96), 4, 0, False)
+    holds(packed_linear, random(*shape, dtype=dtype), words, scales, zeros, 4, length=96, rounded=True)
+
+
+def test_what_is_outside_says_why():
+    words, scales, zeros, _ = packed(random(9, 80), 4, 40, True)
+    assert "not of a multiple of 32" in packed_linear.outside(random(1, 80), words, scales, zeros, 4)
 
 
 def test_gradients_are_those_of_the_reference():
