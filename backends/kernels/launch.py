@@ -7,6 +7,7 @@ The files of this folder import torch and each other and nothing else, so that a
 # Triton's language has no types that a checker could use.
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -98,37 +99,48 @@ def operation(
     outside: Callable[..., str | None],
     shaped: Callable[..., Any],
 ) -> Any:
-    """``on_cpu`` as an operation of torch, by its name, that ``plan`` does on GPUs.
+    """``on_cpu`` as an operation of torch, by its name, that ``plan`` does on GPUs: a function that calls it.
 
     Inputs ``outside`` the plan's envelope (it says why) are computed by ``reference`` there, through which gradients
     are taken, too; ``shaped`` makes an empty result. The operation's namespace is a digest of the file: checkpoints
     that carry different versions of it can be loaded side by side.
     """
     digest = hashlib.sha256(Path(on_cpu.__code__.co_filename).read_bytes()).hexdigest()[:12]
-    space, name = f"compress_model_{digest}", on_cpu.__name__
-    if not hasattr(getattr(torch.ops, space), name):
-        _register(f"{space}::{name}", on_cpu, reference, plan, outside, shaped)
-    return getattr(getattr(torch.ops, space), name).default
+    name = f"compress_model_{digest}::{on_cpu.__name__}"
+    plain = _registered(name, on_cpu, reference, plan, outside, shaped)
+    tracked = _registered(f"{name}_with_gradients", on_cpu, reference, plan, outside, shaped, gradients=True)
+
+    @functools.wraps(on_cpu)
+    def call(*inputs: Any, **named: Any) -> Any:
+        return (tracked if torch.is_grad_enabled() else plain)(*inputs, **named)
+
+    return call
 
 
-def _register(
+def _registered(
     name: str,
     on_cpu: Callable[..., Any],
     reference: Callable[..., Any],
     plan: Callable[..., Plan],
     outside: Callable[..., str | None],
     shaped: Callable[..., Any],
-) -> None:
-    # torch.library.custom_op would check at every call what the tests check once; in decoding that is felt.
-    torch.library.define(name, torch.library.infer_schema(on_cpu, mutates_args=()))
+    gradients: bool = False,
+) -> Any:
+    # What torch does in Python for gradients, and what custom_op would check at each call, is felt in decoding: of
+    # the two operations one has no gradients, and neither is checked but by the tests.
+    space, _, own = name.partition("::")
+    if not hasattr(getattr(torch.ops, space), own):
+        torch.library.define(name, torch.library.infer_schema(on_cpu, mutates_args=()))
 
-    def on_gpu(*inputs: Any) -> Any:
-        return reference(*inputs) if triton is None or outside(*inputs) else plan(*inputs).run()
+        def on_gpu(*inputs: Any) -> Any:
+            return reference(*inputs) if triton is None or outside(*inputs) else plan(*inputs).run()
 
-    torch.library.impl(name, "cpu", on_cpu)
-    torch.library.impl(name, "cuda", on_gpu)
-    torch.library.register_fake(name, shaped)
-    torch.library.register_autograd(name, _differentiated(reference), setup_context=_keep)
+        torch.library.impl(name, "cpu", on_cpu)
+        torch.library.impl(name, "cuda", on_gpu)
+        torch.library.register_fake(name, shaped)
+        if gradients:
+            torch.library.register_autograd(name, _differentiated(reference), setup_context=_keep)
+    return getattr(getattr(torch.ops, space), own).default
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
