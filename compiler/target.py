@@ -32,7 +32,7 @@ def emission_of(
 ) -> Emission:
     """The checkpoint for ``graph``, of a stock class or with its own code as ``model_class`` says. Reads no weight.
 
-    ``cache_bits`` 8 or 4 rounds what latent attention caches, ``compact`` stores sparse weights as bits and values;
+    ``cache_bits`` 8 or 4 rounds what attention caches, ``compact`` stores sparse weights as bits and values;
     stock classes can neither. Raises TargetError when there is no such checkpoint.
     """
     return replace(_emission(graph, model_class, cache_bits, compact), tokens=graph.tokens)
@@ -101,7 +101,7 @@ def _noted(emission: Emission, graph: Graph) -> Emission:
 
 def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission | Refusal:
     if cache_bits is not None:
-        return Refusal("", f"none caches latents in {cache_bits} bits")
+        return Refusal("", f"none caches in {cache_bits} bits")
     if compact:
         return Refusal("", "none loads sparse weights from bits and values")
     return Refusal("", "the recipe asks for generated code") if model_class == "generated" else propose(graph)

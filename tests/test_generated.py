@@ -284,7 +284,16 @@ def test_latents_are_cached_in_few_bits(kind, bits, tmp_path):
     directory = tmp_path / f"{kind.replace(' ', '_')}_{bits}"
     directory.mkdir()
     emit(emission_of(graph, cache_bits=bits), graph.sources, directory)
-    model = load_model(directory, trust_remote_code=True)
+    layers = check_rounded_cache(graph, load_model(directory, trust_remote_code=True), bits, name)
+    for layer, rank, count in zip(layers, ranks, pairs, strict=True):
+        assert layer.keys.dtype == torch.uint8
+        if rank >= 0:
+            assert layer.keys.shape[-1] == packed_bytes(rank, bits)
+            assert layer.values.shape[-1] == packed_bytes(2 * count, bits)
+
+
+def check_rounded_cache(graph: Graph, model, bits: int, name: str) -> list:
+    """What a cache of few bits has to be like. Gives back its layers after twelve tokens."""
     given = FAMILIES[name].inputs(batch=2, tokens=12)
     logits = run(graph, given)["logits"]
     with torch.no_grad():
@@ -297,11 +306,20 @@ def test_latents_are_cached_in_few_bits(kind, bits, tmp_path):
         assert error(continued, output.logits[:, 7:]) <= tolerance(graph)
         model.config.cache_bits = 0
         assert error(model(**given).logits, logits) <= tolerance(graph)
-    for layer, rank, count in zip(output.past_key_values.layers, ranks, pairs, strict=True):
-        if rank >= 0:
-            assert layer.keys.dtype == torch.uint8
-            assert layer.keys.shape[-1] == packed_bytes(rank, bits)
-            assert layer.values.shape[-1] == packed_bytes(2 * count, bits)
+    return output.past_key_values.layers
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", 8), ("llama", 4), ("gemma2", 8), ("gemma3", 4), ("gpt_oss", 8)])
+def test_keys_and_values_are_cached_in_few_bits(name, bits, tmp_path):
+    """Of windows only what they see; one group of bytes for each token and head."""
+    graph = capture(FAMILIES[name].build(3, layers=2))
+    emit(emission_of(graph, cache_bits=bits), graph.sources, tmp_path)
+    layers = check_rounded_cache(graph, load_model(tmp_path, trust_remote_code=True), bits, name)
+    for layer, node in zip(layers, graph.nodes_named("attention"), strict=True):
+        _, groups, _, size = node.input(1).shape
+        kept = (node.attr("window") or 13) - 1
+        assert layer.keys.dtype == torch.uint8
+        assert layer.keys.shape == layer.values.shape == (2, groups, min(kept, 12), packed_bytes(size, bits))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -333,9 +351,9 @@ def packed_bytes(size: int, bits: int) -> int:
     return (size + size % 2) * bits // 8 + 2 if size else 0
 
 
-def test_few_bits_need_latents(tmp_path):
-    with pytest.raises(TargetError, match="of which the model has none"):
-        emission_of(capture(FAMILIES["llama"].config(), architecture="LlamaForCausalLM"), cache_bits=8)
+def test_few_bits_need_a_cache():
+    with pytest.raises(TargetError, match="a cache of fewer bits is for models that continue"):
+        emission_of(capture(FAMILIES["bert"].config(), architecture=FAMILIES["bert"].architecture), cache_bits=8)
 
 
 GOLDEN = ROOT / "tests" / "golden" / "generated"

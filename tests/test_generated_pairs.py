@@ -154,12 +154,13 @@ def test_the_decoder_caches_latents_and_the_encoders_keys_once(made):
     assert error(torch.cat(steps, 1), whole) <= 1e-5
 
 
-def test_a_cache_of_few_bits(tmp_path):
-    graph = graph_of("whisper", (16, 16, 16))
+@pytest.mark.parametrize(("ranks", "bytes_per_token"), [((16, 16, 16), 3 * (16 + 2)), ((), 3 * 2 * 4 * (12 + 2))])
+def test_a_cache_of_few_bits(ranks, bytes_per_token, tmp_path):
+    graph = graph_of("whisper", ranks)
     emit(emission_of(graph, cache_bits=8), graph.sources, tmp_path)
     model = load_model(tmp_path, trust_remote_code=True)
     size = cache_size(model)
-    assert size is not None and size.bytes_per_token == 3 * (16 + 2)
+    assert size is not None and size.bytes_per_token == bytes_per_token
     inputs = inputs_of("whisper")
     with torch.no_grad():
         assert error(model(**inputs).logits, run(graph, inputs)["logits"]) <= 0.05

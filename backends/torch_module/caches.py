@@ -7,12 +7,13 @@ from typing import Any
 from compiler.ir.graph import Graph, Node
 
 CACHE_LAYERS = {
-    "window": "SlidingLayer",
+    "rounded": "RoundedLayer",
+    "rounded latent window": "SlidingRoundedLatentLayer",
+    "rounded window": "SlidingRoundedLayer",
     "latent window": "SlidingLatentLayer",
-    "rounded": "RoundedLatentLayer",
-    "rounded window": "SlidingRoundedLatentLayer",
+    "window": "SlidingLayer",
 }
-"""Classes of layers that a module gets when its cache has some of the kind."""
+"""What layers of a cache there are, and their classes."""
 
 
 def cache_context(graph: Graph, bits: int, part: str = "") -> dict[str, Any]:
@@ -21,7 +22,8 @@ def cache_context(graph: Graph, bits: int, part: str = "") -> dict[str, Any]:
     latent, plain = graph.nodes_named("latent_attention"), _keyed(graph)
     return {
         "latent_softcap": any(node.attr("softcap") for node in latent),
-        "cache_doc": _doc(bool(latent), bool(plain)),
+        "cache_doc": f"Past tokens' {_held(latent, plain)}; of layers with a window only those within it.",
+        "rounded_doc": _held(latent, plain).capitalize(),
         "cache_kinds": cache_kinds(graph, bits),
         "cache_bits": bits,
         "cache_layers": f"{start}num_hidden_layers",
@@ -33,12 +35,17 @@ def cache_kinds(graph: Graph, bits: int) -> list[str]:
     """What layers of the cache there may be."""
     latent = {bool(node.attr("window")) for node in graph.nodes_named("latent_attention")}
     plain = {bool(node.attr("window")) for node in _keyed(graph)}
-    kinds = ["window"] if True in latent | plain else []
-    kinds += ["rounded"] if bits and False in latent else []
-    kinds += ["rounded window"] if bits and True in latent else []
-    kinds += ["latent window"] if True in latent else []
-    kinds += ["plain window"] if True in plain else []
-    return kinds or ["full"]
+    windows = [kind for kind, found in (("latent window", latent), ("window", plain)) if True in found]
+    rounded = [*(f"rounded {kind}" for kind in windows), *(["rounded"] if False in latent | plain else [])]
+    return [*(rounded if bits else []), *windows] or ["full"]
+
+
+def cache_helpers(kinds: list[str]) -> set[str]:
+    """The classes that the layers of ``kinds`` are of, and what they call."""
+    sliding = {"SlidingLayer"} if any("window" in kind for kind in kinds) else set[str]()
+    latent = {"SlidingLatentLayer"} if "rounded latent window" in kinds else set[str]()
+    rounding = {"pack", "unpack"} if any("rounded" in kind for kind in kinds) else set[str]()
+    return {CACHE_LAYERS[kind] for kind in kinds if kind in CACHE_LAYERS} | sliding | latent | rounding
 
 
 def _keyed(graph: Graph) -> list[Node]:
@@ -46,6 +53,5 @@ def _keyed(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes_named("attention") if node.attr("causal")]
 
 
-def _doc(latent: bool, plain: bool) -> str:
-    held = " or ".join([*(["keys and values"] if plain else []), *(["latents and rotary keys"] if latent else [])])
-    return f"Past tokens' {held}; of layers with a window only those within it."
+def _held(latent: list[Node], plain: list[Node]) -> str:
+    return " or ".join([*(["keys and values"] if plain else []), *(["latents and rotary keys"] if latent else [])])

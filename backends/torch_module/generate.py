@@ -35,18 +35,18 @@ __all__ = ["Generated", "generate"]
 def generate(graph: Graph, *, cache_bits: int = 0, compact: bool = False) -> Generated:
     """The files for ``graph``. Raises TargetError when something in it has no code.
 
-    ``cache_bits`` 8 or 4 rounds what latent attention caches; ``compact`` loads sparse weights from bits and values,
+    ``cache_bits`` 8 or 4 rounds what attention caches; ``compact`` loads sparse weights from bits and values,
     and is an error when there are none. Reads no weight but rotary frequencies.
     """
     return _assembly(graph, cache_bits).generated(compact)
 
 
 def _assembly(graph: Graph, cache_bits: int) -> Assembly:
-    if cache_bits and not graph.nodes_named("latent_attention"):
-        raise TargetError("a cache of fewer bits is for latent attention, of which the model has none")
     if is_paired(graph):
         return _pair(graph, cache_bits)
     if not _continues(graph):
+        if cache_bits:
+            raise TargetError("a cache of fewer bits is for models that continue text or recordings; this one does not")
         return _encoder(graph)
     graph = prepared(graph, _tokens(graph))
     _check_by_token(graph, "input_ids", graph.nodes)

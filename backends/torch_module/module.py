@@ -296,7 +296,7 @@ class ClassWriter:
 
     def _children(self) -> Iterator[list[str]]:
         if self.rotation:
-            self.model.helpers |= {"LatentRotation", "pack", "unpack"}
+            self.model.helpers.add("LatentRotation")
             rank = self._reference("kv_lora_rank")
             yield [f"        {self.rotation} = {self.model.prefix}LatentRotation({rank})"]
         done: set[str] = set()

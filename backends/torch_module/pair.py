@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import CACHE_LAYERS, cache_context, cache_kinds
+from backends.torch_module.caches import cache_context, cache_helpers, cache_kinds
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
 from backends.torch_module.model_code import TopWriter, without_call
@@ -126,7 +126,7 @@ class PairAssembly(Assembly):
     def helper_context(self) -> dict[str, Any]:
         context = cache_context(self.graph, self.model.cache_bits, "decoder")
         kinds = cache_kinds(self.graph, self.model.cache_bits)
-        self.model.helpers |= {name for kind, name in CACHE_LAYERS.items() if kind in kinds}
+        self.model.helpers |= cache_helpers(kinds)
         self.model.helpers |= {"eager_attention", "allowed"} if context["latent_softcap"] else set()
         return context
 

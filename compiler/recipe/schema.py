@@ -93,8 +93,9 @@ class Safetensors:
 
     ``class`` is the model class: a ``stock`` one of transformers, one ``generated`` from the graph, whose code comes
     with the checkpoint, or ``auto``, which generates one where there is no stock class. ``cache-bits`` generates one
-    whose latents are cached in so many bits. ``sparse: compact`` generates one that reads sparse weights from bits and
-    values; by default their zeros are written like other numbers, which any class loads and which saves nothing.
+    whose keys and values, or latents, are cached in so many bits. ``sparse: compact`` generates one that reads sparse
+    weights from bits and values; by default their zeros are written like other numbers, which any class loads and
+    which saves nothing.
     ``quantised-as`` is the layout of quantised weights: that of compressed-tensors, or of GPTQ checkpoints, whose first
     version cannot hold every zero point.
     """

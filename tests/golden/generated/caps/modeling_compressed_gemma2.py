@@ -209,7 +209,7 @@ class CompressedGemma2LatentRotation(nn.Module):
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [batch, length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
+    """x [..., length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
     size = x.shape[-1]
     groups = -(-size // 64)
     if groups == 0:
@@ -226,7 +226,7 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """What ``pack`` made bytes of, rounded: [batch, length, size]."""
+    """What ``pack`` made bytes of, rounded: [..., length, size]."""
     groups = -(-size // 64)
     if groups == 0:
         return packed.to(dtype)
@@ -240,8 +240,8 @@ def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> to
     return values.flatten(-2)[..., :size]
 
 
-class RoundedLatentLayer(DynamicLayer):
-    """Latents and rotary keys [batch, length, size], held as the bytes that ``pack`` makes of them."""
+class RoundedLayer(DynamicLayer):
+    """Latents and rotary keys [..., length, size], held as the bytes that ``pack`` makes of them."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -250,10 +250,10 @@ class RoundedLatentLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        keys, values = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
         dtype = key_states.dtype
-        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
-        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+        keys = unpack(keys, key_states.shape[-1], self.bits, dtype)
+        return keys, unpack(values, value_states.shape[-1], self.bits, dtype)
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
@@ -289,10 +289,10 @@ class SlidingRoundedLatentLayer(SlidingLatentLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        keys, values = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
         dtype = key_states.dtype
-        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
-        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+        keys = unpack(keys, key_states.shape[-1], self.bits, dtype)
+        return keys, unpack(values, value_states.shape[-1], self.bits, dtype)
 
 
 class CompressedGemma2Cache(DynamicCache):
@@ -304,10 +304,10 @@ class CompressedGemma2Cache(DynamicCache):
     @staticmethod
     def _layer(config: CompressedGemma2Config, index: int) -> CacheLayerMixin:
         window = config.attention_windows[index]
-        if config.cache_bits and not window:
-            return RoundedLatentLayer(config.cache_bits)
         if config.cache_bits and window:
             return SlidingRoundedLatentLayer(config.cache_bits, window)
+        if config.cache_bits:
+            return RoundedLayer(config.cache_bits)
         if window:
             return SlidingLatentLayer(window)
         return DynamicLayer()

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
 
-For the code of modeling_compressed_qwen3.py with the digest d6c890819caea656.
+For the code of modeling_compressed_qwen3.py with the digest c3af0c52d1ed4e7f.
 """
 
 from dataclasses import field

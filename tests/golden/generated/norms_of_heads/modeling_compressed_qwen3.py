@@ -173,7 +173,7 @@ class CompressedQwen3LatentRotation(nn.Module):
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [batch, length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
+    """x [..., length, size] as bytes: codes of 8 or 4 bits, then a bfloat16 scale for each group of at most 64."""
     size = x.shape[-1]
     groups = -(-size // 64)
     if groups == 0:
@@ -190,7 +190,7 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """What ``pack`` made bytes of, rounded: [batch, length, size]."""
+    """What ``pack`` made bytes of, rounded: [..., length, size]."""
     groups = -(-size // 64)
     if groups == 0:
         return packed.to(dtype)
@@ -204,8 +204,8 @@ def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> to
     return values.flatten(-2)[..., :size]
 
 
-class RoundedLatentLayer(DynamicLayer):
-    """Latents and rotary keys [batch, length, size], held as the bytes that ``pack`` makes of them."""
+class RoundedLayer(DynamicLayer):
+    """Latents and rotary keys [..., length, size], held as the bytes that ``pack`` makes of them."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -214,10 +214,10 @@ class RoundedLatentLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, rotary_key = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
+        keys, values = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
         dtype = key_states.dtype
-        latent = unpack(latent, key_states.shape[-1], self.bits, dtype)
-        return latent, unpack(rotary_key, value_states.shape[-1], self.bits, dtype)
+        keys = unpack(keys, key_states.shape[-1], self.bits, dtype)
+        return keys, unpack(values, value_states.shape[-1], self.bits, dtype)
 
 
 class CompressedQwen3Cache(DynamicCache):
@@ -225,7 +225,7 @@ class CompressedQwen3Cache(DynamicCache):
 
     def __init__(self, config: CompressedQwen3Config) -> None:
         bits, count = config.cache_bits, config.num_hidden_layers
-        Cache.__init__(self, layers=[RoundedLatentLayer(bits) if bits else DynamicLayer() for _ in range(count)])
+        Cache.__init__(self, layers=[RoundedLayer(bits) if bits else DynamicLayer() for _ in range(count)])
 
 
 class CompressedQwen3Attention(nn.Module):
