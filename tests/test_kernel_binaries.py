@@ -22,6 +22,15 @@ class Gate:
 
 # By file, then by kernel in it.
 GATES = {
+    "cached_decode": {"_cached_decode": Gate(resident=2, matrix=True), "_combine": Gate(resident=8)},
+    "latent_decode": {"_latent_decode": Gate(asynchronous=True, matrix=True), "_combine": Gate(resident=8)},
+    "low_rank_linear": {"_low_rank_linear": Gate(resident=2)},
+    "packed_linear": {
+        "_vector": Gate(resident=2),
+        "_matrix": Gate(vector=False, asynchronous=True, matrix=True),
+        "_added": Gate(resident=8),
+        "_widened": Gate(resident=4),
+    },
     "rms_norm": {"_rms_norm": Gate(resident=2)},
 }
 PATTERNS = {
@@ -30,7 +39,8 @@ PATTERNS = {
         "asynchronous": r"cp\.async",
         "matrix": r"\bmma\.sync|wgmma\.mma|tcgen05\.mma",
     },
-    "gfx": {"vector": r"(?:global|buffer)_load_dwordx4", "matrix": r"v_mfma"},
+    # 8 bytes for each of 64 lanes are as many as 16 for each of 32.
+    "gfx": {"vector": r"(?:global|buffer)_load_dwordx[24]", "matrix": r"v_mfma"},
 }
 
 
@@ -42,7 +52,7 @@ def test_binaries_pass_their_gates(file, target):
     seen = set()
     for case in cases:
         assert kernel.outside(*case.inputs) is None
-        for launch in kernel.plan(*case.inputs).launches:
+        for launch in kernel.plan(*case.inputs).compiled:
             binary = compiled(launch, target)
             seen.add(binary.name)
             _check(binary, GATES[file][binary.name], case.name)

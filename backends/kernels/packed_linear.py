@@ -47,7 +47,7 @@ TILES = {
     1: Tile("vector", 1, 4, 32, 4, 1),
     2: Tile("vector", 2, 4, 16, 4, 1),
     4: Tile("vector", 4, 4, 16, 4, 1),
-    16: Tile("matrix", 16, 32, 4, 4, 3),
+    16: Tile("matrix", 16, 16, 4, 4, 4),
     32: Tile("matrix", 32, 64, 4, 4, 3),
     128: Tile("matrix", 64, 64, 4, 4, 3),
     384: Tile("matrix", 128, 128, 2, 8, 3),
@@ -72,11 +72,18 @@ def codes_at(words, unit, inside, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS:
         offset = tl.arange(0, 32 // BITS) * BITS
         code = (held[:, :, :, None] >> offset) & (2**BITS - 1)
         return code.reshape(ROWS, UNITS, 32)
+    word = tl.arange(0, 4 if BITS == 3 else 8)
+    here = inside[:, :, None] & (word < BITS)
+    held = tl.load(words + unit[:, :, None] * BITS + word, mask=here, other=0)
     bit = tl.arange(0, 32) * BITS
     offset = bit % 32
-    word = words + unit[:, :, None] * BITS + bit // 32
-    low = tl.load(word, mask=inside[:, :, None], other=0)
-    high = tl.load(word + 1, mask=inside[:, :, None] & (offset + BITS > 32), other=0)
+    place = tl.broadcast_to((bit // 32)[None, None, :], [ROWS, UNITS, 32])
+    return _across(tl.gather(held, place, 2), tl.gather(held, tl.minimum(place + 1, BITS - 1), 2), offset, BITS)
+
+
+@jit
+def _across(low, high, offset, BITS: tl.constexpr):
+    """Codes that start at bit ``offset`` of words ``low`` and may end in ``high``."""
     return ((low >> offset) & (2**BITS - 1) & ~(-1 << (32 - offset))) | ((high << (32 - offset)) & (2**BITS - 1))
 
 
@@ -89,11 +96,12 @@ def affine_at(scales, zeros, row, group, inside, groups, BITS: tl.constexpr, ZER
     bit = row * BITS
     offset = bit % 32
     word = zeros + (bit // 32) * groups + group
-    zero = (tl.load(word, mask=inside, other=0) >> offset) & (2**BITS - 1)
-    if 32 % BITS != 0:
-        zero &= ~(-1 << (32 - offset))
-        high = tl.load(word + groups, mask=inside & (offset + BITS > 32), other=0)
-        zero |= (high << (32 - offset)) & (2**BITS - 1)
+    zero = tl.load(word, mask=inside, other=0)
+    if 32 % BITS == 0:
+        zero = (zero >> offset) & (2**BITS - 1)
+    else:
+        more = inside & (offset + BITS > 32)
+        zero = _across(zero, tl.load(word + groups, mask=more, other=0), offset, BITS)
     return scale, scale * -((2**BITS + zero).to(tl.float32))
 
 
