@@ -23,7 +23,7 @@ class Gate:
 # By file, then by kernel in it.
 GATES = {
     "bf16_codec": {"_bf16_codec": Gate(resident=4, vector=False)},
-    "cached_decode": {"_cached_decode": Gate(resident=2, matrix=True), "_combine": Gate(resident=8)},
+    "cached_decode": {"_cached_decode": Gate(matrix=True), "_combine": Gate(resident=8)},
     "latent_decode": {"_latent_decode": Gate(asynchronous=True, matrix=True), "_combine": Gate(resident=8)},
     "low_rank_linear": {"_low_rank_linear": Gate(resident=2)},
     "packed_linear": {

@@ -35,6 +35,11 @@ class Tile(NamedTuple):
     resident: int
 
 
+def tile_of(table: dict[tuple[int, ...], Tile], *wanted: int) -> Tile:
+    """The first tile of ``table`` whose sizes are at least those wanted."""
+    return next(tile for most, tile in table.items() if all(map(int.__le__, wanted, most)))
+
+
 def group_width(size: int) -> int:
     """Elements of a group: ``size`` in as few groups as can be, rounded up to an even number."""
     width = ceil_div(size, ceil_div(size, GROUP))
@@ -222,9 +227,9 @@ def _coded(
     place = (group * UNITS)[None, :, None] + unit[None, None, :]
     chosen = present[:, :, None] & (unit < UNITS)[None, None, :]
     pair = tl.load(rows + starts[:, None, None] + place, mask=chosen, other=0).to(tl.int32)
-    SIGN: tl.constexpr = 8 if BITS == 4 else 128
-    codes = tl.join(pair & (2 * SIGN - 1), (pair >> BITS) & (2 * SIGN - 1))
-    codes = (tl.reshape(codes, [starts.shape[0], GROUPS, WIDTH]) ^ SIGN) - SIGN
+    sign = 8 if BITS == 4 else 128
+    codes = tl.join(pair & (2 * sign - 1), (pair >> BITS) & (2 * sign - 1))
+    codes = (tl.reshape(codes, [starts.shape[0], GROUPS, WIDTH]) ^ sign) - sign
     return codes.to(tl.float32) * (scale << 16).to(tl.float32, bitcast=True)[:, :, None]
 
 
@@ -248,6 +253,16 @@ def logarithms(scores, visible, scale, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         scores = softcap - 2 * softcap / (1 + tl.exp2(scores * (2 * 1.4426950408889634 / softcap)))
     return tl.where(visible, scores * 1.4426950408889634, -float("inf"))
+
+
+@jit
+def more_scores(scores, total, top):
+    """Weights [M, N] of further scores, what earlier ones shrink by, the sum of all and the highest: [M]."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    weights = tl.exp2(scores - base[:, None])
+    shrunk = tl.exp2(top - base)
+    return weights, shrunk, total * shrunk + tl.sum(weights, 1), highest
 
 
 @jit

@@ -26,6 +26,7 @@ from .decoding import (
     layout,
     logarithms,
     mask_arguments,
+    more_scores,
     paged,
     query_arguments,
     row_bytes,
@@ -36,6 +37,7 @@ from .decoding import (
     seen_keys,
     span,
     splits_of,
+    tile_of,
     units,
     weights_of,
 )
@@ -97,19 +99,19 @@ def _attended(
 @jit
 def _latent_decode(
     q_latent, q_rotary, latents, rotary_keys, table, lengths, mask, sums, logs,
-    heads, tokens, keys, splits, window, scale, softcap,
+    keys, splits, window, scale, softcap,
     q_batch, q_token, q_head, turned_batch, turned_token, turned_head,
     latents_batch, rotary_batch, table_batch, mask_batch, mask_token,
     RANK: tl.constexpr, RANK_STRIDE: tl.constexpr, RANK_GROUPS: tl.constexpr, RANK_WIDTH: tl.constexpr,
     RANK_ALIGN: tl.constexpr, ROTARY: tl.constexpr, ROTARY_STRIDE: tl.constexpr, ROTARY_GROUPS: tl.constexpr,
     ROTARY_WIDTH: tl.constexpr, ROTARY_ALIGN: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
-    LENGTHS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, WIDE: tl.constexpr,
+    LENGTHS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     split, batch = tl.program_id(1), tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < heads * tokens
-    token, head = row // heads, row % heads
+    real = row < HEADS * TOKENS
+    token, head = row // HEADS, row % HEADS
     element = element_of(RANK, RANK_GROUPS, RANK_WIDTH, BITS)
     stored = real[:, None] & (element < RANK)[None, :]
     DTYPE: tl.constexpr = q_latent.dtype.element_ty
@@ -124,8 +126,8 @@ def _latent_decode(
         query = query.to(tl.float32)
     if WIDE and ROTARY:
         turned = turned.to(tl.float32)
-    length, first, last = span(batch, split, lengths, keys, tokens, window, splits, LENGTHS, KEYS)
-    own = length - tokens + token
+    length, first, last = span(batch, split, lengths, keys, TOKENS, window, splits, LENGTHS, KEYS)
+    own = length - TOKENS + token
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, RANK_GROUPS * RANK_WIDTH], tl.float32)
@@ -145,16 +147,11 @@ def _latent_decode(
             scores = tl.dot(turned, tl.trans(rotary), scores, input_precision="ieee")
         visible = seen_keys(mask, batch, token, key, own, window, mask_batch, mask_token, inside, MASKED)
         scores = logarithms(scores, visible, scale, softcap, SOFTCAP)
-        highest = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(highest == -float("inf"), 0.0, highest)
-        weights = tl.exp2(scores - base[:, None])
-        shrunk = tl.exp2(top - base)
-        total = total * shrunk + tl.sum(weights, 1)
+        weights, shrunk, total, top = more_scores(scores, total, top)
         mixed = tl.dot(weights.to(latent.dtype), latent, mixed * shrunk[:, None], input_precision="ieee")
-        top = highest
     total = tl.where(total > 0, total, 1.0)
     mixed = mixed / total[:, None]
-    slot = (batch * splits + split).to(tl.int64) * (heads * tokens) + row
+    slot = (batch * splits + split).to(tl.int64) * (HEADS * TOKENS) + row
     tl.store(sums + slot[:, None] * RANK + element[None, :], mixed.to(sums.dtype.element_ty), mask=stored)
     if SPLIT:
         tl.store(logs + slot, top + tl.log2(total), mask=real)
@@ -208,7 +205,7 @@ def plan(
     """One launch where a program takes all keys of its queries, or one of splits and one that combines them."""
     batch, tokens, heads, rank = q_latent.shape
     rows = tokens * heads
-    tile = tile or tile_of(bits, rows, rank)
+    tile = tile or tile_of(TILES, bits, rows, rank)
     keys = latents.shape[1] if table is None else table.shape[1] * latents.shape[1]
     blocks = ceil_div(rows, tile.rows)
     extent = keys if window is None else min(keys, window + tokens - 1)
@@ -227,8 +224,6 @@ def plan(
         "lengths": latents if lengths is None else lengths,
         "sums": sums,
         "logs": logs,
-        "heads": heads,
-        "tokens": tokens,
         "keys": keys,
         "splits": splits,
         "window": EVERYTHING if window is None else window,
@@ -248,18 +243,14 @@ def plan(
         "MASKED": masked,
         "SOFTCAP": softcap is not None,
         "SPLIT": splits > 1,
+        "HEADS": heads,
+        "TOKENS": tokens,
         "ROWS": tile.rows,
         "KEYS": tile.keys,
         "WIDE": INTERPRETED,
     }
     launch = Launch(_latent_decode, (blocks, splits, batch), arguments, constants, tile.warps, tile.stages)
     return Plan(result, [launch, combination(sums, logs, result)] if splits > 1 else [launch])
-
-
-def tile_of(bits: int, rows: int, rank: int) -> Tile:
-    """The tile of the table for so many queries of a sequence."""
-    wanted = (bits, rows, rank)
-    return next(tile for most, tile in TILES.items() if all(map(int.__le__, wanted, most)))
 
 
 def latent_decode(
