@@ -20,6 +20,11 @@ def cases(device: torch.device | str) -> Iterator[Case]:
         yield Case(f"{rows} x {columns}", _stored(rows, columns, device), 0.0, peers)
 
 
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield Case("192 x 576", _stored(192, 576, device), 0.0)
+
+
 def _stored(rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, ...]:
     if torch.device(device).type == "meta":
         blocks = rows * columns // BLOCK

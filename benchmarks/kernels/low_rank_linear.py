@@ -29,6 +29,12 @@ def cases(device: torch.device | str) -> Iterator[Case]:
             yield _case(tokens, k, r, n, device)
 
 
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    for tokens, (k, r, n) in product((1, 16), ((576, 64, 1536), (1024, 320, 2048))):
+        yield _case(tokens, k, r, n, device)
+
+
 def _case(tokens: int, k: int, r: int, n: int, device: torch.device | str) -> Case:
     x = torch.randn(tokens, k, dtype=torch.bfloat16, device=device)
     down = torch.randn(r, k, dtype=torch.bfloat16, device=device) / k**0.5
