@@ -33,6 +33,7 @@ GATES = {
         "_widened": Gate(resident=4),
     },
     "rms_norm": {"_rms_norm": Gate(resident=2)},
+    "rms_norm_quantized": {"_rms_norm_quantized": Gate(resident=2)},
 }
 PATTERNS = {
     "sm": {
