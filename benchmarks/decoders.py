@@ -34,6 +34,7 @@ from benchmarks.mla import RESULTS, base, plain_checkpoint, scores, settings, wh
 from benchmarks.mla_windows import TEXTS, Windows, cut, fitting
 from compiler.evaluate import load_model
 
+LINEARS = {"role": "linear", "name": "*.layers.*"}
 REPORTED = ["wikipedia", "persuasion", "brown_k"]
 Row = dict[str, Any]
 

@@ -28,7 +28,7 @@ import gzip
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -293,33 +293,43 @@ def error(original: list[Tensor], outputs: list[Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=[*TASKS], metavar="MODEL", help=", ".join(TASKS))
+    parser = parser_of(str(__doc__), TASKS)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.75], help="parts that remain")
     parser.add_argument("--ours", type=json.loads, action="append", help='such as {"prune": {"sizes": "by-layer"}}')
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--samples", type=int, default=64, help="pictures or clips to calibrate on, sentences by four")
     parser.add_argument("--score", type=int, default=100, help="half as many as pictures asked about, or sentences")
+    options = parser.parse_args()
+    measure("encoders", options, lambda name: rows(TASKS[name](options), options), digits=3)
+
+
+def parser_of(description: str, tasks: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """The options that benchmarks of several models have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=[*tasks], metavar="MODEL", help=", ".join(tasks))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="latest", help="of the file in benchmarks/results")
-    options = parser.parse_args()
+    return parser
+
+
+def measure(
+    title: str, options: argparse.Namespace, rows_of: Callable[[str], Iterable[dict[str, Any]]], *, digits: int
+) -> None:
+    """Measure every task's rows, keep them in benchmarks/results as they come, and print them as a table."""
     torch.set_num_threads(options.threads)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"encoders-{options.name}.json"
+    path = RESULTS / f"{title}-{options.name}.json"
     found: dict[str, list[dict[str, Any]]] = {}
     for name in options.tasks:
         torch.manual_seed(0)
         measured = found[name] = []
-        for row in rows(TASKS[name](options), options):
+        for row in rows_of(name):
             measured.append(row)
-            path.write_text(json.dumps(found, indent=1))
+            path.write_text(json.dumps(found, indent=1) + "\n")
             print(time.strftime("%H:%M:%S"), name, row, file=sys.stderr, flush=True)
-        show(name, [[*measured[0]], *([shown(value) for value in row.values()] for row in measured)])
+        shown = [[f"{x:.{digits}f}" if isinstance(x, float) else str(x) for x in row.values()] for row in measured]
+        show(name, [[*measured[0]], *shown])
     print(f"\n{path.relative_to(ROOT)}")
-
-
-def shown(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.decoders import Benchmark, Peer
+from benchmarks.decoders import LINEARS, Benchmark, Peer
 from benchmarks.peers_low_rank import METHODS, apply, calibrate
-
-WHERE = {"role": "linear", "name": "*.layers.*"}
 
 BENCHMARK = Benchmark(
     name="low-rank",
@@ -30,7 +28,7 @@ BENCHMARK = Benchmark(
     title="Factorised decoder linears",
     description=__doc__,
     peers={name: Peer(calibrate, partial(apply, method=name)) for name in METHODS},
-    entry=lambda setting: {"low-rank": {"where": WHERE, **setting}},
+    entry=lambda setting: {"low-rank": {"where": LINEARS, **setting}},
     ours=({},),
     keep=(0.8, 0.6),
 )

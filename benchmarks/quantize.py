@@ -22,16 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import weight_bytes
-from benchmarks.decoders import Benchmark, Row, linear_numbers
+from benchmarks.decoders import LINEARS, Benchmark, Row, linear_numbers
 from benchmarks.peers_quantize import FLOAT, GROUP, PEERS
-
-WHERE = {"role": "linear", "name": "*.layers.*"}
 
 
 def entry(setting: Row) -> Row:
     bits = setting["keep"]
     given = {name: value for name, value in setting.items() if name != "keep"}
-    return {"quantize": {"where": WHERE, "group": GROUP, "bits": int(bits) if bits == int(bits) else bits, **given}}
+    return {"quantize": {"where": LINEARS, "group": GROUP, "bits": int(bits) if bits == int(bits) else bits, **given}}
 
 
 def of_bytes(before: Any, after: Any) -> float:

@@ -17,15 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.decoders import Benchmark, Row, linear_numbers, linears
+from benchmarks.decoders import LINEARS, Benchmark, Row, linear_numbers, linears
 from benchmarks.peers_sparsify import PEERS
-
-WHERE = {"role": "linear", "name": "*.layers.*"}
 
 
 def entry(setting: Row) -> Row:
     given = {name: value for name, value in setting.items() if name != "keep" or "pattern" not in setting}
-    return {"sparsify": {"where": WHERE, **given}}
+    return {"sparsify": {"where": LINEARS, **given}}
 
 
 def not_zero(before: Any, after: Any) -> float:

@@ -13,7 +13,6 @@ model's, in nats, as the windows' mean. `sites` are scaled or rotated places, `l
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -27,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, SMOLLM2, show
-from benchmarks.encoders import at_size, error, fashion, picture
+from benchmarks.common import SMOLLM2
+from benchmarks.encoders import at_size, error, fashion, measure, parser_of, picture
 from benchmarks.fetch import DATA, MODELS
-from benchmarks.mla import RESULTS
 from compiler.calibration.fidelity import Fidelity
 from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.frontend import capture
@@ -174,32 +172,19 @@ def rows(task: Task, schemes: Sequence[Scheme]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=[*TASKS], metavar="MODEL", help=", ".join(TASKS))
+    parser = parser_of(str(__doc__), TASKS)
     parser.add_argument("--schemes", type=Scheme.parse, nargs="+", metavar="SCHEME")
     parser.add_argument(
         "--samples", type=int, default=32, help="pictures or windows to calibrate on, sentences by four"
     )
     parser.add_argument("--score", type=int, default=64, help="pictures, half of the sentences, or eight times windows")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="latest", help="of the file in benchmarks/results")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"transforms-{options.name}.json"
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in options.tasks:
-        torch.manual_seed(0)
-        task, measured = TASKS[name](options), found.setdefault(name, [])
-        for row in rows(task, options.schemes or [Scheme.parse(text) for text in task.schemes]):
-            measured.append(row)
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            print(time.strftime("%H:%M:%S"), name, row, file=sys.stderr, flush=True)
-        table = [
-            [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()] for row in measured
-        ]
-        show(name, [[*measured[0]], *table])
-    print(f"\n{path.relative_to(ROOT)}")
+
+    def rows_of(name: str) -> Iterator[dict[str, Any]]:
+        task = TASKS[name](options)
+        yield from rows(task, options.schemes or [Scheme.parse(text) for text in task.schemes])
+
+    measure("transforms", options, rows_of, digits=4)
 
 
 if __name__ == "__main__":
