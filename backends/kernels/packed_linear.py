@@ -44,11 +44,10 @@ class Tile(NamedTuple):
 
 # Most tokens -> the tile.
 TILES = {
-    1: Tile("vector", 1, 4, 32, 4, 1),
-    2: Tile("vector", 2, 4, 16, 4, 1),
-    4: Tile("vector", 4, 4, 16, 4, 1),
-    16: Tile("matrix", 16, 16, 4, 4, 4),
-    32: Tile("matrix", 32, 64, 4, 4, 3),
+    1: Tile("vector", 1, 4, 16, 2, 4),
+    2: Tile("vector", 2, 4, 16, 2, 3),
+    16: Tile("matrix", 16, 16, 4, 2, 4),
+    32: Tile("matrix", 32, 32, 4, 4, 3),
     128: Tile("matrix", 64, 64, 4, 4, 3),
     384: Tile("matrix", 128, 128, 2, 8, 3),
     1 << 62: Tile("widened", 1, 16, 16, 4, 1),
@@ -65,16 +64,15 @@ def reference(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bi
 
 
 @jit
-def codes_at(words, unit, inside, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
+def codes_at(words, unit, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
     """int32 [ROWS, UNITS, 32]: the codes of ``unit`` [ROWS, UNITS], counted from the first of W."""
     if 32 % BITS == 0:
-        held = tl.load(words + unit[:, :, None] * BITS + tl.arange(0, BITS), mask=inside[:, :, None], other=0)
+        held = tl.load(words + unit[:, :, None] * BITS + tl.arange(0, BITS))
         offset = tl.arange(0, 32 // BITS) * BITS
         code = (held[:, :, :, None] >> offset) & (2**BITS - 1)
         return code.reshape(ROWS, UNITS, 32)
     word = tl.arange(0, 4 if BITS == 3 else 8)
-    here = inside[:, :, None] & (word < BITS)
-    held = tl.load(words + unit[:, :, None] * BITS + word, mask=here, other=0)
+    held = tl.load(words + unit[:, :, None] * BITS + tl.minimum(word, BITS - 1))
     bit = tl.arange(0, 32) * BITS
     offset = bit % 32
     place = tl.broadcast_to((bit // 32)[None, None, :], [ROWS, UNITS, 32])
@@ -88,21 +86,26 @@ def _across(low, high, offset, BITS: tl.constexpr):
 
 
 @jit
-def affine_at(scales, zeros, row, group, inside, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
-    """float32 [ROWS, UNITS] a and b of codes c: W = a · (2^BITS + c) + b."""
-    scale = tl.load(scales + row * groups + group, mask=inside, other=0.0).to(tl.float32)
+def zeros_at(zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """float32: the zero points of ``row`` and ``group``, which broadcast."""
     if not ZEROS:
-        return scale, scale * -(2**BITS + 2 ** (BITS - 1))
+        return tl.full([1, 1], 2 ** (BITS - 1), tl.float32)
     bit = row * BITS
-    offset = bit % 32
-    word = zeros + (bit // 32) * groups + group
-    zero = tl.load(word, mask=inside, other=0)
+    word, offset = bit // 32, bit % 32
+    zero = tl.load(zeros + word * groups + group)
     if 32 % BITS == 0:
         zero = (zero >> offset) & (2**BITS - 1)
     else:
-        more = inside & (offset + BITS > 32)
-        zero = _across(zero, tl.load(word + groups, mask=more, other=0), offset, BITS)
-    return scale, scale * -((2**BITS + zero).to(tl.float32))
+        following = tl.minimum(word + 1, (rows * BITS - 1) // 32)
+        zero = _across(zero, tl.load(zeros + following * groups + group), offset, BITS)
+    return zero.to(tl.float32)
+
+
+@jit
+def affine_at(scales, zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """float32 [ROWS, UNITS] a and b of codes c: W = a · (2^BITS + c) + b."""
+    scale = tl.load(scales + row * groups + group).to(tl.float32)
+    return scale, scale * -(2**BITS + zeros_at(zeros, row, group, rows, groups, BITS, ZEROS))
 
 
 @jit
@@ -112,7 +115,7 @@ def weights_at(
     zeros,
     row,
     unit,
-    inside,
+    rows,
     units,
     groups,
     ROWS: tl.constexpr,
@@ -121,93 +124,138 @@ def weights_at(
     SPAN: tl.constexpr,
     ZEROS: tl.constexpr,
 ):
-    """float32 [ROWS, UNITS, 32]: W at ``row`` [ROWS, 1] and ``unit`` [1, UNITS]; groups are of SPAN units."""
-    code = codes_at(words, row * units + unit, inside, ROWS, UNITS, BITS)
+    """float32 [ROWS, UNITS, 32]: W at ``row`` [ROWS, 1] and ``unit`` [1, UNITS]; groups are of SPAN units.
+
+    Beyond the end it is what the last row or unit is, so that no load needs a mask: such columns meet zeros of x.
+    """
+    row, unit = tl.minimum(row, rows - 1), tl.minimum(unit, units - 1)
+    code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
     number = ((code << (23 - BITS)) | ((127 + BITS) << 23)).to(tl.float32, bitcast=True)
-    scale, shift = affine_at(scales, zeros, row, unit // SPAN, inside, groups, BITS, ZEROS)
+    scale, shift = affine_at(scales, zeros, row, unit // SPAN, rows, groups, BITS, ZEROS)
     return number * scale[:, :, None] + shift[:, :, None]
 
 
 @jit
+def inputs_at(x, token, unit, inside, units, TOKENS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
+    """float32 [TOKENS, UNITS, words, codes of a word]: the inputs of ``token`` [TOKENS, 1] in ``unit`` [1, UNITS]."""
+    WORDS: tl.constexpr = BITS if 32 % BITS == 0 else 1
+    place = tl.arange(0, WORDS)[:, None] * (32 // WORDS) + tl.arange(0, 32 // WORDS)[None, :]
+    start = x + (token.to(tl.int64) * units + unit)[:, :, None, None] * 32
+    return tl.load(start + place[None, None, :, :], mask=inside[:, :, None, None], other=0.0).to(tl.float32)
+
+
+@jit
+def products_at(
+    value, words, scales, zeros, row, unit, rows, units, groups,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """float32 [TOKENS, ROWS, UNITS]: sums over each unit of inputs ``value``, as ``inputs_at`` has them, times W."""
+    WORDS: tl.constexpr = BITS if 32 % BITS == 0 else 1
+    row, unit = tl.minimum(row, rows - 1), tl.minimum(unit, units - 1)
+    code = codes_at(words, row * units + unit, ROWS, UNITS, BITS).reshape(ROWS, UNITS, WORDS, 32 // WORDS)
+    number = ((code << (23 - BITS)) | ((127 + BITS) << 23)).to(tl.float32, bitcast=True)
+    scale, shift = affine_at(scales, zeros, row, unit // SPAN, rows, groups, BITS, ZEROS)
+    summed = tl.sum(tl.sum(value[:, None, :, :, :] * number[None, :, :, :, :], 4), 3)
+    whole = tl.sum(tl.sum(value, 3), 2)
+    return summed * scale[None, :, :] + whole[:, None, :] * shift[None, :, :]
+
+
+@jit
 def _vector(
-    x,
-    words,
-    scales,
-    zeros,
-    y,
-    tokens,
-    rows,
-    units,
-    groups,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    BITS: tl.constexpr,
-    SPAN: tl.constexpr,
-    ZEROS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, words, scales, zeros, y, tokens, rows, units, groups,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr,
+    ZEROS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     token = tl.arange(0, TOKENS)[:, None]
-    total = tl.zeros([TOKENS, ROWS, UNITS, 32], tl.float32)
+    total = tl.zeros([TOKENS, ROWS, UNITS], tl.float32)
     for start in tl.range(0, units, UNITS, num_stages=STAGES):
         unit = start + tl.arange(0, UNITS)[None, :]
-        here = (token < tokens) & (unit < units)
-        place = (token * units + unit)[:, :, None] * 32 + tl.arange(0, 32)
-        value = tl.load(x + place, mask=here[:, :, None], other=0.0).to(tl.float32)
-        inside = (row < rows) & (unit < units)
-        weight = weights_at(
-            words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+        value = inputs_at(x, token, unit, (token < tokens) & (unit < units), units, TOKENS, UNITS, BITS)
+        total += products_at(
+            value, words, scales, zeros, row, unit, rows, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
         )  # fmt: skip
-        total += value[:, None, :, :] * weight[None, :, :, :]
-    result = tl.sum(total.reshape(TOKENS, ROWS, UNITS * 32), 2)
+    result = tl.sum(total, 2)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(y + token * rows + column, result.to(y.dtype.element_ty), mask=(token < tokens) & (column < rows))
 
 
 @jit
-def _matrix(
-    x,
-    words,
-    scales,
-    zeros,
-    y,
-    tokens,
-    rows,
-    units,
-    groups,
-    share,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    BITS: tl.constexpr,
-    SPAN: tl.constexpr,
-    ZEROS: tl.constexpr,
-    STAGES: tl.constexpr,
+def integers_at(
+    words, zeros, row, unit, rows, units, group, groups,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
     WIDE: tl.constexpr,
-):
+):  # fmt: skip
+    """[ROWS, UNITS * 32] of DTYPE: codes less their zero points, which are exact in all dtypes.
+
+    Half of the codes of a word lie 16 bits above the other half. They are taken out in pairs, put into the mantissas of
+    two numbers that 16 bits hold, and stay neighbours: ``in_order`` puts inputs into this order.
+    """
+    NARROW: tl.constexpr = DTYPE == tl.float16 or (DTYPE == tl.bfloat16 and BITS < 8)
+    ONE: tl.constexpr = 1024 if DTYPE == tl.float16 else 128
+    row, unit = tl.minimum(row, rows - 1), tl.minimum(unit, units - 1)
+    zero = zeros_at(zeros, row, group, rows, groups, BITS, ZEROS)
+    if NARROW and 32 % BITS == 0:
+        held = tl.load(words + (row * units + unit)[:, :, None] * BITS + tl.arange(0, BITS))
+        offset = tl.arange(0, 16 // BITS) * BITS
+        MAGIC: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
+        pair = ((held[:, :, :, None] >> offset) & ((2**BITS - 1) * 0x10001)) | MAGIC
+        low, high = pair.to(tl.int16).to(DTYPE, bitcast=True), (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        number = tl.join(low, high).reshape(ROWS, UNITS * 32)
+        base = zero + ONE
+    elif NARROW:
+        code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
+        number = (code | (0x6400 if DTYPE == tl.float16 else 0x4300)).to(tl.int16).to(DTYPE, bitcast=True)
+        number = number.reshape(ROWS, UNITS * 32)
+        base = zero + ONE
+    else:
+        code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
+        number = (code | 0x4B000000).to(tl.float32, bitcast=True).reshape(ROWS, UNITS * 32)
+        base = zero + 8388608.0
+    if WIDE or not NARROW:
+        return (number.to(tl.float32) - base).to(tl.float32 if WIDE else DTYPE)
+    return number - base.to(DTYPE)
+
+
+@jit
+def in_order(value, TOKENS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
+    """Inputs [TOKENS, UNITS * 32] of 16 bits in the order that ``integers_at`` has codes of 16 bits in."""
+    if 32 % BITS == 0 and not (value.dtype == tl.float32 or (value.dtype == tl.bfloat16 and BITS == 8)):
+        halves = value.reshape(TOKENS, UNITS * BITS, 2, 16 // BITS)
+        value = tl.permute(halves, (0, 1, 3, 2)).reshape(TOKENS, UNITS * 32)
+    return value
+
+
+@jit
+def _matrix(
+    x, words, scales, zeros, y, tokens, rows, units, groups, share,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr,
+    ZEROS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """y [splits, tokens, rows]: each split's sum, over ``share`` units."""
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     first = tl.program_id(2) * share
     last = tl.minimum(first + share, units)
-    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
     for start in tl.range(first, last, UNITS, num_stages=STAGES):
         unit = start + tl.arange(0, UNITS)[None, :]
         column = start * 32 + tl.arange(0, UNITS * 32)[None, :]
         here = (token < tokens) & (column < last * 32)
         value = tl.load(x + token.to(tl.int64) * units * 32 + column, mask=here, other=0.0)
-        inside = (row < rows) & (unit < last)
-        weight = weights_at(
-            words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+        value = in_order(value, TOKENS, UNITS, BITS)
+        group = start // SPAN
+        code = integers_at(
+            words, zeros, row, unit, rows, units, group, groups,
+            value.dtype, ROWS, UNITS, BITS, ZEROS, WIDE,
         )  # fmt: skip
-        weight = weight.reshape(ROWS, UNITS * 32).to(value.dtype)
+        scale = tl.load(scales + tl.minimum(row, rows - 1) * groups + group).to(tl.float32)
         if WIDE:
-            value, weight = value.to(tl.float32), weight.to(tl.float32)
-        total = tl.dot(value, tl.trans(weight), total, input_precision="ieee")
-    column = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[None, :]
-    place = (tl.program_id(2) * tokens + token).to(tl.int64) * rows + column
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=(token < tokens) & (column < rows))
+            value = value.to(tl.float32)
+        total += tl.dot(code, tl.trans(value), input_precision="ieee") * scale
+    place = (tl.program_id(2) * tokens + token.reshape(1, TOKENS)).to(tl.int64) * rows + row
+    inside = (token.reshape(1, TOKENS) < tokens) & (row < rows)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -238,7 +286,7 @@ def _widened(
     unit = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[None, :]
     inside = (row < rows) & (unit < units)
     values = weights_at(
-        words, scales, zeros, row, unit, inside, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
+        words, scales, zeros, row, unit, rows, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
     )  # fmt: skip
     place = (row.to(tl.int64) * units + unit)[:, :, None] * 32 + tl.arange(0, 32)
     tl.store(weight + place, values.to(weight.dtype.element_ty), mask=inside[:, :, None])
@@ -266,6 +314,9 @@ def plan(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: i
     y = x.new_empty(*x.shape[:-1], rows)
     weight = packed_arguments(x, words, scales, zeros)
     constants = {**packed_constants(x, scales, zeros, bits), "ROWS": tile.rows, "UNITS": tile.units}
+    if tile.design == "matrix":
+        tile = within_groups(tile, constants["SPAN"])
+        constants["UNITS"] = tile.units
     if tile.design == "widened":
         return _widened_plan(x, y, weight, constants, tile)
     arguments = {**weight, "x": x, "y": y, "tokens": tokens}
@@ -286,6 +337,11 @@ def packed_arguments(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | N
 def packed_constants(x: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> dict[str, int | bool]:
     """What kernels for a weight are compiled for."""
     return {"BITS": bits, "SPAN": x.shape[-1] // UNIT // scales.shape[-1], "ZEROS": zeros is not None}
+
+
+def within_groups(tile: Tile, span: int) -> Tile:
+    """The tile with no more units than divide ``span``, those of a group."""
+    return tile._replace(units=min(tile.units, span & -span))
 
 
 def _matrix_plan(y: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile) -> Plan:
