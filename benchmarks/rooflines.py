@@ -7,7 +7,9 @@
 Each program of each launch runs in Triton's interpreter, at small sizes with the tiles of the kernel's table.
 
     minimum     bytes of inputs that must be read, and of results
-    touched     32-byte sectors that a launch loads or stores, each once: what device memory must move
+    touched     32-byte sectors of inputs and results that a launch loads or stores, each once: what device memory must
+                move; over the minimum
+    scratch     the same of everything else, which a launch leaves to the next, in the cache if it is small
     requested   the sectors of each instruction, summed: what the caches serve
     matrix      floating-point operations of the matrix units, with padding, over those that the mathematics needs
 """
@@ -39,7 +41,7 @@ from benchmarks.kernels import Case, size_of
 
 SECTOR = 32
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-COLUMNS = ("case", "minimum, KB", "touched", "requested", "matrix")
+COLUMNS = ("case", "minimum, KB", "touched", "scratch", "requested", "matrix")
 
 
 @dataclass
@@ -62,10 +64,13 @@ class Trace:
     def dot(self, a: Any, b: Any) -> None:
         self.flops += 2.0 * a.data.size * b.data.shape[-1]
 
-    @property
-    def touched(self) -> int:
-        """Bytes."""
-        return SECTOR * sum(len(np.unique(np.concatenate(each))) for each in (self.loads, self.stores) if each)
+    def touched(self, spans: list[tuple[int, int]]) -> tuple[int, int]:
+        """Bytes inside and outside of ``spans`` of addresses."""
+        sectors = np.concatenate([np.unique(np.concatenate(each)) for each in (self.loads, self.stores) if each])
+        inside = np.zeros(len(sectors), bool)
+        for start, end in spans:
+            inside |= (sectors >= start // SECTOR) & (sectors * SECTOR < end)
+        return SECTOR * int(inside.sum()), SECTOR * int((~inside).sum())
 
     @property
     def requested(self) -> int:
@@ -119,6 +124,7 @@ class Count:
     case: str
     minimum: float
     touched: float
+    scratch: float
     requested: float
     matrix: float | None
     once: bool
@@ -126,7 +132,7 @@ class Count:
     @property
     def cells(self) -> tuple[str, ...]:
         matrix = "" if self.matrix is None else f"{self.matrix:.2f}"
-        ratios = (f"{moved / self.minimum:.2f}" for moved in (self.touched, self.requested))
+        ratios = (f"{moved / self.minimum:.2f}" for moved in (self.touched, self.scratch, self.requested))
         return (self.case, f"{self.minimum / 1e3:.1f}", *ratios, matrix)
 
 
@@ -142,11 +148,14 @@ def _count(case: Case, plan: Any) -> Count:
     results = [plan.result] if isinstance(plan.result, Tensor) else list(plan.result)
     read = size_of(*case.inputs) if case.read is None else case.read
     flops = sum(trace.flops for trace in traces)
+    spans = [_span(value) for value in (*case.inputs, *results) if isinstance(value, Tensor)]
+    touched, scratch = (sum(parts) for parts in zip(*(trace.touched(spans) for trace in traces), strict=True))
     stored = np.concatenate([addresses for trace in traces for addresses in trace.elements])
     return Count(
         case.name,
         read + size_of(*results),
-        sum(trace.touched for trace in traces),
+        touched,
+        scratch,
         sum(trace.requested for trace in traces),
         flops / case.flops if flops else None,
         all(_once(result, stored) for result in results),
@@ -162,6 +171,12 @@ def _traced(launch: Any) -> Trace:
         trace.elements.append(_elements(launch.y))
         trace.flops = 2.0 * launch.x.numel() * launch.weight.shape[0]
     return trace
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of what the tensor is a view of."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def _elements(tensor: Tensor) -> Any:

@@ -24,6 +24,12 @@ def cases(device: torch.device | str) -> Iterator[Case]:
             yield case("Llama-3-8B", batch, keys, bits, device)
 
 
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    for bits in (16, 8, 4):
+        yield case("SmolLM2", 1, 1024, bits, device)
+
+
 def case(model: str, batch: int, keys: int, bits: int, device: torch.device | str) -> Case:
     heads, groups, size = MODELS[model]
     query = torch.randn(batch, 1, heads, size, dtype=torch.bfloat16, device=device)

@@ -34,6 +34,13 @@ def cases(device: torch.device | str) -> Iterator[Case]:
     yield paged("V2-Lite", 32, 8192, device)
 
 
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    for bits in (16, 8, 4):
+        yield case("V2-Lite", 1, 512, bits, device)
+    yield paged("V2-Lite", 2, 256, device)
+
+
 def case(model: str, batch: int, keys: int, bits: int, device: torch.device | str) -> Case:
     heads, rank, rotary = MODELS[model]
     caches = (_cache((batch, keys), size, bits, device) for size in (rank, rotary))

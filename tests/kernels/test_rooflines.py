@@ -1,0 +1,26 @@
+"""What the launches of each kernel move, counted from their own addresses."""
+
+import pytest
+
+from backends.kernels.launch import INTERPRETED
+from benchmarks.rooflines import counts
+
+# Bytes of inputs and results that device memory must move, and bytes of scratch, over the least bytes, at most. What
+# exceeds 1 are inputs that several launches read.
+BOUNDS = {
+    "bf16_codec": (1.01, 0.0),
+    "cached_decode": (1.01, 0.4),
+    "latent_decode": (1.01, 2.8),
+    "low_rank_linear": (1.01, 0.15),
+    "rms_norm": (1.01, 0.0),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="addresses are known in the interpreter")
+@pytest.mark.parametrize("name", BOUNDS)
+def test_memory_is_moved_about_once_and_results_are_stored_once(name):
+    for count in counts(name):
+        assert count.once, f"{name}, {count.case}: a result is not stored exactly once"
+        touched, scratch = BOUNDS[name]
+        assert count.touched <= touched * count.minimum, f"{name}, {count.case}: {count.cells}"
+        assert count.scratch <= scratch * count.minimum, f"{name}, {count.case}: {count.cells}"
