@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ir.ops.nn import gate
+from compiler.ir.ops.experts import gate
 
 Known = Mapping[Value, Tensor]
 Rows = Iterator[tuple[int, Tensor]]

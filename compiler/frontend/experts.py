@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compiler.ir.graph import Value
-from compiler.ir.ops.nn import GATES, gate
+from compiler.ir.ops.experts import GATES, gate
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, transpose
 

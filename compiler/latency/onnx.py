@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compiler.errors import PassError
-from compiler.ir.ops.nn import attention_mask
+from compiler.ir.ops.attention import attention_mask
 from compiler.latency.task import Task
 
 OPSET = 23

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compiler.calibration.sweep import Stage, quick_products
-from compiler.ir.ops.nn import attention_mask
+from compiler.ir.ops.attention import attention_mask
 from passes.gqa_to_mla.source import Source
 from passes.gqa_to_mla.turns import Turns
 

@@ -12,13 +12,14 @@ from importlib.metadata import entry_points
 
 from compiler.errors import OpError
 from compiler.ir.opdef import OpDef
-from compiler.ir.ops import elementwise, hadamard, nn, rounding, shape
+from compiler.ir.ops import attention, elementwise, experts, hadamard, nn, rounding, shape
 
 
 @lru_cache(maxsize=1)
 def operations() -> dict[str, OpDef]:
     """Every operation by name."""
-    table = {op.name: op for op in (*nn.OPS, *hadamard.OPS, *elementwise.OPS, *shape.OPS, *rounding.OPS)}
+    modules = (nn, attention, experts, hadamard, elementwise, shape, rounding)
+    table = {op.name: op for module in modules for op in module.OPS}
     for point in entry_points(group="compress_model.operations"):
         for op in point.load():
             if op.name in table:
