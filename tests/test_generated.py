@@ -517,3 +517,20 @@ def test_the_code_does_not_depend_on_the_order_of_sets():
         command = [sys.executable, "-c", SAME]
         made.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "deepseek_v2"])
+def test_vectors_can_be_given_and_those_of_each_layer_are_handed_out(name, tmp_path):
+    """As the stock class does: what enters each layer, and the last with the norm after it."""
+    source = FAMILIES[name].build(3, layers=3)
+    model = written(capture(source), tmp_path / name)
+    given = FAMILIES[name].inputs(batch=2, tokens=9)
+    vectors = model.get_input_embeddings()(given["input_ids"])
+    with torch.no_grad():
+        found = model(**given, output_hidden_states=True)
+        assert torch.equal(model(inputs_embeds=vectors).logits, found.logits)
+        expected = source(**given, output_hidden_states=True).hidden_states
+    assert len(found.hidden_states) == len(expected) == 4
+    assert all(error(ours, theirs) <= 1e-5 for ours, theirs in zip(found.hidden_states, expected, strict=True))
+    continued = model.generate(inputs_embeds=vectors, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(continued, generated(model, given["input_ids"])[:, 9:13])

@@ -50,17 +50,21 @@ class CausalAssembly(Assembly):
         tokens = self.graph.inputs["input_ids"]
         names = {tokens: "input_ids", self.graph.inputs[POSITIONS]: POSITIONS, extras.cache: "past_key_values"}
         names |= dict.fromkeys(extras.masks.values(), "mask")
-        body = TopWriter(self.model, self.inner, names)
+        node = self._embedded()
+        names |= {node.output: "inputs_embeds"} if node else {}
+        body = TopWriter(self.model, self.inner, names, "inputs_embeds" if node else "input_ids")
         lines, result = body.statements()
         self.model.helpers |= {"Cache", "causal_mask"}
-        before = self._before(lines)
+        before = self._before(lines, body.tokens)
         head = TopWriter(self.model, without_call(self.program, "model"), {self.inner.outputs[0]: "hidden_states"})
         head_lines, head_result = head.statements()
         body_init, head_init = body.init_statements(), head.init_statements()
+        layers = sorted({f"{prefix}{self.model.classes[layer.path].name}" for layer in self.loop.layers})
         return render(
             "causal_lm.py.jinja",
             prefix=prefix,
-            no_split=strings(sorted({f"{prefix}{self.model.classes[x.path].name}" for x in self.loop.layers})),
+            no_split=strings(layers),
+            layers=", ".join(layers),
             rotary="RotaryEmbedding" in self.model.helpers,
             rotation="LatentRotation" in self.model.helpers,
             bare=self.bare_classes(),
@@ -68,6 +72,7 @@ class CausalAssembly(Assembly):
             body_forward=[*before, *lines],
             body_result=result,
             embedding=self._embedding(tokens),
+            embeds=node is not None,
             head_init=head_init,
             head_forward=head_lines,
             head_result=head_result,
@@ -76,20 +81,26 @@ class CausalAssembly(Assembly):
             tied_inside=mapping(self.tied_inside()),
         )
 
-    def _before(self, lines: list[str]) -> list[str]:
-        """Statements that make positions and the mask."""
+    def _embedded(self) -> Node | None:
+        """What makes vectors of tokens, where nothing else in the model looks at tokens."""
+        (node, *others) = self.graph.inputs["input_ids"].users
+        alone = not others and node.op.name == "embedding" and node in self.inner.items
+        return node if alone and node in self.model.layout.leaves else None
+
+    def _before(self, lines: list[str], tokens: str) -> list[str]:
+        """Statements that make positions and the mask; ``tokens`` have the length."""
         found: list[str] = []
         if "position_ids" in names_in("\n".join(lines)):
             self.model.helpers.add("token_positions")
             found += [
                 "if position_ids is None:",
                 "    past = past_key_values.get_seq_length() if past_key_values is not None else 0",
-                "    position_ids = token_positions(input_ids, attention_mask, past)",
+                f"    position_ids = token_positions({tokens}, attention_mask, past)",
             ]
         masks = self.model.extras.masks
         if len(masks) == 1:
             extra = ", 0, self.config.attention_windows[0]" if 0 not in masks else ""
-            found.append(f"mask = causal_mask(input_ids, attention_mask, past_key_values{extra})")
+            found.append(f"mask = causal_mask({tokens}, attention_mask, past_key_values{extra})")
         return found
 
     def _embedding(self, tokens: Value) -> str:

@@ -17,18 +17,21 @@ from compiler.ir.graph import Node, Value
 class TopWriter(ClassWriter):
     """``__init__`` and ``forward`` statements of a class whose frame a template has."""
 
-    def __init__(self, model: Model, body: Body, names: dict[Value, str]) -> None:
+    def __init__(self, model: Model, body: Body, names: dict[Value, str], tokens: str = "input_ids") -> None:
+        """``names`` has what the frame knows, be it made by operations of ``body``; ``tokens`` have the length."""
         super().__init__(model, ModuleClass("", [body]))
         self.names = names
+        self.tokens = tokens
         self.tables: list[Node] = []
 
     def statements(self) -> tuple[list[str], str]:
         """The statements of forward, and its result as code."""
         body = self.module.first
         self.tables = self._varying_tables(body)
-        rest = [item for item in body.items if not isinstance(item, Node) or item not in self.tables]
-        handled = {value: "" for table in self.tables for value in table.outputs}
-        forward = Forward(replace(body, items=rest), {**handled, **self.names}, self.context())
+        names = {value: "" for table in self.tables for value in table.outputs} | self.names
+        forward = Forward(body, names, self.context())
+        nodes = {index: item for index, item in enumerate(body.items) if isinstance(item, Node)}
+        forward.done |= {index for index, node in nodes.items() if all(value in names for value in node.outputs)}
         lines = forward.statements()
         return lines, forward.result(body.outputs[0])
 
@@ -55,7 +58,8 @@ class TopWriter(ClassWriter):
         masks = self.model.extras.masks
         if len(masks) > 1:
             before.append("windows = self.config.attention_windows")
-            made = "causal_mask(input_ids, attention_mask, past_key_values, windows.index(window), window)"
+            known = "attention_mask, past_key_values, windows.index(window), window"
+            made = f"causal_mask({self.tokens}, {known})"
             before += ["masks = {", f"    window: {made}", "    for window in set(windows)", "}"]
             choices.append(("window", "windows"))
         if self.tables:

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
 
-For the code of modeling_compressed_qwen3.py with the digest c3af0c52d1ed4e7f.
+For the code of modeling_compressed_qwen3.py with the digest 2cf4a921af4fea76.
 """
 
 from dataclasses import field

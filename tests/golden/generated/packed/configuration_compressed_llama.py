@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 66abd13493188256.
+For the code of modeling_compressed_llama.py with the digest 7cc312f992a27de3.
 """
 
 from dataclasses import field

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_compressed_llama import CompressedLlamaConfig
 from .packed_linear import packed_linear
@@ -53,31 +54,31 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * pairs :]), dim=-1)
 
 
-def token_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
-    """The position of each token, [batch or 1, length]; padding on the left does not count."""
-    length = input_ids.shape[1]
+def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
+    """The position of each of the inputs, [batch or 1, length]; padding on the left does not count."""
+    length = inputs.shape[1]
     if attention_mask is None:
-        return torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
+        return torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def causal_mask(
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     layer_idx: int = 0,
     window: int | None = None,
 ) -> torch.Tensor | None:
-    """What each token may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
-    length, past, keys, first = input_ids.shape[1], 0, input_ids.shape[1], 0
+    """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
+    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
     if past_key_values is not None:
         past = past_key_values.get_seq_length(layer_idx)
         keys, first = past_key_values.get_mask_sizes(length, layer_idx)
     narrow = window is not None and past + length > window
     if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
         return None
-    row = torch.arange(past, past + length, device=input_ids.device)[:, None]
-    column = torch.arange(first, first + keys, device=input_ids.device)[None, :]
+    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    column = torch.arange(first, first + keys, device=inputs.device)[None, :]
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)
@@ -235,6 +236,7 @@ class CompressedLlamaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CompressedLlamaLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": CompressedLlamaLayer}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -263,24 +265,28 @@ class CompressedLlamaModel(CompressedLlamaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = CompressedLlamaCache(self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(input_ids, attention_mask, past)
-        mask = causal_mask(input_ids, attention_mask, past_key_values)
+            position_ids = token_positions(inputs_embeds, attention_mask, past)
+        mask = causal_mask(inputs_embeds, attention_mask, past_key_values)
         cos, sin = self.rotary_emb(position_ids)
-        hidden_states = self.embed_tokens(input_ids)
+        hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, mask, past_key_values)
         last_hidden_state = self.norm(hidden_states)
@@ -308,10 +314,11 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -323,7 +330,9 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
@@ -331,7 +340,12 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 __all__ = ["CompressedLlamaForCausalLM", "CompressedLlamaModel", "CompressedLlamaPreTrainedModel"]

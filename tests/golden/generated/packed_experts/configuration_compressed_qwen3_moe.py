@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3Moe, generated from the graph of a compressed Qwen3MoeForCausalLM.
 
-For the code of modeling_compressed_qwen3_moe.py with the digest f0fec022f2d041ef.
+For the code of modeling_compressed_qwen3_moe.py with the digest fb58c16b0cf74cf3.
 """
 
 from dataclasses import field

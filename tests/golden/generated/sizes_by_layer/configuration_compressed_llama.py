@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 021728e547198544.
+For the code of modeling_compressed_llama.py with the digest 32312d0913ca7f1b.
 """
 
 from dataclasses import field

@@ -27,22 +27,22 @@ class CompressedT5RMSNorm(nn.Module):
 
 
 def causal_mask(
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     layer_idx: int = 0,
     window: int | None = None,
 ) -> torch.Tensor | None:
-    """What each token may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
-    length, past, keys, first = input_ids.shape[1], 0, input_ids.shape[1], 0
+    """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
+    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
     if past_key_values is not None:
         past = past_key_values.get_seq_length(layer_idx)
         keys, first = past_key_values.get_mask_sizes(length, layer_idx)
     narrow = window is not None and past + length > window
     if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
         return None
-    row = torch.arange(past, past + length, device=input_ids.device)[:, None]
-    column = torch.arange(first, first + keys, device=input_ids.device)[None, :]
+    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    column = torch.arange(first, first + keys, device=inputs.device)[None, :]
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)

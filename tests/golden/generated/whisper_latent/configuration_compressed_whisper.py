@@ -1,6 +1,6 @@
 """Configuration of CompressedWhisper, generated from the graph of a compressed WhisperForConditionalGeneration.
 
-For the code of modeling_compressed_whisper.py with the digest 993a1ec70607051d.
+For the code of modeling_compressed_whisper.py with the digest 7b37d98269ea26d0.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma3, generated from the graph of a compressed Gemma3ForCausalLM.
 
-For the code of modeling_compressed_gemma3_text.py with the digest 23263ca17108a540.
+For the code of modeling_compressed_gemma3_text.py with the digest 50cc8dbf3871bae4.
 """
 
 from dataclasses import field
