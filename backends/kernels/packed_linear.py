@@ -3,14 +3,14 @@
     y = x · Wᵀ,   W[n, k] = (code[n, k] - zero[n, g]) · scale[n, g],   g = k // (K / G)
 
 How codes and zero points lie in their words: packed_weight.py. Bytes moved: words, scales and zero points once, unless
-there are more tokens than a block holds; x and y are small. Three designs:
+there are more tokens than a block holds; x and y are small. Two designs:
 
-    "vector"   each program sums rows of W times all of K in float32, for a few tokens
-    "matrix"   blocks of W, rounded to x's dtype, go to the matrix units; K is split while there are few blocks, the
-               splits' sums go through scratch and are added in order
+    "matrix"   codes less their zero points, which are exact in x's dtype, go to the matrix units, group by group, and
+               scales to the groups' sums; K is split while there are few blocks, the splits' sums go through scratch
+               and are added in order
     "widened"  W is written out in x's dtype and torch multiplies: for so many tokens that this costs little
 
-A code c of b bits becomes the float 2^b + c when it is put into the upper bits of the mantissa, without a conversion.
+A code becomes a number without a conversion when it is put into a mantissa: c + 128 in bfloat16, c + 1024 in float16.
 """
 
 # pyright: basic
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INTERPRETED, Launch, Plan, Product, ceil_div, first_reason, jit, operation, power_of_two, tl
+from .launch import INTERPRETED, Launch, Plan, Product, ceil_div, first_reason, jit, operation, tl
 from .launch import processors as processors_of
 from .packed_weight import dense, on_cpu
 
@@ -44,12 +44,9 @@ class Tile(NamedTuple):
 
 # Most tokens -> the tile.
 TILES = {
-    1: Tile("vector", 1, 4, 16, 2, 4),
-    2: Tile("vector", 2, 4, 16, 2, 3),
-    16: Tile("matrix", 16, 16, 4, 2, 4),
-    32: Tile("matrix", 32, 32, 4, 4, 3),
+    16: Tile("matrix", 16, 64, 4, 4, 4),
+    32: Tile("matrix", 32, 64, 4, 4, 3),
     128: Tile("matrix", 64, 64, 4, 4, 3),
-    384: Tile("matrix", 128, 128, 2, 8, 3),
     1 << 62: Tile("widened", 1, 16, 16, 4, 1),
 }
 
@@ -88,16 +85,16 @@ def _across(low, high, offset, BITS: tl.constexpr):
 @jit
 def zeros_at(zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
     """float32: the zero points of ``row`` and ``group``, which broadcast."""
-    if not ZEROS:
-        return tl.full([1, 1], 2 ** (BITS - 1), tl.float32)
-    bit = row * BITS
-    word, offset = bit // 32, bit % 32
-    zero = tl.load(zeros + word * groups + group)
-    if 32 % BITS == 0:
-        zero = (zero >> offset) & (2**BITS - 1)
-    else:
-        following = tl.minimum(word + 1, (rows * BITS - 1) // 32)
-        zero = _across(zero, tl.load(zeros + following * groups + group), offset, BITS)
+    zero = tl.zeros_like(row + group) + 2 ** (BITS - 1)
+    if ZEROS:
+        bit = row * BITS
+        word, offset = bit // 32, bit % 32
+        held = tl.load(zeros + word * groups + group)
+        if 32 % BITS == 0:
+            zero = (held >> offset) & (2**BITS - 1)
+        else:
+            following = tl.minimum(word + 1, (rows * BITS - 1) // 32)
+            zero = _across(held, tl.load(zeros + following * groups + group), offset, BITS)
     return zero.to(tl.float32)
 
 
@@ -136,51 +133,6 @@ def weights_at(
 
 
 @jit
-def inputs_at(x, token, unit, inside, units, TOKENS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
-    """float32 [TOKENS, UNITS, words, codes of a word]: the inputs of ``token`` [TOKENS, 1] in ``unit`` [1, UNITS]."""
-    WORDS: tl.constexpr = BITS if 32 % BITS == 0 else 1
-    place = tl.arange(0, WORDS)[:, None] * (32 // WORDS) + tl.arange(0, 32 // WORDS)[None, :]
-    start = x + (token.to(tl.int64) * units + unit)[:, :, None, None] * 32
-    return tl.load(start + place[None, None, :, :], mask=inside[:, :, None, None], other=0.0).to(tl.float32)
-
-
-@jit
-def products_at(
-    value, words, scales, zeros, row, unit, rows, units, groups,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
-    """float32 [TOKENS, ROWS, UNITS]: sums over each unit of inputs ``value``, as ``inputs_at`` has them, times W."""
-    WORDS: tl.constexpr = BITS if 32 % BITS == 0 else 1
-    row, unit = tl.minimum(row, rows - 1), tl.minimum(unit, units - 1)
-    code = codes_at(words, row * units + unit, ROWS, UNITS, BITS).reshape(ROWS, UNITS, WORDS, 32 // WORDS)
-    number = ((code << (23 - BITS)) | ((127 + BITS) << 23)).to(tl.float32, bitcast=True)
-    scale, shift = affine_at(scales, zeros, row, unit // SPAN, rows, groups, BITS, ZEROS)
-    summed = tl.sum(tl.sum(value[:, None, :, :, :] * number[None, :, :, :, :], 4), 3)
-    whole = tl.sum(tl.sum(value, 3), 2)
-    return summed * scale[None, :, :] + whole[:, None, :] * shift[None, :, :]
-
-
-@jit
-def _vector(
-    x, words, scales, zeros, y, tokens, rows, units, groups,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr,
-    ZEROS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    token = tl.arange(0, TOKENS)[:, None]
-    total = tl.zeros([TOKENS, ROWS, UNITS], tl.float32)
-    for start in tl.range(0, units, UNITS, num_stages=STAGES):
-        unit = start + tl.arange(0, UNITS)[None, :]
-        value = inputs_at(x, token, unit, (token < tokens) & (unit < units), units, TOKENS, UNITS, BITS)
-        total += products_at(
-            value, words, scales, zeros, row, unit, rows, units, groups, ROWS, UNITS, BITS, SPAN, ZEROS
-        )  # fmt: skip
-    result = tl.sum(total, 2)
-    column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    tl.store(y + token * rows + column, result.to(y.dtype.element_ty), mask=(token < tokens) & (column < rows))
-
-
-@jit
 def integers_at(
     words, zeros, row, unit, rows, units, group, groups,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
@@ -212,9 +164,13 @@ def integers_at(
         code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
         number = (code | 0x4B000000).to(tl.float32, bitcast=True).reshape(ROWS, UNITS * 32)
         base = zero + 8388608.0
-    if WIDE or not NARROW:
-        return (number.to(tl.float32) - base).to(tl.float32 if WIDE else DTYPE)
-    return number - base.to(DTYPE)
+    if WIDE:
+        integer = number.to(tl.float32) - base
+    elif NARROW:
+        integer = number - base.to(DTYPE)
+    else:
+        integer = (number - base).to(DTYPE)
+    return integer
 
 
 @jit
@@ -321,9 +277,6 @@ def plan(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: i
         return _widened_plan(x, y, weight, constants, tile)
     arguments = {**weight, "x": x, "y": y, "tokens": tokens}
     constants |= {"STAGES": tile.stages, "TOKENS": tile.tokens}
-    if tile.design == "vector":
-        constants["TOKENS"] = power_of_two(tokens)
-        return Plan(y, [Launch(_vector, (ceil_div(rows, tile.rows),), arguments, constants, tile.warps, tile.stages)])
     return _matrix_plan(y, arguments, constants, tile)
 
 

@@ -29,16 +29,17 @@ CASES = (
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     for (rows, width), groups, bits, asymmetric, several in CASES:
-        words = _random_words(rows, width * bits // 32, device)
+        words = random_words(rows, width * bits // 32, device)
         scales = (torch.rand(rows, groups, device=device) / width**0.5).to(torch.bfloat16)
-        zeros = _random_words(rows * bits // 32, groups, device) if asymmetric else None
+        zeros = random_words(rows * bits // 32, groups, device) if asymmetric else None
         for tokens in several:
             x = torch.randn(tokens, width, dtype=torch.bfloat16, device=device)
             name = f"{tokens} x {width} > {rows}, {bits} bits{', zero points' if asymmetric else ''}"
             yield Case(name, (x, words, scales, zeros, bits), 2 * tokens * rows * width, peers)
 
 
-def _random_words(rows: int, width: int, device: torch.device | str) -> Tensor:
+def random_words(rows: int, width: int, device: torch.device | str) -> Tensor:
+    """int32 [rows, width], all bits random."""
     return torch.randint(-(2**31), 2**31, (rows, width), dtype=torch.int64, device=device).to(torch.int32)
 
 
@@ -47,13 +48,13 @@ def peers(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: 
     weight = dense(words, scales, zeros, bits, x.shape[-1]).to(x.dtype)
     found: dict[str, Callable[[], Any]] = {"torch, bf16": lambda: x @ weight.mT}
     if bits == 4 and zeros is None and x.shape[-1] % 1024 == 0:
-        found["tinygemm"] = _tinygemm(x, words, scales)
+        found["tinygemm"] = tinygemm(x, words, scales)
         if find_spec("gemlite"):
             found["gemlite"] = _gemlite(x, words, scales)
     return found
 
 
-def _tinygemm(x: Tensor, words: Tensor, scales: Tensor) -> Callable[[], Any]:
+def tinygemm(x: Tensor, words: Tensor, scales: Tensor) -> Callable[[], Any]:
     """ATen's kernel for CUDA: bytes hold two codes, the first in the upper bits; 8 stands for 0."""
     group = x.shape[-1] // scales.shape[-1]
     codes = unpacked(words, 4, x.shape[-1])
@@ -76,8 +77,7 @@ def _gemlite(x: Tensor, words: Tensor, scales: Tensor) -> Callable[[], Any]:
         input_dtype=gemlite.DType.FP16,
         output_dtype=gemlite.DType.FP16,
     )
-    codes, zeros = unpacked(words, 4, width), torch.full_like(scales, 8, dtype=torch.float16)
-    layer.pack(codes, scales.half(), zeros, None, fma_mode=False)
+    layer.pack(unpacked(words, 4, width), scales.half(), 8, None, fma_mode=False)
     half = x.half()
     return lambda: layer(half)
 
@@ -86,27 +86,13 @@ def candidates(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, b
     """Each design that suits the number of tokens."""
     tokens = x.numel() // x.shape[-1]
     found = []
-    if tokens <= 4:
-        sizes = (
-            (1, 32),
-            (1, 64),
-            (2, 16),
-            (2, 32),
-            (2, 64),
-            (4, 8),
-            (4, 16),
-            (4, 32),
-            (8, 8),
-            (8, 16),
-            (8, 32),
-            (16, 8),
-        )
-        sizes = [(rows, units) for rows, units in sizes if rows * units * tokens <= 256]
-        found = [Tile("vector", 1, *size, warps, stages) for size, warps, stages in product(sizes, (2, 4), (1, 3))]
-    if 2 <= tokens <= 32:
-        shapes = ((16, 2), (16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 2), (64, 4), (128, 2))
+    if tokens <= 32:
+        shapes = ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8))
         wide = 16 if tokens <= 16 else 32
-        found += [Tile("matrix", wide, *shape, 4, stages) for shape, stages in product(shapes, (2, 3, 4))]
+        found = [
+            Tile("matrix", wide, rows, 4, warps, stages, splits)
+            for (rows, warps), stages, splits in product(shapes, (3, 4, 5), (0, 1, 4, 8, 16))
+        ]
     if 32 < tokens <= 1024:
         shapes = ((64, 64, 2, 4), (64, 64, 4, 4), (64, 128, 2, 4), (64, 128, 2, 8), (128, 64, 2, 4), (128, 128, 2, 8))
         found += [Tile("matrix", *shape, stages) for shape, stages in product(shapes, (2, 3, 4))]
