@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +193,7 @@ class Builder:
         if isinstance(dim, int):
             return self.ints(dim)
         if dim not in self.sizes:
-            self.sizes[dim] = self._named(dim) if dim.isidentifier() else self._computed(dim)
+            self.sizes[dim] = self._named(dim) if dim.isidentifier() else self.computed(dim)
         return self.sizes[dim]
 
     def shape(self, dims: Iterable[Dim]) -> ir.Value:
@@ -210,25 +210,28 @@ class Builder:
                     return self.op("Shape", self.values[value], start=axis, end=axis + 1)
         raise TargetError(f"no input has the size {name}", where=self.scope)
 
-    def _computed(self, dim: str) -> ir.Value:
-        top, bottom = self._fraction(ast.parse(dim, mode="eval").body)
+    def computed(self, dim: Dim, names: Mapping[str, ir.Value] | None = None) -> ir.Value:
+        """A dim computed of its ``names``, which may stand for a value a sample."""
+        top, bottom = self._fraction(ast.parse(str(dim), mode="eval").body, names or {})
         return top if bottom == 1 else self.op("Div", top, self.ints(bottom))
 
-    def _fraction(self, node: ast.expr) -> tuple[ir.Value, int]:
+    def _fraction(self, node: ast.expr, names: Mapping[str, ir.Value]) -> tuple[ir.Value, int]:
         """A dim as a value and what it is to be divided by: sympy writes floor division as ``floor(T/2)``."""
         match node:
             case ast.Constant(value=int(value)):
                 return self.ints(value), 1
             case ast.Name(id=name):
-                return self.dim(name), 1
+                return names[name] if name in names else self.dim(name), 1
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                top, bottom = self._fraction(operand)
+                top, bottom = self._fraction(operand, names)
                 return self.op("Neg", top), bottom
             case ast.BinOp(left=left, op=op, right=right):
-                return self._arithmetic(op, self._fraction(left), self._fraction(right))
+                return self._arithmetic(op, self._fraction(left, names), self._fraction(right, names))
             case ast.Call(func=ast.Name(id="floor"), args=[inner]):
-                top, bottom = self._fraction(inner)
+                top, bottom = self._fraction(inner, names)
                 return self.op("Div", top, self.ints(bottom)), 1
+            case ast.Call(func=ast.Name(id="Max" | "Min" as name), args=args):
+                return self.op(name, *(self.computed(ast.unparse(arg), names) for arg in args)), 1
             case _:
                 raise TargetError(f"the size {ast.unparse(node)} has no ONNX form", where=self.scope)
 

@@ -125,6 +125,8 @@ def add_mask(build: Builder, graph: Graph, tokens: str, *, cached: bool) -> ir.V
 def _go_on_from_cache(build: Builder, graph: Graph) -> None:
     """Positions follow from the mask; keys and values are joined with those of past tokens."""
     tokens = graph.inputs[TOKENS]
+    for node in graph.nodes_named("token_select", "token_match"):
+        raise TargetError("tokens that are chosen from a whole prompt cannot go on from a cache", where=node.scope)
     places = given_positions(graph, TOKENS)
     graph.prune()
     for node in graph.nodes_named(*COUNTING):

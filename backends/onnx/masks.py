@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
-from compiler.ir.graph import Node
+from compiler.ir.graph import Node, Value
 from compiler.ir.types import Dim
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ LOWEST = torch.finfo(torch.float32).min
 @dataclass
 class Masks:
     """``given`` int64 [B, S] is 1 where there is a token; ``tokens`` is the dim of new tokens, ``cached`` says that
-    there may be tokens before them (then S is longer)."""
+    there may be tokens before them (then S is longer). ``kept`` are masks of fewer tokens by their dim, and ``written``
+    says which of the places that tokens come from are their sample's own."""
 
     build: Builder
     given: ir.Value | None = None
@@ -33,6 +34,8 @@ class Masks:
     cached: bool = False
     source: ir.Value | None = None
     source_tokens: Dim = ""
+    kept: dict[Dim, ir.Value] = field(default_factory=dict[Dim, "ir.Value"])
+    written: dict[Value, ir.Value] = field(default_factory=dict["Value", "ir.Value"])
     made: dict[object, ir.Value | None] = field(default_factory=dict[object, "ir.Value | None"])
 
     def of(self, node: Node) -> ir.Value | None:
@@ -42,15 +45,21 @@ class Masks:
         key = (node.attr("causal"), node.attr("window"), length, queries)
         if key not in self.made:
             allowed = self._allowed(node, queries, length)
-            self.made[key] = None if allowed is None else self._additive(allowed)
+            self.made[key] = None if allowed is None else self.additive(allowed)
         return self.made[key]
 
+    def exists_of(self, length: Dim) -> ir.Value | None:
+        """Which of so many tokens are there, int64 [B, length]; None when all of them are."""
+        if length == self.tokens:
+            return self.given
+        return self.source if length == self.source_tokens else self.kept.get(length)
+
     def _allowed(self, node: Node, queries: Dim, length: Dim) -> ir.Value | None:
-        given = self.given if length == self.tokens else self.source if length == self.source_tokens else None
+        given = self.exists_of(length)
         causal, window = node.attr("causal"), node.attr("window")
         if self.cached and given is self.given and given is not None:
             return self._between(self.query_places(), self.key_places(), window, causal=True, given=given)
-        rows, columns = (self._count(dim) for dim in (queries, length)) if causal or window else (None, None)
+        rows, columns = (self.count(dim) for dim in (queries, length)) if causal or window else (None, None)
         return self._between(rows, columns, window, causal=causal, given=given)
 
     def _between(
@@ -74,14 +83,14 @@ class Masks:
     def _key_axis(self, value: ir.Value) -> ir.Value:
         return self.build.op("Unsqueeze", value, self.build.ints(1, 2))
 
-    def _additive(self, allowed: ir.Value) -> ir.Value:
+    def additive(self, allowed: ir.Value) -> ir.Value:
         return self.build.op("Where", allowed, self.build.scalar(0.0), self.build.scalar(LOWEST))
 
     def exists(self, keys: ir.Value) -> ir.Value:
         """What is added to scores where ``keys`` [B, S] are true for keys that exist."""
-        return self._additive(self.build.op("Cast", self._key_axis(keys), to=ir.DataType.BOOL))
+        return self.additive(self.build.op("Cast", self._key_axis(keys), to=ir.DataType.BOOL))
 
-    def _count(self, dim: Dim) -> ir.Value:
+    def count(self, dim: Dim) -> ir.Value:
         """0, 1, 2, ... as [1, dim]."""
         build, nothing = self.build, self.build.ints(0)
         stop = build.op("Squeeze", build.dim(dim), nothing)

@@ -12,13 +12,13 @@ from importlib.metadata import entry_points
 
 from compiler.errors import OpError
 from compiler.ir.opdef import OpDef
-from compiler.ir.ops import attention, elementwise, experts, hadamard, nn, rounding, shape
+from compiler.ir.ops import attention, elementwise, experts, hadamard, nn, rounding, shape, tokens
 
 
 @lru_cache(maxsize=1)
 def operations() -> dict[str, OpDef]:
     """Every operation by name."""
-    modules = (nn, attention, experts, hadamard, elementwise, shape, rounding)
+    modules = (nn, attention, experts, hadamard, elementwise, shape, rounding, tokens)
     table = {op.name: op for module in modules for op in module.OPS}
     for point in entry_points(group="compress_model.operations"):
         for op in point.load():
