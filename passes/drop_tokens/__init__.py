@@ -1,0 +1,75 @@
+"""Going on with fewer tokens from some layers on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from compiler.errors import PassError
+from compiler.ir.graph import Graph
+from compiler.pipeline import Context, Pass
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Number = Annotated[int, Field(ge=1)]
+End = Annotated[int, Field(ge=0)]
+Score = Literal["class", "received", "last", "key-norm", "similarity", "random", "recency"]
+
+
+@dataclass(frozen=True)
+class DropTokens(Pass):
+    """Go on with fewer tokens behind some layers; ``keep`` of them, a part or a number, remain behind the last.
+
+    ``layers`` (`3,6-8`; all without it) each drop alike many; a list for ``keep`` says what remains behind each. They
+    do so behind their attention, or behind the whole `layer` (``site``). ``score`` says which remain: those that the
+    first token (`class`), the `last` one or all queries, or every ``every``-th, attend to most (`received`); with the
+    smallest keys (`key-norm`); least like others (`similarity`, by keys); or, to compare with, `random` (by ``seed``)
+    or `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
+    learnt; of texts the first, and of causal models the last.
+
+    ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like, with attention
+    as if it were still there (ToMe, arXiv 2210.09461; ``proportional``); `extra` makes one token of all that a layer
+    drops, by score (EViT, arXiv 2202.07800); `average` makes means of neighbours, whatever the score. Rotary and other
+    ``positions`` stay with their tokens, or are counted anew (`renumber`).
+
+    Behind the last layer every token has its place again: a dropped one as it was then, a merged one as what it became.
+    Exact with ``keep: 100%``.
+    """
+
+    layers: str | None = None
+    site: Literal["attention", "layer"] = "attention"
+    score: Score = "received"
+    keep: Part | Number | tuple[Part | Number, ...] = 1.0
+    merge: Literal["none", "extra", "bipartite", "average"] = "none"
+    proportional: bool = True
+    positions: Literal["keep", "renumber"] = "keep"
+    prefix: End | None = None
+    suffix: End | None = None
+    every: Number = 1
+    seed: End = 0
+
+    exact_when: ClassVar = {"keep": 1.0}
+    edits_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.merge == "bipartite" and self.score not in ("similarity", "received"):
+            raise PassError(
+                "`merge: bipartite` takes pairs that are alike",
+                option="score",
+                remedy="leave out `score`, or write `score: similarity`",
+            )
+        if self.merge == "extra" and self.score not in ("class", "received", "last"):
+            raise PassError(
+                "`merge: extra` weighs tokens by attention",
+                option="score",
+                remedy="write `score: class`, `received` or `last`",
+            )
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        """Raises PassError when there are no such layers, or something between them needs every token."""
+        if self.exact:
+            return
+        from passes.drop_tokens.reduce import reduce
+
+        reduce(graph, ctx, self)

@@ -1,0 +1,50 @@
+"""How many tokens remain behind each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from compiler.errors import PassError
+from compiler.ir.types import Dim, canonical_dim
+
+Keep = float | int | Sequence[float | int]
+FINEST = 1000  # parts of symbolic lengths are fractions with no larger denominator
+
+
+def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
+    """What remains of ``tokens`` after each of ``steps``; at least ``least``, where the length is known.
+
+    Raises PassError for a list of another length, one that grows, and a number in steps of an unknown length.
+    """
+    if isinstance(keep, Sequence):
+        if len(keep) != steps:
+            cause = f"`keep` says what remains behind {len(keep)} layers, and there are {steps}"
+            raise PassError(cause, option="keep", remedy="name as many `layers`")
+        found = [_count(tokens, part, least) for part in keep]
+    elif isinstance(keep, int) and isinstance(tokens, str) and steps > 1:
+        cause = "a number of tokens cannot be reached in steps where their length is not known"
+        raise PassError(cause, option="keep", remedy="write a part, or a list with a number for each layer")
+    elif isinstance(keep, int):
+        found = [_count(tokens, _between(tokens, keep, step, steps), least) for step in range(1, steps + 1)]
+    else:
+        found = [_count(tokens, 1 - (1 - keep) * step / steps, least) for step in range(1, steps + 1)]
+    sizes = [size for size in (tokens, *found) if isinstance(size, int)]
+    if sizes != sorted(sizes, reverse=True):
+        raise PassError(f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain")
+    return found
+
+
+def _between(tokens: Dim, keep: int, step: int, steps: int) -> int:
+    return keep if isinstance(tokens, str) else tokens - (tokens - keep) * step // steps
+
+
+def _count(tokens: Dim, keep: float | int, least: int) -> Dim:
+    if isinstance(keep, int):
+        return max(keep, least) if isinstance(tokens, int) else canonical_dim(f"Min({keep},{tokens})")
+    part = Fraction(keep).limit_denominator(FINEST)
+    if isinstance(tokens, int):
+        return max(math.ceil(part * tokens), least)
+    top, bottom = part.numerator, part.denominator
+    return canonical_dim(f"floor(({tokens}*{top}+{bottom - 1})/{bottom})")

@@ -1,0 +1,157 @@
+"""Drop tokens at each place: which remain, what becomes of the others, and what follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from compiler.errors import PassError
+from compiler.ir.graph import Graph, Node, Value
+from compiler.ir.ops.tokens import mergeable
+from compiler.ir.types import Dim
+from compiler.pipeline import Context
+from passes.drop_tokens.counts import counts
+from passes.drop_tokens.follow import Following
+from passes.drop_tokens.places import Place, ends, places
+from passes.drop_tokens.scores import Ops, metric, neighbours, scores
+
+if TYPE_CHECKING:
+    from passes.drop_tokens import DropTokens
+
+WORDS = {"none": "dropped", "extra": "merged into one", "bipartite": "merged into others", "average": "merged in runs"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The places of tokens that remain; of the others, and which of those that remain each goes into. ``weight`` is
+    what they count for in the one token that they make."""
+
+    index: Value
+    rest: Value | None = None
+    into: Value | None = None
+    weight: Value | None = None
+
+
+@dataclass
+class Reduction:
+    """``sizes`` [B, K] is of how many tokens each is the mean by now, and ``sized`` that of an attention's keys."""
+
+    graph: Graph
+    options: DropTokens
+    prefix: int
+    suffix: int
+    sizes: Value | None = None
+    sized: dict[Node, Value] = field(default_factory=dict[Node, Value])
+
+    def drop(self, place: Place, keep: Dim) -> None:
+        """Let ``keep`` tokens remain. Raises PassError when something behind ``place`` needs every token."""
+        stream = place.stream
+        assert stream.node is not None and stream.node.following is not None  # streams are computed
+        first = stream.node.following
+        ops = Ops(self.graph, place.layer.scope, first)
+        chosen = self._chosen(ops, place, keep)
+        short = self._short(ops, stream, chosen)
+        renumber = self.options.positions == "renumber"
+        following = Following(self.graph, place.layer.stack, place.tokens, chosen.index, renumber)
+        following.run(stream, short, first)
+        if self.sizes is not None and self.options.proportional:
+            self.sized |= dict.fromkeys(following.attentions, self.sizes)
+        for value in following.exits():
+            self._restore(stream, value, chosen, place)
+
+    def _chosen(self, ops: Ops, place: Place, keep: Dim) -> Chosen:
+        merge, own = self.options.merge, {"keep": keep, "prefix": self.prefix, "suffix": self.suffix}
+        if merge == "bipartite" or (merge == "none" and self.options.score == "similarity"):
+            index, rest, into = ops.all("token_match", metric(ops, place), **own)
+            return Chosen(index, rest, into) if merge == "bipartite" else Chosen(index)
+        if merge == "average":
+            fixed = self.prefix + self.suffix
+            first, slots = neighbours(ops, place, self.prefix, int(place.tokens) - fixed, int(keep) - fixed)
+            index, rest = ops.all("token_select", first, **own)
+            return Chosen(index, rest, ops("token_take", slots, rest))
+        weight = scores(ops, place, self.options)
+        index, rest = ops.all("token_select", weight, **own)
+        return Chosen(index, rest, None, weight) if merge == "extra" else Chosen(index)
+
+    def _short(self, ops: Ops, stream: Value, chosen: Chosen) -> Value:
+        if chosen.rest is None:
+            return ops("token_take", stream, chosen.index)
+        weight = chosen.weight or self.sizes or ops("full", shape=stream.shape[:2], value=1.0)
+        short, sizes = ops.all("token_merge", stream, weight, chosen.index, chosen.rest, chosen.into)
+        self.sizes = sizes if chosen.into is not None else None
+        return short
+
+    def _restore(self, stream: Value, value: Value, chosen: Chosen, place: Place) -> None:
+        """Give what reads ``value`` behind the layers all tokens."""
+        assert value.node is not None and value.node.following is not None  # it was computed from fewer
+        if value.shape[2:] != stream.shape[2:] or value.type.rank != stream.type.rank:
+            raise PassError(f"what leaves `{value.node.scope}` is not the stream of the layers")
+        readers = [node for node in value.users if not node.scope.startswith(f"{place.layer.stack}.")]
+        outputs = [name for name, found in self.graph.outputs.items() if found is value]
+        ops = Ops(self.graph, place.layer.stack.rpartition(".")[0], value.node.following)
+        whole = ops("token_restore", stream, value, chosen.index, *self._gone(chosen))
+        for node in readers:
+            for index, operand in enumerate(node.inputs):
+                if operand is value:
+                    self.graph.set_input(node, index, whole)
+        self.graph.outputs |= dict.fromkeys(outputs, whole)
+
+    def _gone(self, chosen: Chosen) -> tuple[Value | None, Value | None]:
+        return (chosen.rest, chosen.into) if chosen.into is not None else (None, None)
+
+    def weigh(self) -> None:
+        """Let a mean of n tokens be attended to as n are: log n is added to its scores."""
+        logs: dict[Value, Value] = {}
+        for node, sizes in self.sized.items():
+            ops = Ops(self.graph, node.scope, node)
+            if sizes not in logs:
+                batch, count = sizes.shape
+                logs[sizes] = ops("reshape", ops("log", sizes), shape=(batch, 1, 1, count))
+            bias = node.optional_input(4)
+            node.inputs += [None] * (5 - len(node.inputs))
+            self.graph.set_input(node, 4, logs[sizes] if bias is None else ops("add", bias, logs[sizes]))
+
+
+def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
+    """Raises PassError when the model has no such places, or cannot lose so many tokens there."""
+    if graph.nodes_named("token_restore"):
+        raise PassError("tokens are dropped already", remedy="write one `drop-tokens` with a list for `keep`")
+    found = places(graph, options.layers, options.site)
+    learnt = ends(graph, found[0])
+    prefix = learnt[0] if options.prefix is None else options.prefix
+    suffix = learnt[1] if options.suffix is None else options.suffix
+    if options.merge != "none" and isinstance(found[0].tokens, str):
+        raise PassError(
+            "tokens are merged where every sample has as many, and these may be padded",
+            option="merge",
+            remedy="leave out `merge`",
+        )
+    reduction = Reduction(graph, options, prefix, suffix)
+    for place, keep in zip(found, counts(found[0].tokens, options.keep, len(found), prefix + suffix), strict=True):
+        before = place.tokens
+        reason = _unneeded(before, keep, options, prefix, suffix)
+        if reason:
+            ctx.skipped(place.layer.scope, reason)
+            continue
+        reduction.drop(place, keep)
+        numbers = {"before": before, "after": keep} if isinstance(before, int) and isinstance(keep, int) else {}
+        what = f"{keep} of {before} tokens remain, others are {WORDS[options.merge]}"
+        ctx.rewrote(place.layer.scope, what, **numbers)
+    reduction.weigh()
+    graph.prune()
+
+
+def _unneeded(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> str:
+    """Why no token is dropped. Raises PassError when more would have to go than can."""
+    extra = 1 if options.merge == "extra" else 0
+    if before == keep or (isinstance(before, int) and before <= int(keep) + extra):
+        return f"all of its {before} tokens remain"
+    pairs = mergeable(before, prefix, suffix)
+    alike = options.merge == "bipartite" or (options.merge == "none" and options.score == "similarity")
+    if alike and (isinstance(before, str) or before - int(keep) > pairs):
+        raise PassError(
+            f"{keep} of {before} tokens cannot remain: one of each two neighbours can be merged",
+            option="keep",
+            remedy="spread them over more `layers`" if isinstance(before, int) else "write another `score`",
+        )
+    return ""

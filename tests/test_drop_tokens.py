@@ -1,0 +1,332 @@
+"""Fewer tokens from a layer on: what remains is what the whole model gives with the others masked from there on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from backends.onnx import propose
+from compiler.errors import PassError, TargetError
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph, Node
+from compiler.ir.layers import copy_of
+from compiler.ir.ops import op_named
+from compiler.ir.parse import parse_graph
+from compiler.ir.text import print_graph
+from compiler.ir.types import TensorType
+from compiler.pipeline import Pipeline
+from passes.drop_tokens import DropTokens
+from passes.drop_tokens.counts import counts
+from tests.captures import graph_of
+from tests.emitted import TOLERANCE
+from tests.families import FAMILIES
+from tests.test_onnx import error, tolerance, written
+
+LATENT = ("deepseek_v2", "deepseek_v3")
+WITH_KEYS = [name for name in FAMILIES if name not in LATENT]
+CHOICES = ("token_select", "token_match")
+
+
+def dropped(name: str, depth: int = 2, **options) -> tuple[Graph, Graph]:
+    """A family's graph, and the same after the pass."""
+    graph = graph_of(name, layers=depth)
+    reduced = copy_of(graph)
+    reduced.sources = dict(graph.sources)
+    Pipeline([DropTokens(**options)]).run(reduced)
+    return graph, reduced
+
+
+def observed(graph: Graph, inputs: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Every computed value, and the outputs."""
+    found: dict = {}
+    return found, run(graph, inputs, observe=found.__setitem__)
+
+
+def masked(graph: Graph, reduced: Graph, places: list[Tensor]) -> dict[str, Tensor]:
+    """Let every attention of ``graph`` see only the tokens that it has in ``reduced``; ``places`` after each step."""
+    step, given = 0, dict[str, Tensor]()
+    attentions = iter(graph.nodes_named("attention"))
+    for node in reduced.nodes:
+        step += node.op.name in CHOICES
+        if node.op.name != "attention":
+            continue
+        whole = next(attentions)
+        if node.input(1).shape != whole.input(1).shape:
+            batch, tokens = whole.input(1).shape[0], whole.input(1).shape[2]
+            name = f"kept{step}"
+            if name not in given:
+                graph.add_input(name, TensorType(torch.bool, (batch, tokens)))
+            given[name] = places[step - 1]
+            whole.inputs += [None] * (4 - len(whole.inputs))
+            graph.set_input(whole, 3, graph.inputs[name])
+    return given
+
+
+def same_node(graph: Graph, reduced: Graph, node: Node) -> Node:
+    """The node of ``graph`` that ``node`` of ``reduced`` was."""
+
+    def alike(other: Graph) -> list[Node]:
+        return [each for each in other.nodes if (each.op.name, each.scope) == (node.op.name, node.scope)]
+
+    return alike(graph)[alike(reduced).index(node)]
+
+
+def composed(reduced: Graph, values: dict) -> list[Tensor]:
+    """The places, among all tokens, of those that remain after each step."""
+    found: list[Tensor] = []
+    for node in reduced.nodes_named(*CHOICES):
+        index = values[node.outputs[0]]
+        found.append(found[-1].gather(1, index) if found else index)
+    return found
+
+
+@pytest.mark.parametrize("site", ["attention", "layer"])
+@pytest.mark.parametrize("name", WITH_KEYS)
+def test_what_remains_is_as_if_the_others_were_masked(name, site):
+    score = "random" if site == "layer" else "received"
+    check_masked(name, *dropped(name, keep=0.6, layers="0", site=site, score=score), (0.6,))
+
+
+@pytest.mark.parametrize("name", ["dinov2", "bert", "modernbert", "gemma3", "t5", "gpt_oss"])
+def test_what_remains_of_what_remained_is_as_if_the_others_were_masked(name):
+    check_masked(name, *dropped(name, depth=3, keep=(0.7, 0.4), layers="0-1"), (0.7, 0.4))
+
+
+def check_masked(name: str, graph: Graph, reduced: Graph, keep: tuple[float, ...]) -> None:
+    inputs = FAMILIES[name].inputs(batch=2, tokens=11)
+    values, _ = observed(reduced, inputs)
+    places = composed(reduced, values)
+    restore = reduced.nodes_named("token_restore")[0]
+    stream = same_node(graph, reduced, restore.input(1).node).output
+    tokens = values[reduced.nodes_named("token_restore")[-1].output].shape[1]
+    assert [index.shape[1] for index in places] == [math.ceil(part * tokens) for part in keep]
+    kept = [torch.zeros(2, tokens, dtype=torch.bool).scatter(1, index, True) for index in places]
+    original, _ = observed(graph, inputs | masked(graph, reduced, kept))
+    found = values[restore.input(1)]
+    expected = original[stream].gather(1, places[-1][..., None].expand_as(found))
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip_vision", "bert", "llama", "gemma3", "whisper"])
+def test_what_is_dropped_stays_as_it_was(name):
+    _, reduced = dropped(name, keep=0.5)
+    values, _ = observed(reduced, FAMILIES[name].inputs(batch=2, tokens=9))
+    for node in reduced.nodes_named("token_restore"):
+        before, after, index = values[node.input(0)], values[node.output], values[node.input(2)]
+        gone = torch.ones(before.shape[:2], dtype=torch.bool).scatter(1, index, False)
+        assert gone.any() and torch.equal(before[gone], after[gone])
+
+
+OPTIONS = {
+    "one": {"keep": 1, "layers": "0"},
+    "one less": {"keep": 8, "layers": "0"},
+    "by numbers": {"keep": (9, 5)},
+    "by the first": {"keep": 0.5, "score": "class"},
+    "by the last": {"keep": 0.5, "score": "last"},
+    "by some": {"keep": 0.5, "every": 3},
+    "keys": {"keep": 0.5, "score": "key-norm"},
+    "recent": {"keep": 0.5, "score": "recency"},
+    "ends": {"keep": 0.5, "prefix": 2, "suffix": 3},
+    "renumbered": {"keep": 0.5, "positions": "renumber", "site": "layer"},
+}
+MERGED = {
+    "alike": {"keep": 0.6, "merge": "bipartite"},
+    "alike, not weighed": {"keep": 0.6, "merge": "bipartite", "proportional": False},
+    "least alike": {"keep": 0.6, "score": "similarity"},
+    "neighbours": {"keep": 0.4, "merge": "average"},
+    "one more": {"keep": 0.5, "merge": "extra", "score": "class"},
+}
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *MERGED.values()], ids=[*OPTIONS, *MERGED])
+@pytest.mark.parametrize("name", ["dinov2", "llama", "modernbert"])
+def test_all_choices_compute_and_print(name, options):
+    if FAMILIES[name].kind == "text" and options in list(MERGED.values()):
+        with pytest.raises(PassError, match=r"padded|two neighbours"):
+            dropped(name, **options)
+        return
+    graph, reduced = dropped(name, **options)
+    found = run(reduced, FAMILIES[name].inputs(batch=2, tokens=9))
+    assert all(value.isfinite().all() for value in found.values())
+    assert [value.type for value in reduced.outputs.values()] == [value.type for value in graph.outputs.values()]
+    text = print_graph(reduced)
+    assert print_graph(parse_graph(text)) == text
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_prompts_of_a_few_tokens_keep_the_last(tokens):
+    _, reduced = dropped("llama", keep=0.25, score="last")
+    values, found = observed(reduced, FAMILIES["llama"].inputs(batch=2, tokens=tokens))
+    assert found["logits"].isfinite().all()
+    assert all((index[:, -1] == tokens - 1).all() for index in composed(reduced, values))
+
+
+def test_all_tokens_are_none_dropped():
+    for name, options in (("dinov2", {"keep": 10}), ("dinov2", {"keep": (1.0, 10)}), ("llama", {"keep": 1.0})):
+        graph, reduced = dropped(name, **options)
+        assert print_graph(graph) == print_graph(reduced)
+
+
+def test_learnt_tokens_remain():
+    for name, learnt in (("vit", 1), ("deit", 2), ("dinov2", 1), ("clip_vision", 1), ("siglip_vision", 0)):
+        _, reduced = dropped(name, keep=0.5)
+        assert {node.attr("prefix") for node in reduced.nodes_named("token_select")} == {learnt}
+
+
+REFUSED = {
+    "no layer": ("vit", {"keep": 0.5, "layers": "7"}, "no attention in layer 7"),
+    "no range": ("vit", {"keep": 0.5, "layers": "first"}, "like 0-11,20"),
+    "a list too short": ("vit", {"keep": (0.5,)}, "behind 1 layers, and there are 2"),
+    "growing": ("vit", {"keep": (0.5, 0.9)}, "cannot remain"),
+    "too many pairs": ("vit", {"keep": 0.2, "merge": "bipartite"}, "one of each two neighbours"),
+    "steps of what": ("llama", {"keep": 4}, "in steps"),
+    "latent": ("deepseek_v3", {"keep": 0.5}, "keys of their own"),
+    "no pairs by norm": ("vit", {"keep": 0.5, "merge": "bipartite", "score": "key-norm"}, "pairs that are alike"),
+    "no weights": ("vit", {"keep": 0.5, "merge": "extra", "score": "random"}, "by attention"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(name, options, reason):
+    with pytest.raises(PassError, match=reason):
+        dropped(name, **options)
+
+
+def test_tokens_are_dropped_once():
+    _, reduced = dropped("vit", keep=0.5)
+    with pytest.raises(PassError, match="dropped already"):
+        Pipeline([DropTokens(keep=0.4)]).run(reduced)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 300), keep=st.integers(1, 300), steps=st.integers(1, 12))
+def test_steps_end_where_they_should(tokens, keep, steps):
+    found = counts(tokens, min(keep, tokens), steps, 1)
+    assert found[-1] == min(keep, tokens) and found == sorted(found, reverse=True)
+    (part,) = counts("T", keep / 300, 1, 1)
+    (known,) = counts(tokens, keep / 300, 1, 1)
+    assert run_dim(part, tokens) == known
+
+
+def run_dim(dim, tokens: int) -> int:
+    from compiler.ir.types import resolve_dim
+
+    return resolve_dim(dim, {"T": tokens})
+
+
+# --- the operations ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 12), st.integers(0, 2**16))
+def test_the_largest_scores_and_both_ends_remain(data, tokens, seed):
+    keep, prefix = data.draw(st.integers(1, tokens)), data.draw(st.integers(0, 3))
+    suffix = data.draw(st.integers(0, 3))
+    scores = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
+    index, rest = op_named("token_select").eval(scores, keep=keep, prefix=prefix, suffix=suffix)
+    for row in range(2):
+        kept, gone = index[row].tolist(), rest[row].tolist()
+        assert sorted([*kept, *gone]) == list(range(tokens)) and kept == sorted(kept) and gone == sorted(gone)
+        fixed = {i for i in range(tokens) if i < prefix or i >= tokens - suffix}
+        free = [i for i in kept if i not in fixed]
+        assert len(fixed) > keep or fixed <= set(kept)
+        assert not gone or all(scores[row, i] >= scores[row, j] for i in free for j in gone if j not in fixed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 13), st.integers(0, 2**16))
+def test_pairs_that_are_most_alike_are_merged(data, tokens, seed):
+    prefix, suffix = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+    pairs = max(0, tokens - prefix - suffix) // 2
+    merged = data.draw(st.integers(0, pairs))
+    metric = torch.randn(1, tokens, 5, generator=torch.Generator().manual_seed(seed))
+    own = op_named("token_match").eval(metric, keep=tokens - merged, prefix=prefix, suffix=suffix)
+    (kept,), (gone,), (into,) = (value.tolist() for value in own)
+    assert sorted([*kept, *gone]) == list(range(tokens)) and kept == sorted(kept)
+    unit = F.normalize(metric[0], dim=-1)
+    even, odd = (list(range(prefix + start, prefix + 2 * pairs, 2)) for start in range(2))
+    best = {i: max(float(unit[i] @ unit[j]) for j in odd) for i in even}
+    assert set(gone) <= set(even)
+    assert all(best[i] >= best[j] - 1e-6 for i in gone for j in set(even) - set(gone))
+    for place, slot in zip(gone, into, strict=True):
+        assert kept[slot] in odd and float(unit[place] @ unit[kept[slot]]) >= best[place] - 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 9), seed=st.integers(0, 2**16), extra=st.booleans())
+def test_merging_keeps_the_weighted_sum_and_restoring_takes_it_back(tokens, seed, extra):
+    generator = torch.Generator().manual_seed(seed)
+    keep = int(torch.randint(1, tokens + 1, (), generator=generator))
+    x = torch.randn(2, tokens, 3, generator=generator, dtype=torch.float64)
+    weight = torch.rand(2, tokens, generator=generator, dtype=torch.float64) + 0.1
+    order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(2)])
+    index, rest = order[:, :keep].sort(-1).values, order[:, keep:].sort(-1).values
+    into = None if extra else torch.randint(0, keep, rest.shape, generator=generator)
+    if extra and not rest.shape[1]:
+        return
+    merged, total = op_named("token_merge").eval(x, weight, index, rest, into)
+    torch.testing.assert_close((merged * total[..., None]).sum(1), (x * weight[..., None]).sum(1))
+    torch.testing.assert_close(total.sum(1), weight.sum(1))
+    whole = op_named("token_restore").eval(x, merged, index, None if extra else rest, into)
+    torch.testing.assert_close(whole.gather(1, index[..., None].expand(-1, -1, 3)), merged[:, :keep])
+    if into is not None:
+        gone = whole.gather(1, rest[..., None].expand(-1, -1, 3))
+        torch.testing.assert_close(gone, merged.gather(1, into[..., None].expand(-1, -1, 3)))
+
+
+@pytest.mark.parametrize("rows", ["first", "last", "all"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_are_what_attention_gives_each_key(rows, causal):
+    query, key = torch.randn(2, 4, 7, 6), torch.randn(2, 2, 7, 6)
+    options = {"scale": 0.4, "causal": causal}
+    values = torch.eye(7).expand(2, 2, 7, 7)
+    weights = op_named("attention").eval(query, key, values, None, None, None, window=0, softcap=0.0, **options)
+    expected = {"first": weights[:, :1], "last": weights[:, -1:], "all": weights[:, ::2]}[rows].mean((1, 2))
+    if rows == "first" and causal:
+        return  # the first token sees itself only
+    found = op_named("token_scores").eval(query, key, rows=rows, step=2, **options)
+    torch.testing.assert_close(found, expected)
+
+
+# --- in ONNX Runtime -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *MERGED.values()], ids=[*OPTIONS, *MERGED])
+def test_an_onnx_model_drops_the_same_tokens(options, tmp_path):
+    for name in ("dinov2", "modernbert"):
+        if FAMILIES[name].kind == "text" and options in list(MERGED.values()):
+            continue
+        graph, reduced = dropped(name, **options)
+        given = FAMILIES[name].inputs(batch=2, tokens=9)
+        mask = {"attention_mask": torch.ones_like(given["input_ids"])} if "input_ids" in given else {}
+        for target in ("ort-cpu", "onnx"):
+            found = written(reduced, tmp_path / name / target, target).run(**given, **mask)
+            for output, value in run(reduced, given).items():
+                assert error(found[output], value) <= tolerance(graph)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "siglip_text"])
+@pytest.mark.parametrize("score", ["class", "received", "last", "recency"])
+def test_a_sample_gives_in_a_padded_batch_what_it_gives_alone(name, score, tmp_path):
+    graph, reduced = dropped(name, depth=3, keep=(0.8, 0.45, 0.3), score=score, suffix=1)
+    model, (output, *_) = written(reduced, tmp_path), reduced.outputs
+    ids = FAMILIES[name].inputs(batch=3, tokens=12)["input_ids"]
+    lengths, mask = (12, 7, 1), torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, length:], mask[row, length:] = 0, 0
+    found = model.run(input_ids=ids, attention_mask=mask)[output]
+    for row, length in enumerate(lengths):
+        alone = run(reduced, {"input_ids": ids[row : row + 1, :length]})[output]
+        assert error(found[row : row + 1, :length], alone) <= tolerance(graph)
+
+
+def test_a_model_with_a_cache_is_refused():
+    _, reduced = dropped("llama", keep=0.5)
+    with pytest.raises(TargetError, match="cannot go on from a cache"):
+        propose(reduced)
