@@ -127,5 +127,6 @@ def _cuda_resources(code: bytes) -> tuple[int, int]:
 
 
 def _amd_resources(text: str) -> tuple[int, int]:
-    found = {key: int(number) for key, number in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", text)}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    """Scalar registers that are spilled go to lanes of vector registers, which are counted, and not to memory."""
+    found = {key: int(number) for key, number in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+    return found["vgpr_count"], found["vgpr_spill_count"]
