@@ -34,6 +34,8 @@ GATES = {
     },
     "rms_norm": {"_rms_norm": Gate(resident=2)},
     "rms_norm_quantized": {"_rms_norm_quantized": Gate(resident=2)},
+    "token_match": {"_match": Gate(matrix=True), "_rank": Gate(vector=False), "_place": Gate(vector=False)},
+    "token_merge": {"_token_merge": Gate(resident=4)},
 }
 PATTERNS = {
     "sm": {
