@@ -12,26 +12,30 @@ import torch
 from compiler.frontend import capture
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
+from compiler.weights.expr import loads
 from compiler.weights.source import MemorySource
 from tests.families import FAMILIES
 
 
 def graph_of(name: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, layers: int = 2, **changes: Any) -> Graph:
     """The graph of a random model of a family, to be rewritten; ``changes`` are options of its config."""
-    graph = _own(_traced(name, dtype, _key(layers, changes)))
-    tensors = FAMILIES[name].build(seed, layers, **changes).to(dtype).state_dict()
-    graph.sources["model"] = MemorySource({key: tensors[key] for key in graph.sources["model"].types})
+    model = FAMILIES[name].build(seed, layers, **changes).to(dtype)
+    if dtype != torch.float32:
+        return capture(model)
+    graph, tensors = plan_of(name, layers=layers, **changes), model.state_dict()
+    keys = {load.attr("key") for load in loads([param.expr for param in graph.params.values()])}
+    graph.sources["model"] = MemorySource({key: tensors[key] for key in keys})
     return graph
 
 
-def plan_of(name: str, *, layers: int = 2, **changes: Any) -> Graph:
-    """The graph of a family without weights."""
-    return _own(_planned(name, _key(layers, changes)))
+def plan_of(name: str, **changes: Any) -> Graph:
+    """The graph of a family without weights, to be rewritten."""
+    return _own(_planned(name, _Key({"layers": 2, **changes})))
 
 
 def saved(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Path, Graph]:
     """A checkpoint of a family's random model, not to be changed, and its graph, to be rewritten."""
-    directory, graph = _saved(name, dtype, _key(2, changes))
+    directory, graph = _saved(name, dtype, _Key({"layers": 2, **changes}))
     return Path(directory.name), _own(graph)
 
 
@@ -48,10 +52,6 @@ class _Key:
         return hash(repr(self.options))
 
 
-def _key(layers: int, changes: dict[str, Any]) -> _Key:
-    return _Key({"layers": layers, **changes})
-
-
 def _own(graph: Graph) -> Graph:
     copy = copy_of(graph)
     copy.sources = dict(graph.sources)
@@ -59,13 +59,9 @@ def _own(graph: Graph) -> Graph:
 
 
 @cache
-def _traced(name: str, dtype: torch.dtype, key: _Key) -> Graph:
-    return capture(FAMILIES[name].build(**key.options).to(dtype))
-
-
-@cache
 def _planned(name: str, key: _Key) -> Graph:
-    return capture(FAMILIES[name].config(**key.options), architecture=FAMILIES[name].architecture)
+    config = FAMILIES[name].config(**{"dtype": "float32", **key.options})
+    return capture(config, architecture=FAMILIES[name].architecture)
 
 
 @cache

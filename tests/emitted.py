@@ -11,17 +11,16 @@ from torch import Tensor
 
 from backends.safetensors import Emission, emit, require, stored_tensors
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.ir.execute import run
-from compiler.ir.graph import Graph
 from compiler.pipeline import Calibration, Pass, Pipeline, Report, no_calibration
+from tests.captures import saved
 from tests.families import FAMILIES
 
 TOLERANCE = 1e-5
 
 
 class Job:
-    """A family's tiny model, saved in ``directory``, captured, changed by ``passes`` and written again."""
+    """A family's tiny model, saved and captured, changed by ``passes`` and written again in ``directory``."""
 
     def __init__(
         self,
@@ -33,9 +32,8 @@ class Job:
         **changes: Any,
     ):
         self.family, self.directory = FAMILIES[name], directory
-        self.source, self.out = directory / "source", directory / "out"
-        self.family.build(**changes).to(dtype).save_pretrained(self.source)
-        self.graph: Graph = capture(self.source)
+        self.out = directory / "out"
+        self.source, self.graph = saved(name, dtype=dtype, **changes)
         self.before = self.outputs() if passes else {}
         self.report: Report = Pipeline(passes).run(self.graph, bytes_of=stored_bytes, calibration=calibration)
 

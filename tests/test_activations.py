@@ -16,12 +16,12 @@ from backends.safetensors import Refusal, emit, propose
 from compiler.calibration.sweep import sweep
 from compiler.errors import PassError
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.ir.ops import op_named
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from passes.gqa_to_mla import GqaToMla
 from passes.quantize import Quantize
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 
@@ -104,7 +104,7 @@ def test_static_scales_are_stored_and_computed_with(name, step, tmp_path):
 
 def test_static_scales_clip_nothing_that_was_seen():
     """The largest magnitude that calibration shows becomes the largest code."""
-    graph = capture(FAMILIES["llama"].build())
+    graph = graph_of("llama")
     inputs = FAMILIES["llama"].inputs()
     step = Quantize(where="model.layers.0.*", activations="int8", activation_scale="static")
     Pipeline([step]).run(graph, calibration=lambda graph: [inputs])
@@ -122,7 +122,7 @@ def test_static_scales_clip_nothing_that_was_seen():
 
 def test_a_scale_of_no_activations_is_an_error():
     with pytest.raises(PassError, match="no activations are rounded"):
-        Pipeline([Quantize(activation_scale="static")]).run(capture(FAMILIES["llama"].config()), planned=True)
+        Pipeline([Quantize(activation_scale="static")]).run(plan_of("llama"), planned=True)
 
 
 CACHES = {
@@ -146,13 +146,11 @@ def test_transformers_rounds_keys_and_values_as_the_graph_does(name, step, tmp_p
 
 def test_a_model_without_a_cache_has_none_to_round():
     with pytest.raises(PassError, match="no attention of the model caches keys and values"):
-        Pipeline([Quantize(cache="fp8")]).run(
-            capture(FAMILIES["bert"].config()), planned=True, calibration=lambda g: []
-        )
+        Pipeline([Quantize(cache="fp8")]).run(plan_of("bert"), planned=True, calibration=lambda g: [])
 
 
 def test_rounded_caches_of_exact_weights_are_refused():
-    graph = capture(FAMILIES["t5"].config())
+    graph = plan_of("t5")
     Pipeline([Quantize(cache="fp8")]).run(graph, planned=True, calibration=lambda g: [])
     refusal = propose(graph)
     assert isinstance(refusal, Refusal)
@@ -187,7 +185,7 @@ def test_generated_code_rounds_too(tmp_path):
 
 
 def test_matrices_of_one_input_share_its_rounding():
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline(CASES["int8"]).run(graph, planned=True)
     layer = [node for node in graph.nodes_named("fake_quantize") if node.scope.startswith("model.layers.0")]
     assert [len(node.output.users) for node in layer] == [3, 1, 2, 1]
@@ -200,7 +198,7 @@ def test_what_is_no_linear_map_of_tokens_keeps_its_inputs(tmp_path):
 
 
 def test_zero_points_beside_rounded_activations_are_refused():
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([Quantize(bits=4, group=16, symmetric=False, activations="int8")]).run(graph, planned=True)
     refusal = propose(graph)
     assert isinstance(refusal, Refusal)

@@ -12,11 +12,10 @@ import torch
 
 from backends.safetensors import Refusal, propose
 from compiler.errors import PassError
-from compiler.frontend import capture
 from compiler.ir.execute import run
-from compiler.ir.layers import copy_of
 from compiler.pipeline import Pass, Pipeline
 from passes import pass_class, pass_names
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 
@@ -62,18 +61,16 @@ def exact_passes() -> list[type[Pass]]:
 
 
 @cache
-def captured(name):
-    """A family's graph, not to be changed, and what it computes."""
-    graph = capture(FAMILIES[name].build())
-    return graph, run(graph, FAMILIES[name].inputs())
+def computed(name):
+    """What a family's graph computes."""
+    return run(graph_of(name), FAMILIES[name].inputs())
 
 
 @pytest.mark.parametrize("cls", exact_passes(), ids=lambda cls: cls.key())
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_exact_pass_changes_nothing_or_says_why_it_cannot_be(name, cls):
     family = FAMILIES[name]
-    original, before = captured(name)
-    graph = copy_of(original)
+    graph, before = graph_of(name), computed(name)
     step = cls(**cls.exact_when)
     assert step.exact
     if cls.key() == "gqa-to-mla" and name in REFUSED:
@@ -149,7 +146,7 @@ def cached_values(output) -> int:
 
 
 def test_an_mlp_with_biases_has_no_stock_class():
-    graph = capture(FAMILIES["llama"].config(mlp_bias=True))
+    graph = plan_of("llama", mlp_bias=True)
     Pipeline([pass_class("gqa-to-mla")()]).run(graph, planned=True)
     assert propose(graph).reason.endswith(
         "deepseek_v3: `linear` in model.layers.0.mlp.gate_proj has a bias only here: f32[80]"

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from compiler.errors import OpError
-from compiler.frontend.capture import capture
 from compiler.ir.execute import bind_dims, evaluate_dim, read_param, run, run_nodes, to_torch
 from compiler.ir.graph import Graph, Value
 from compiler.ir.types import TensorType, resolve_dim
 from compiler.weights.ops.basic import literal
+from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.graphs import Builder, tiny_llama, tokens
 
@@ -51,7 +51,7 @@ def test_lowered_module_equals_run(length):
 @pytest.mark.parametrize("name", ["gpt2", "t5", "deepseek_v3"])
 def test_lowered_families_equal_run(name):
     family = FAMILIES[name]
-    graph, given = capture(family.build(seed=3)), family.inputs(batch=3, tokens=6, seed=1)
+    graph, given = graph_of(family.name, seed=3), family.inputs(batch=3, tokens=6, seed=1)
     given = {key: given[key] for key in graph.inputs}
     expected, found = run(graph, given), graph.to_torch()(**given)
     for key, tensor in expected.items():

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from backends.safetensors import Refusal, propose, stored_tensors
 from backends.safetensors.formats import format_of, scheme_of
 from compiler.errors import OpError, PassError
-from compiler.frontend import capture
 from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
 from compiler.weights.ops import take
@@ -25,8 +24,8 @@ from compiler.weights.ops.minifloat import E2M1_VALUES, e2m1_codes, e2m1_values,
 from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from passes.quantize import Quantize
+from tests.captures import plan_of
 from tests.emitted import TOLERANCE, Job
-from tests.families import FAMILIES
 from tests.test_codecs import FLOATS, by_group, matrix
 from tests.test_packing import bound, weights
 
@@ -288,7 +287,7 @@ WRONG = {
 @pytest.mark.parametrize(("option", "found"), WRONG.items(), ids=WRONG.keys())
 def test_options_that_do_not_apply_are_errors(option, found):
     with pytest.raises(PassError) as raised:
-        Pipeline([found[0]]).run(capture(FAMILIES["llama"].config()))
+        Pipeline([found[0]]).run(plan_of("llama"))
     assert raised.value.cause == found[1] and raised.value.option == option
 
 
@@ -299,7 +298,7 @@ def test_what_is_quantised_already_stays_as_it_is(tmp_path):
 
 
 def test_tensors_are_counted_as_they_are_stored():
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([Quantize(type="nvfp4")]).run(graph, planned=True)
     param = graph.params["model.layers.0.mlp.up_proj.weight"]
     rows, columns = param.type.static_shape
@@ -320,7 +319,7 @@ REFUSALS = {
 @pytest.mark.parametrize(("passes", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_what_transformers_could_not_load_is_refused(passes, reason):
     wide = {"hidden_size": 64, "intermediate_size": 96}
-    graph = capture(FAMILIES["mixtral"].config(**wide))
+    graph = plan_of("mixtral", **wide)
     Pipeline(passes).run(graph, planned=True)
     refusal = propose(graph)
     assert isinstance(refusal, Refusal) and f"same family: {reason}" in refusal.reason
@@ -328,7 +327,7 @@ def test_what_transformers_could_not_load_is_refused(passes, reason):
 
 def test_bfloat16_weights_in_a_model_of_float32_are_refused():
     """With several schemes transformers dequantises late, and then makes bfloat16 of four-bit floats."""
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([Quantize(where="mlp", type="nvfp4"), Quantize(type="fp8")]).run(graph, planned=True)
     refusal = propose(graph)
     assert isinstance(refusal, Refusal)

@@ -24,6 +24,7 @@ from compiler.weights.expr import load
 from compiler.weights.ops.basic import concat, index, literal, reshape, slice, transpose
 from compiler.weights.source import MemorySource
 from passes.gqa_to_mla import GqaToMla
+from tests.captures import graph_of, plan_of
 from tests.emitted import Job
 from tests.families import FAMILIES
 
@@ -81,7 +82,7 @@ def test_generation_config_comes_along(tmp_path):
 
 def narrowed(width, layers=(0, 1)) -> Graph:
     """A llama whose MLPs in ``layers`` keep their first ``width`` inner dims."""
-    graph = capture(FAMILIES["llama"].build())
+    graph = graph_of("llama")
     for site in [site for i, site in enumerate(mlp_sites(graph)) if i in layers]:
         values = {}
         for node, axis in ((site.gate, 0), (site.up, 0), (site.down, 1)):
@@ -121,7 +122,7 @@ def test_a_plain_module_has_no_target():
 
 
 def test_the_config_of_latent_attention(tmp_path):
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([GqaToMla()]).run(graph, planned=True)
     config = dict(propose(graph).config)
     rotary = config.pop("rope_parameters")
@@ -288,7 +289,7 @@ def test_a_parameter_made_of_two_tensors_cannot_be_undone():
 
 
 def test_refusals_of_every_target_are_told():
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([GqaToMla()]).run(graph, planned=True)
     graph.nodes_named("rms_norm")[0].attrs["eps"] = 1e-3
     refusal = propose(graph)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,6 @@ from backends.safetensors.rounding import Rounding, by_module, without_rounding
 from backends.safetensors.unify import Mismatch, unify
 from compiler.errors import CaptureError, TargetError
 from compiler.ir.graph import Graph, Param
-from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
@@ -161,7 +159,7 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     graph = wanted.graph
     try:
         config = config_from_dict(proposal.config)
-        captured = _captured(_Class(proposal, config), graph)
+        captured = _captured(config, proposal.architecture, graph)
     except CaptureError as error:
         return Refusal(target, f"its class does not run with these sizes: {error.cause}")
     found = unify(captured, graph)
@@ -202,39 +200,18 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     return Emission(target, proposal.architecture, written, tensors, notes)
 
 
-class _Class:
-    """A proposal that can be looked up: equal to those of the same class and config."""
-
-    def __init__(self, proposal: Proposal, config: Any) -> None:
-        self.architecture, self.config = proposal.architecture, config
-        self._key = (proposal.architecture, repr(proposal.config))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Class) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-def _captured(proposed: _Class, graph: Graph) -> Graph:
-    """The proposal's graph, not to be changed, on inputs like those of ``graph``."""
-    found = _on_inputs(proposed, ())
-    types = {name: value.type for name, value in graph.inputs.items()}
-    if {name: value.type for name, value in found.inputs.items()} == types:
-        return found
-    return _on_inputs(proposed, tuple(types.items()))
-
-
-@lru_cache(maxsize=16)
-def _on_inputs(proposed: _Class, types: tuple[tuple[str, TensorType], ...]) -> Graph:
-    """The class on inputs of ``types``, or its own. A job proposes the same one when it plans and when it writes."""
+def _captured(config: Any, architecture: str, graph: Graph) -> Graph:
+    """The proposal's graph on inputs like those of ``graph``."""
     from compiler.frontend.capture import capture
 
+    found = capture(config, architecture=architecture)
+    if {name: value.type for name, value in found.inputs.items()} == {n: v.type for n, v in graph.inputs.items()}:
+        return found
     inputs = {
-        name: torch.zeros([2 if isinstance(dim, str) else dim for dim in type.shape], dtype=type.dtype)
-        for name, type in types
+        name: torch.zeros([2 if isinstance(d, str) else d for d in value.shape], dtype=value.type.dtype)
+        for name, value in graph.inputs.items()
     }
-    return capture(proposed.config, inputs=inputs or None, architecture=proposed.architecture)
+    return capture(config, inputs=inputs, architecture=architecture)
 
 
 def _dense(param: Param) -> Expr:

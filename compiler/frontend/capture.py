@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,7 @@ def fold_layers(subject: Subject) -> Graph | None:
 def _export_kept(subject: Subject, lists: Sequence[LayerList]) -> ExportedProgram:
     """Trace the layers that are kept. What torch cannot follow then may be the passing through."""
     try:
-        with passing_through(subject.module, lists):
-            return export(subject)
+        return traced(subject, lists)
     except CaptureError as error:
         if error.__cause__ is None:
             raise
@@ -75,7 +75,7 @@ def _export_kept(subject: Subject, lists: Sequence[LayerList]) -> ExportedProgra
 
 def trace_all(subject: Subject) -> Graph:
     """The graph from a trace of the whole module."""
-    return _imported(subject, export(subject))
+    return _imported(subject, traced(subject))
 
 
 def _imported(subject: Subject, program: ExportedProgram) -> Graph:
@@ -85,17 +85,50 @@ def _imported(subject: Subject, program: ExportedProgram) -> Graph:
     return graph
 
 
-def export(subject: Subject) -> ExportedProgram:
-    """Trace the subject. Raises CaptureError when torch cannot follow the model."""
-    dynamic: dict[str, Any] = {name: dict.fromkeys(subject.dims[name], Dim.AUTO) for name in subject.inputs}
+def traced(subject: Subject, lists: Sequence[LayerList] = ()) -> ExportedProgram:
+    """The program of ``subject``, not to be changed; of ``lists`` only the layers that are kept.
+
+    A stock class of one config is traced once: a job meets it when it plans, when it runs and when it looks for a
+    class to write. Raises CaptureError when torch cannot follow the model.
+    """
+    trace = _Trace(subject, lists)
+    return _remembered(trace) if subject.stock else export(trace)
+
+
+class _Trace:
+    """What is traced, without its weights. Two of one class, config, inputs and layers are equal."""
+
+    def __init__(self, subject: Subject, lists: Sequence[LayerList]) -> None:
+        self.module, self.inputs, self.dims, self.lists = subject.module, subject.inputs, subject.dims, lists
+        config: Any = getattr(subject.module, "config", None)
+        shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in subject.inputs.items()]
+        values = sorted(config.to_dict().items()) if subject.stock else id(self)
+        self._key = f"{values} {shapes} {subject.dims} {lists}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Trace) and (type(self.module), self._key) == (type(other.module), other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@lru_cache(maxsize=64)
+def _remembered(trace: _Trace) -> ExportedProgram:
+    """Small even of deep models, of which two layers of each kind are traced."""
+    return export(trace)
+
+
+def export(trace: _Trace) -> ExportedProgram:
+    """Trace a module. Raises CaptureError when torch cannot follow it."""
+    dynamic: dict[str, Any] = {name: dict.fromkeys(trace.dims[name], Dim.AUTO) for name in trace.inputs}
     try:
-        with torch.no_grad(), _quiet():
-            return torch.export.export(subject.module, (), dict(subject.inputs), dynamic_shapes=dynamic, strict=False)
+        with torch.no_grad(), _quiet(), passing_through(trace.module, trace.lists):
+            return torch.export.export(trace.module, (), dict(trace.inputs), dynamic_shapes=dynamic, strict=False)
     except (CompressError, NotFoldableError):
         raise
     except Exception as reason:
         first = str(reason).strip().partition("\n")[0]
-        name = type(subject.module).__name__
+        name = type(trace.module).__name__
         raise CaptureError(
             f"torch cannot trace `{name}`: {type(reason).__name__}: {first}",
             remedy="what is computed must not depend on the values of tensors" if "data-dependent" in first else "",

@@ -41,7 +41,8 @@ class Subject:
     """A module to trace and everything the graph must know beyond its operations.
 
     ``weights`` holds an expression for every parameter and buffer by module path; tied weights share an entry's
-    tensor, which ``names`` resolves: any module path to the first path of the same tensor.
+    tensor, which ``names`` resolves: any module path to the first path of the same tensor. ``stock`` says that class
+    and config tell all there is about ``module``.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class Subject:
     transient: frozenset[str]
     origin: Origin
     sources: dict[str, Source] = field(default_factory=dict[str, "Source"])
+    stock: bool = False
 
 
 def subject_of(
@@ -77,7 +79,7 @@ def _from_config(config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, 
         name: load(MODEL, name, TensorType(storage(name, tensor), tuple(tensor.shape)))
         for name, tensor in _tensors(module)
     }
-    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, config))
+    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, config), stock=True)
 
 
 def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
@@ -88,7 +90,7 @@ def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, arch
     config = config_from_dict(checkpoint.config)
     module = build_on_meta(config, architecture or checkpoint.architecture)
     weights = dict(bind(checkpoint, module)) | computed_buffers(module)
-    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)))
+    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)), stock=True)
     subject.sources[MODEL] = checkpoint
     return subject
 
@@ -115,7 +117,12 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
 
 
 def _subject(
-    module: nn.Module, inputs: Mapping[str, Tensor] | None, weights: dict[str, Expr], origin: Origin
+    module: nn.Module,
+    inputs: Mapping[str, Tensor] | None,
+    weights: dict[str, Expr],
+    origin: Origin,
+    *,
+    stock: bool = False,
 ) -> Subject:
     _settle_frequencies(module)
     examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
@@ -128,6 +135,7 @@ def _subject(
         names=names,
         transient=_transient(module),
         origin=origin,
+        stock=stock,
     )
 
 
