@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from backends.kernels.binary import ALIGNED, Specialisation, specialised
 from backends.kernels.launch import Launch
 
 # Shared memory that one program may take, in bytes: CUDA C++ Programming Guide, table of compute capabilities; CDNA3
@@ -21,23 +18,14 @@ SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "
 TARGETS = tuple(SHARED)
 REGISTERS = 65536  # of a multiprocessor of NVIDIA, 32 bits each
 AMD_REGISTERS, AMD_UNITS = 512, 4  # vector registers of a lane, and SIMD units of a compute unit
-ALIGNED = 16
-NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel for one target. Sizes in bytes; ``registers`` of a thread; ``assembly`` is its PTX or AMD GCN text."""
+    """A kernel for one target. Sizes in bytes; ``registers`` of a thread; ``assembly`` is its PTX or AMD GCN text.
+
+    ``hidden`` pointers follow the arguments: to memory that Triton's runtime would allocate, here none.
+    """
 
     target: str
     name: str
@@ -47,8 +35,8 @@ class Binary:
     shared: int
     registers: int
     spilled: int
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
+    hidden: int
+    specialisation: Specialisation
 
     @property
     def resident(self) -> int:
@@ -69,9 +57,10 @@ def compiled(launch: Launch, target: str) -> Binary:
     import triton
     from triton.compiler import ASTSource
 
-    signature, constants, divisible = _specialised(launch)
-    attributes = {(place,): [["tt.divisibility", ALIGNED]] for place in divisible}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    found = specialised(launch)
+    places = [place for place, name in enumerate(found.signature) if name in found.divisible]
+    attributes = {(place,): [["tt.divisibility", ALIGNED]] for place in places}
+    source = ASTSource(fn=launch.kernel, signature=found.signature, constexprs=found.constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     options |= _options(launch, target)
     made = triton.compile(source, target=_gpu(target), options=options)
@@ -79,7 +68,7 @@ def compiled(launch: Launch, target: str) -> Binary:
     code, text = made.asm[kind], made.asm["ptx" if kind == "cubin" else "amdgcn"]
     registers, spilled = _cuda_resources(code) if kind == "cubin" else _amd_resources(text)
     shared, name = made.metadata.shared, made.metadata.name
-    return Binary(target, name, code, text, launch.warps, shared, registers, spilled, signature, constants)
+    return Binary(target, name, code, text, launch.warps, shared, registers, spilled, _hidden(text, found), found)
 
 
 def _options(launch: Launch, target: str) -> dict[str, Any]:
@@ -93,25 +82,10 @@ def _gpu(target: str) -> Any:
     return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
 
 
-def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
-    signature, constants, divisible = dict[str, str](), dict[str, Any](), list[int]()
-    for place, name in enumerate(launch.kernel.arg_names):
-        value = launch.constants[name] if name in launch.constants else launch.arguments[name]
-        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = _type(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % ALIGNED == 0):
-            divisible.append(place)
-    return signature, constants, divisible
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "*" + NAMES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if abs(value) < 2**31 else "i64"
+def _hidden(text: str, found: Specialisation) -> int:
+    """Parameters of the compiled kernel that it has beyond those of ``found``."""
+    parameters = len(re.findall(r"^\s*\.param|\.value_kind:\s+(?:global_buffer|by_value)", text, re.MULTILINE))
+    return parameters - sum(kind != "constexpr" for kind in found.signature.values())
 
 
 def _cuda_resources(code: bytes) -> tuple[int, int]:

@@ -1,0 +1,100 @@
+"""Kernels beside a checkpoint: the folder loads by its path, its digests hold, binaries are compiled once."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from backends.binaries.package import write_package
+from backends.kernels import low_rank_linear, rms_norm
+from backends.kernels.binary import Binaries, specialised
+from backends.kernels.launch import INTERPRETED
+
+KERNELS = ("rms_norm", "low_rank_linear", "cached_decode")
+
+
+def inputs(rows, device="meta", width=256):
+    x, weight = torch.randn(rows, width, device=device), torch.ones(width, device=device)
+    return x, x.clone(), weight, 1e-5
+
+
+def loaded(folder, monkeypatch):
+    """As Hugging Face's loader imports a variant: by its path, under its id."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    spec = importlib.util.spec_from_file_location(metadata["id"], folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, metadata["id"], module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "kernels"
+    launches = [launch for rows in (2, 16, 17, 32) for launch in rms_norm.plan(*inputs(rows)).launches]
+    write_package(folder, "small-model", KERNELS, launches, ("sm_80", "sm_90", "gfx942"))
+    return folder
+
+
+def test_variants_import_by_path_and_compute(package, monkeypatch):
+    module = loaded(package / "build" / "torch-cpu", monkeypatch)
+    assert sorted(module.__all__) == sorted(KERNELS)
+    x, down, up = torch.randn(3, 8), torch.randn(4, 8), torch.randn(6, 4)
+    assert torch.equal(module.low_rank_linear(x, down, up, None), low_rank_linear.reference(x, down, up, None))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "rocm"])
+def test_digests_are_of_every_file(package, backend):
+    folder = package / "build" / f"torch-{backend}"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    files = {path.name for path in folder.glob("*.*") if path.name != "metadata.json"}
+    assert metadata["backend"] == {"type": backend}
+    assert set(metadata["digest"]["files"]) == files > {"__init__.py", "launch.py", "decoding.py", "rms_norm.py"}
+    for file, digest in metadata["digest"]["files"].items():
+        assert base64.b64decode(digest) == hashlib.sha256((folder / file).read_bytes()).digest()
+
+
+def test_binaries_are_shared_by_launches_of_one_specialisation(package):
+    """The number of rows is the grid's: all launches are one kernel, and each target has it once."""
+    entries = json.loads((package / "aot" / "manifest.json").read_text())["binaries"]
+    assert [entry["target"] for entry in entries] == ["sm_80", "sm_90", "gfx942"]
+    assert {entry["key"] for entry in entries} == {specialised(rms_norm.plan(*inputs(5)).launches[0]).key}
+    for entry in entries:
+        code = (package / "aot" / entry["file"]).read_bytes()
+        assert code.startswith(b"\x7fELF") and hashlib.sha256(code).hexdigest() == entry["digest"]
+        assert entry["hidden"] >= 0 and entry["shared"] > 0 and entry["registers"] > 0
+
+
+def test_other_types_widths_and_addresses_are_other_specialisations():
+    def key(x, *others):
+        return specialised(rms_norm.plan(x, *others).launches[0]).key
+
+    x, residual, weight, epsilon = inputs(2)
+    found = {
+        key(x, residual, weight, epsilon),
+        key(x, None, weight, epsilon),
+        key(x.half(), residual.half(), weight, epsilon),
+        key(*inputs(2, width=250)),
+        key(x, residual, torch.empty(257, device="meta")[1:], epsilon),
+    }
+    assert len(found) == 5
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="binaries run on a GPU alone")
+def test_binaries_equal_the_reference_on_a_gpu(tmp_path):
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    down, up = torch.randn(256, 1024, device="cuda") / 32, torch.randn(1024, 256, device="cuda") / 16
+    plans = {rms_norm: inputs(5, "cuda"), low_rank_linear: (torch.randn(3, 1024, device="cuda"), down, up, None)}
+    made = {kernel: kernel.plan(*values) for kernel, values in plans.items()}
+    write_package(
+        tmp_path, "small-model", KERNELS, [each for plan in made.values() for each in plan.launches], [target]
+    )
+    binaries = Binaries(tmp_path / "aot")
+    for kernel, plan in made.items():
+        assert all(binaries.run(launch) for launch in plan.launches)
+        torch.testing.assert_close(plan.result, kernel.reference(*plans[kernel]), rtol=1e-4, atol=1e-4)
+    assert not binaries.run(rms_norm.plan(*inputs(5, "cuda", width=100)).launches[0])
