@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .kept import kept
 
 FEW_TOKENS = 64
 """Up to so many, ATen's product of four-bit codes is used for bfloat16."""
@@ -183,33 +184,9 @@ def _piece(codes: Tensor, scales: Tensor, middle: Tensor, repeats: int) -> _Piec
     return _Piece(packed, table)
 
 
-class _Kept(NamedTuple):
-    """What was ``made`` of tensors at certain versions; they are held, so that no others can take their addresses."""
-
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    made: Octets | Nibbles
-
-
-# The one state of a process: what was made of words lives as long as they do. Views (of experts) share an entry.
-_KEPT: Any = WeakTensorKeyDictionary()
-
-
 def prepared(
     form: type[Octets] | type[Nibbles], words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, width: int
 ) -> Octets | Nibbles:
     """The weight in a form for CPUs, made anew only when one of the tensors was changed or exchanged."""
-    base = words if words._base is None else words._base
-    forms: dict[Any, _Kept] = _KEPT.setdefault(base, {})
-    place = (form, words.storage_offset())
     others = (scales,) if zeros is None else (scales, zeros)
-    versions = tuple(0 if each.is_inference() else each._version for each in (words, *others))
-    kept = forms.get(place)
-    if kept is None or kept.versions != versions or not all(map(_same, kept.tensors, others)):
-        kept = _Kept(tuple(each.detach() for each in others), versions, form.of(words, scales, zeros, bits, width))
-        forms[place] = kept
-    return kept.made
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+    return kept((form, bits, width), lambda: form.of(words, scales, zeros, bits, width), words, *others)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from backends.kernels import packed_linear, packed_weight
+from backends.kernels import kept, packed_linear, packed_weight
 from backends.kernels.packed_linear import Tile
 from compiler.weights.evaluate import evaluate
 from compiler.weights.ops.quant import pack_bits, quantise
@@ -109,9 +109,9 @@ def test_what_a_cpu_keeps_follows_its_tensors():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what CPUs keep")
 def test_a_cpu_keeps_nothing_longer_than_the_words():
-    before = len(packed_weight._KEPT)
+    before = len(kept._KEPT)
     words, scales, zeros, _ = packed(random(24, 64), 4, 32, False)
     packed_linear.packed_linear(random(1, 64), words, scales, zeros, 4)
-    assert len(packed_weight._KEPT) == before + 1
+    assert len(kept._KEPT) == before + 1
     del words
-    assert len(packed_weight._KEPT) == before
+    assert len(kept._KEPT) == before
