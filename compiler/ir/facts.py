@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 
 from compiler.ir.coupling import CouplingGroup, Member, coupling_groups
+from compiler.ir.execute import evaluate_dim
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of
 from compiler.ir.sites import (
@@ -40,6 +41,9 @@ __all__ = [
     "model_dtype",
     "parameter_count",
 ]
+
+
+LONG = 1 << 20  # tokens, of which parts are taken where their number is not known
 
 
 def layers(graph: Graph) -> dict[str, int]:
@@ -87,9 +91,28 @@ def flops_per_token(graph: Graph) -> int:
     """Floating-point operations for one token at context length 0: two per weight that multiplies it.
 
     Linear maps and products with a weight count as often as they are applied, experts as many as a token visits, a
-    convolution once per output position. Attention scores, which grow with the context, do not count.
+    convolution once per output position. Attention scores, which grow with the context, do not count. Where some tokens
+    do not go on, what follows counts by the part that does.
     """
-    return sum(_flops(node) for node in graph.nodes)
+    parts = _parts(graph) if graph.nodes_named("token_take", "token_merge") else {}
+    return round(sum(_flops(node) * parts.get(node.outputs[0], 1.0) for node in graph.nodes))
+
+
+def _parts(graph: Graph) -> dict[Value, float]:
+    """The part of the tokens that go through each value."""
+    parts: dict[Value, float] = {}
+    long = {dim: LONG for value in graph.inputs.values() for dim in value.shape if isinstance(dim, str)}
+    for node in graph.nodes:
+        given = [parts.get(value, 1.0) for value in node.inputs if value is not None and not isinstance(value, Param)]
+        part = min(given, default=1.0)
+        if node.op.name in ("token_take", "token_merge"):
+            axis = node.attr("axis") if node.op.name == "token_take" else 1
+            after, before = (evaluate_dim(value.shape[axis], long) for value in (node.outputs[0], node.input(0)))
+            part = given[0] * after / before
+        elif node.op.name == "token_restore":
+            part = given[0]
+        parts.update(dict.fromkeys(node.outputs, part))
+    return parts
 
 
 def _flops(node: Node) -> int:
