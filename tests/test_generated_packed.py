@@ -85,7 +85,12 @@ def test_packed_models_continue_with_padding_and_from_a_cache(name, tmp_path):
 
 def test_latent_attention_multiplies_what_it_unpacks(tmp_path):
     graph = mixed(latent_graph(copy_of(source("gemma2")), (12, 9), (3, 2)))
-    check_language_model(graph, written(graph, tmp_path / "latent"), FAMILIES["gemma2"].inputs(batch=2, tokens=9))
+    model = written(graph, tmp_path / "latent")
+    given = FAMILIES["gemma2"].inputs(batch=2, tokens=9)
+    check_language_model(graph, model, given)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
 
 
 def test_packed_weights_load_where_this_project_is_not_installed(tmp_path):

@@ -63,7 +63,6 @@ NEEDS = {
     "PackedLinear": ("PackedWeight",),
     "PackedEmbedding": ("PackedWeight", "unpack_codes"),
     "PackedExperts": ("PackedWeight", "expert_linear"),
-    "dense": ("unpack_codes",),
 }
 OUTPUTS = {
     "BaseModelOutput",
@@ -76,8 +75,12 @@ OUTPUTS = {
     "Seq2SeqModelOutput",
     "SequenceClassifierOutput",
 }
-KERNEL_FILES = ("packed_linear",)
-"""Files of kernels that a checkpoint gets when its code calls them."""
+KERNELS = {
+    "PackedLinear": ("packed_linear", "packed_linear"),
+    "PackedExperts": ("packed_linear", "packed_linear"),
+    "dense": ("packed_weight", "dense"),
+}
+"""For helpers the kernel files that they call, which checkpoints get, and what of them."""
 
 DOCS = {
     "latent_attention": "Attention to keys and values that are made from one latent for each token, which is cached.",
@@ -153,8 +156,8 @@ class Assembly:
         prefix = self.model.prefix
         configuration = self._configuration(config, modeling)
         files = {f"modeling_{self.name}.py": modeling, f"configuration_{self.name}.py": configuration}
-        for kernel in names_in(modeling) & set(KERNEL_FILES):
-            files |= shipped(kernel)
+        for file, _ in self._kernels():
+            files |= shipped(file)
         auto_map = {"AutoConfig": f"configuration_{self.name}.{prefix}Config"}
         auto_map |= {auto: f"modeling_{self.name}.{prefix}{end}" for auto, end in self.auto_classes.items()}
         architecture = f"{prefix}{list(self.auto_classes.values())[-1]}"
@@ -233,14 +236,18 @@ class Assembly:
 
     def _helpers(self) -> list[str]:
         context = {"prefix": self.model.prefix, **self.helper_context()}
-        used = set(self.model.helpers)
+        used = self._used()
         context |= {"packed_experts": "PackedExperts" in used, "packed_dense": "dense" in used}
-        context["packed_rows"] = bool({"PackedEmbedding", "dense"} & used)
-        for name in list(used):
-            used.update(NEEDS.get(name, ()))
+        context["packed_rows"] = "PackedEmbedding" in used
         template = environment().get_template("helpers.py.jinja")
         module: Any = template.make_module(context)
         return [str(getattr(module, name)()).strip("\n") for name in HELPERS if name in used]
+
+    def _used(self) -> set[str]:
+        return {need for name in self.model.helpers for need in (name, *NEEDS.get(name, ()))}
+
+    def _kernels(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys(kernel for helper, kernel in KERNELS.items() if helper in self._used()))
 
     def _header(self, text: str) -> str:
         return render(
@@ -248,7 +255,7 @@ class Assembly:
             prefix=self.model.prefix,
             name=self.name,
             used=names_in(text),
-            kernels=KERNEL_FILES,
+            kernels=self._kernels(),
             outputs=sorted(OUTPUTS & names_in(text)),
             source=self.graph.origin.architecture or self.graph.name,
         )

@@ -51,8 +51,8 @@ class CausalAssembly(Assembly):
         names = {tokens: "input_ids", self.graph.inputs[POSITIONS]: POSITIONS, extras.cache: "past_key_values"}
         names |= dict.fromkeys(extras.masks.values(), "mask")
         node = self._embedded()
-        names |= {node.output: "inputs_embeds"} if node else {}
-        body = TopWriter(self.model, self.inner, names, "inputs_embeds" if node else "input_ids")
+        names |= {node.output: "hidden_states"} if node else {}
+        body = TopWriter(self.model, self.inner, names, "hidden_states" if node else "input_ids")
         lines, result = body.statements()
         self.model.helpers |= {"Cache", "causal_mask"}
         before = self._before(lines, body.tokens)

@@ -114,7 +114,7 @@ class Forward:
 
     def _item(self, index: int, item: Item) -> None:
         if isinstance(item, Loop):
-            self._enter(item, index)
+            self._name(item.entering, index)
             names = {value: self._name(value, index) for value in inputs_of(item, self.context.extras)}
             self.lines += self.context.loop(item, names)
             self.names[item.leaving] = names[item.entering]
@@ -124,13 +124,6 @@ class Forward:
             self._split(index, parts)
         else:
             self._operation(index, item)
-
-    def _enter(self, loop: Loop, index: int) -> None:
-        """What enters the layers, under a name that what each makes can have too."""
-        given = self._name(loop.entering, index)
-        if loop.entering in self.arguments and given != "hidden_states":
-            self.names[loop.entering] = "hidden_states"
-            self.lines.append(f"hidden_states = {given}")
 
     def _call(self, index: int, item: Call) -> None:
         def build(codes: Sequence[Code]) -> Code:

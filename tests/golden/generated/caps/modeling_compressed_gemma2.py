@@ -464,16 +464,15 @@ class CompressedGemma2Model(CompressedGemma2PreTrainedModel):
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = CompressedGemma2Cache(self.config)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(inputs_embeds, attention_mask, past)
+            position_ids = token_positions(hidden_states, attention_mask, past)
         cos, sin = self.rotary_emb(position_ids)
-        hidden_states = inputs_embeds * 6.928203105926514
+        hidden_states = hidden_states * 6.928203105926514
         windows = self.config.attention_windows
         masks = {
-            window: causal_mask(inputs_embeds, attention_mask, past_key_values, windows.index(window), window)
+            window: causal_mask(hidden_states, attention_mask, past_key_values, windows.index(window), window)
             for window in set(windows)
         }
         for layer, window in zip(self.layers, windows, strict=True):

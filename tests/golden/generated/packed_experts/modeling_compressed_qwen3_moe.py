@@ -340,14 +340,12 @@ class CompressedQwen3MoeModel(CompressedQwen3MoePreTrainedModel):
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = CompressedQwen3MoeCache(self.config)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(inputs_embeds, attention_mask, past)
-        mask = causal_mask(inputs_embeds, attention_mask, past_key_values)
+            position_ids = token_positions(hidden_states, attention_mask, past)
+        mask = causal_mask(hidden_states, attention_mask, past_key_values)
         cos, sin = self.rotary_emb(position_ids)
-        hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, mask, past_key_values)
         last_hidden_state = self.norm(hidden_states)

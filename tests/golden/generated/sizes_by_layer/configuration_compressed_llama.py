@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 32312d0913ca7f1b.
+For the code of modeling_compressed_llama.py with the digest 59c2ca5cddeb07ab.
 """
 
 from dataclasses import field

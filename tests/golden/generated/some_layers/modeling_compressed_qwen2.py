@@ -357,13 +357,11 @@ class CompressedQwen2Model(CompressedQwen2PreTrainedModel):
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = CompressedQwen2Cache(self.config)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(inputs_embeds, attention_mask, past)
-        mask = causal_mask(inputs_embeds, attention_mask, past_key_values)
-        hidden_states = inputs_embeds
+            position_ids = token_positions(hidden_states, attention_mask, past)
+        mask = causal_mask(hidden_states, attention_mask, past_key_values)
         tables = {
             "rotary_emb": self.rotary_emb(position_ids),
             "rotary_emb_2": self.rotary_emb_2(position_ids),
