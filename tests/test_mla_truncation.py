@@ -5,44 +5,33 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor
 
-from backends.safetensors import emit
 from compiler.calibration.sweep import sweep
 from compiler.errors import PassError
-from compiler.evaluate import load_model
-from compiler.frontend.capture import capture
-from compiler.ir.execute import run
 from compiler.ir.facts import attention_sites, kv_cache_values, latent_sites
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Pipeline
-from compiler.target import emission_of
 from passes.gqa_to_mla import GqaToMla
 from passes.gqa_to_mla.latent import Analysis, LatentMaps, Layout, largest_rank, latent_maps
-from passes.gqa_to_mla.lowrank import LatentPair, Side, solve
-from passes.gqa_to_mla.moments import Moments, measure
-from passes.gqa_to_mla.refit import refitted
 from passes.gqa_to_mla.rotary import keep_best
-from passes.gqa_to_mla.source import Source, compressible, pair_rows
+from passes.gqa_to_mla.source import compressible
 from passes.gqa_to_mla.truncate import Form, form_of
-from passes.gqa_to_mla.turns import RIDGE
-from tests.families import FAMILIES
+from tests.captures import graph_of
 from tests.test_gqa_to_mla import SHAPES, VOCABULARY, Decoder
 from tests.truncation import (
     analyses,
     batches,
+    complex_heads,
     convert,
     first_output,
     moved,
     reduced,
     relative_square,
     token_ids,
-    weight_of,
     whole,
 )
 
@@ -68,7 +57,7 @@ def subject():
 
     def fresh(name: str) -> Graph:
         if name not in made:
-            made[name] = Decoder(**BY_HAND[name]).graph if name in BY_HAND else capture(FAMILIES[name].build(3))
+            made[name] = Decoder(**BY_HAND[name]).graph if name in BY_HAND else graph_of(name, 3)
         return copy_of(made[name])
 
     return fresh
@@ -127,12 +116,6 @@ def test_whole_widths_compute_the_same(name, subject, analysed):
         assert kv_cache_values(changed) == kv_cache_values(graph)
 
 
-def complex_heads(source: Source, heads: Tensor) -> Tensor:
-    """The rotary pairs of heads [.., d] as complex numbers [.., pairs]."""
-    real, imaginary = pair_rows(source)
-    return torch.complex(heads[..., real], heads[..., imaginary])
-
-
 def expected_scores(one: Analysis, layout: Layout, query: Tensor, key: Tensor, turn: Tensor) -> Tensor:
     """Scores [H] of a query [H, d] and a key [g, d], components that stay turned by ``turn`` [pairs], others by the
     phasor."""
@@ -189,240 +172,6 @@ def test_the_components_are_another_basis_of_the_keys(name, analysed):
         assert (product - torch.eye(groups, dtype=product.dtype)).abs().le(1e-9).all()
         assert (parts.loss >= 0).all()
         assert (parts.loss.diff(dim=1) <= 0).all(), "components are ordered by their loss"
-
-
-# the low-rank latent
-
-
-def error_of(pair: LatentPair, keys: Side, values: Side) -> float:
-    """What ``pair`` loses, from the definition."""
-    lost = [(up @ pair.down - side.rows, side) for up, side in ((pair.key_up, keys), (pair.value_up, values))]
-    return sum(float(torch.trace(side.metric @ off @ side.moment @ off.T)) for off, side in lost)
-
-
-def semidefinite(generator: torch.Generator, size: int, rank: int, decay: float) -> Tensor:
-    factor = torch.randn(size, rank, generator=generator, dtype=torch.float64)
-    return (factor * decay ** torch.arange(rank, dtype=torch.float64)) @ factor.T
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Side, Side]:
-    """A reader of keys (of none, sometimes) and one of values, metrics and moments of any rank."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    width, count = draw(st.integers(2, 12)), draw(st.integers(0, 6))
-    decay = draw(st.sampled_from([1.0, 0.7, 0.2]))
-    sides = []
-    for rows in (count, draw(st.integers(1, 6))):
-        metric = semidefinite(generator, rows, draw(st.integers(0, rows)), decay)
-        moment = semidefinite(generator, width, draw(st.integers(1, width)), decay)
-        sides.append(Side(torch.randn(rows, width, generator=generator, dtype=torch.float64), metric, moment))
-    return sides[0], sides[1]
-
-
-def nothing_kept(keys: Side, values: Side) -> float:
-    return sum(float(torch.trace(side.metric @ side.rows @ side.moment @ side.rows.T)) for side in (keys, values))
-
-
-def damping(keys: Side, values: Side) -> float:
-    """What the damping of metrics (1e-6 of their mean) and the ridge may cost, generously."""
-    sides = ((side.metric.diagonal().mean() if len(side.rows) else 0.0, side) for side in (keys, values))
-    damped = sum(1e-5 * float(mean * torch.trace(side.rows @ side.moment @ side.rows.T)) for mean, side in sides)
-    return damped + 1e-8 * nothing_kept(keys, values) + 1e-300
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(problems(), st.integers(1, 12))
-def test_least_squares_never_does_worse_than_its_start(problem, rank):
-    keys, values = problem
-    rank = min(rank, len(keys.rows) + len(values.rows))
-    errors = [error_of(solve(keys, values, rank, rounds), keys, values) for rounds in (0, 1, 3, 6)]
-    slack = damping(keys, values)
-    assert all(later <= earlier + slack for earlier, later in pairwise(errors))
-    assert errors[0] <= nothing_kept(keys, values) + slack
-    found = solve(keys, values, rank)
-    assert all(torch.isfinite(part).all() for part in (found.down, found.key_up, found.value_up))
-    assert abs(found.key_error + found.value_error - errors[2]) <= slack + 1e-9 * abs(errors[2])
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(problems())
-def test_more_rank_is_never_worse_and_all_of_it_is_exact(problem):
-    keys, values = problem
-    most = len(keys.rows) + len(values.rows)
-    errors = [error_of(solve(keys, values, rank, 0), keys, values) for rank in range(1, most + 1)]
-    slack = damping(keys, values)
-    assert all(more <= less + slack for less, more in pairwise(errors))
-    pair = solve(keys, values, most)
-    assert torch.allclose(pair.key_up @ pair.down, keys.rows, rtol=0, atol=1e-12)
-    assert torch.allclose(pair.value_up @ pair.down, values.rows, rtol=0, atol=1e-12)
-    assert (pair.key_error, pair.value_error) == (0.0, 0.0)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(problems(), st.integers(1, 6))
-def test_with_one_moment_it_is_the_closed_form_and_no_worse_than_a_plain_svd(problem, rank):
-    """The least possible error is the sum of the smallest eigenvalues of the metric's root times the covariance."""
-    keys, values = problem
-    width = values.rows.shape[1]
-    moment = values.moment + 1e-3 * values.moment.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    keys, values = Side(keys.rows, keys.metric, moment), Side(values.rows, values.metric, moment)
-    rows = torch.cat((keys.rows, values.rows))
-    rank = min(rank, len(rows))
-    metric = torch.block_diag(*(side.metric for side in (keys, values) if len(side.rows)))
-    values_of, vectors = torch.linalg.eigh(metric)
-    root = (vectors * values_of.clamp_min(0).sqrt()) @ vectors.T
-    least = float(torch.linalg.eigvalsh(root @ rows @ moment @ rows.T @ root)[: len(rows) - rank].clamp_min(0).sum())
-    error = error_of(solve(keys, values, rank), keys, values)
-    assert abs(error - least) <= damping(keys, values) + 1e-6 * least
-    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-    off = (left[:, :rank] * sizes[:rank]) @ right[:rank] - rows
-    assert error <= float(torch.trace(metric @ off @ moment @ off.T)) + damping(keys, values)
-
-
-def test_metrics_and_moments_of_zero_give_numbers():
-    eye, none = torch.eye(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
-    for metric, moment in ((none[:3, :3], eye), (eye[:3, :3], none), (none[:3, :3], none)):
-        side = Side(eye[:3], metric, moment)
-        for rank in range(1, 7):
-            pair = solve(side, Side(eye[3:], metric, moment), rank)
-            assert all(torch.isfinite(part.float()).all() for part in (pair.down, pair.key_up, pair.value_up))
-
-
-# what calibration measures
-
-
-def seen_values(graph: Graph, source: Source, given) -> list[dict[str, Tensor]]:
-    """Per sample, the heads before and after rotation and the rotary table, float64."""
-    node, table = source.site.node, list(source.table.outputs) if source.table is not None else []
-    wanted = [source.query, source.key, source.value, node.input(0), node.input(1), *table]
-    samples = []
-    stage = next(stage for stage in sweep(graph, given) if node in stage.nodes)
-    for values in stage.values(wanted):
-        query, key, value, turned, turned_key, *tables = (values[part].double() for part in wanted)
-        for index in range(len(query)):
-            own = [part.expand(index + 1, -1, -1)[index] for part in tables]
-            angle = torch.complex(*own) if own else torch.zeros(query.shape[2], 0, dtype=torch.complex128)
-            heads = {"q": query, "k": key, "v": value, "turned": turned, "turned_key": turned_key}
-            samples.append({name: part[index] for name, part in heads.items()} | {"angle": angle})
-    return samples
-
-
-def defined_moments(source: Source, samples: list[dict[str, Tensor]], weight: Tensor) -> Moments:
-    """The moments as their definitions say, one query at a time."""
-    site, heads, groups = source.site, source.heads, source.groups
-    columns = weight.double().reshape(-1, heads, source.value_dim)
-    norms, width = columns.square().sum((0, 2)), source.cached
-    double = {"dtype": torch.float64}
-    turned: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(heads)]
-    total = torch.zeros(heads, **double)
-    queries, collision = torch.zeros(heads, source.head_dim, source.head_dim, **double), torch.zeros(heads, **double)
-    keys, values, key_mean = (torch.zeros(*shape, **double) for shape in ((width, width), (width, width), (width,)))
-    tokens = 0
-    for seen in samples:
-        y = torch.cat([seen[name].transpose(0, 1).flatten(1) for name in "kv"], 1)
-        tokens += len(y)
-        for head in range(heads):
-            group = head * groups // heads
-            for s in range(len(y)):
-                first = max(0, s - site.window + 1) if site.window else 0
-                near = slice(first, s + 1)
-                scores = seen["turned_key"][group, near] @ seen["turned"][head, s] * site.scale
-                bent = torch.tanh(scores / site.softcap) if site.softcap else torch.zeros_like(scores)
-                a = (bent * site.softcap if site.softcap else scores).softmax(0)
-                value = seen["v"][group, near]
-                moved = (value - a @ value) @ columns[:, head].T
-                w = (a * (1 - bent.square())).square() * moved.square().sum(1)
-                query, mean = seen["q"][head, s], a @ y[near]
-                total[head] += w.sum()
-                queries[head] += w.sum() * torch.outer(query, query)
-                collision[head] += a.square().sum()
-                values += norms[head] * torch.outer(mean, mean)
-                keys += (w[:, None] * y[near]).T @ y[near]
-                key_mean += w @ y[near]
-                product = complex_heads(source, query) * complex_heads(source, seen["k"][group, near]).conj()
-                turned[head].append((w, product, product * seen["angle"][s] * seen["angle"][near].conj()))
-    constants = [nearest_constants(*map(torch.cat, zip(*own, strict=True))) for own in turned]
-    return Moments(
-        phasor=torch.view_as_real(torch.stack([constant for constant, _ in constants])),
-        frozen=torch.stack([missed for _, missed in constants]),
-        queries=queries / tokens,
-        keys=keys / total.sum(),
-        key_mean=key_mean / total.sum(),
-        values=values / (norms.sum() * tokens),
-        outputs=torch.einsum("xhi,xhj->hij", columns, columns),
-        collision=collision / tokens,
-    )
-
-
-def nearest_constants(w: Tensor, u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the score's products u and rotated r [N, pairs], the ridge least squares for c in Re(u c) = Re(r)."""
-    size = (w[:, None] * u.abs().square()).sum(0)
-    mean = (w[:, None] * u.conj() * r).sum(0) / size
-    rows = torch.stack((u.real, -u.imag), -1)
-    gram = torch.einsum("n,npi,npj->pij", w, rows, rows) + RIDGE * size[:, None, None] * torch.eye(2)
-    right = torch.einsum("n,npi,np->pi", w, rows, r.real) + RIDGE * size[:, None] * torch.view_as_real(mean)
-    constant = torch.view_as_complex(torch.linalg.solve(gram, right).contiguous())
-    missed = (w[:, None] * ((u * constant).real - r.real).square()).sum(0)
-    return constant, missed / (w[:, None] * r.real.square()).sum(0)
-
-
-MEASURED = {
-    "grouped": {},
-    "window": {"window": 4},
-    "cap": {"softcap": 2.0},
-    "scaled table, biases": {"table_scale": 1.3, "pairs": 3, "bias": "k v"},
-    "one group, narrow values": {"groups": 1, "value_dim": 8, "layout": "interleaved", "bias": "v"},
-}
-
-
-@pytest.mark.parametrize("shape", MEASURED.values(), ids=MEASURED.keys())
-def test_moments_are_what_their_definitions_say(shape):
-    """Samples of different lengths, and two in one batch; in the second layer, behind the first."""
-    graph = Decoder(**shape).graph
-    given = [token_ids(2, 11, 5, VOCABULARY), token_ids(1, 7, 6, VOCABULARY)]
-    source = compressible(attention_sites(graph)[1])
-    weight = weight_of(graph, source)
-    wanted = defined_moments(source, seen_values(graph, source, given), weight)
-    stage = next(stage for stage in sweep(graph, given) if source.site.node in stage.nodes)
-    for name, found in vars(measure(stage, source, weight)).items():
-        expected = getattr(wanted, name)
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), name  # |W (v - o)|^2 cancels in float32
-
-
-def test_a_head_that_the_output_projection_drops_leaves_no_nan():
-    decoder = Decoder()
-    weight = decoder.tensors["layers.0.attention.o.weight"]
-    weight[:, :16] = 0
-    decoder.tensors["layers.1.attention.o.weight"].zero_()
-    before = decoder.outputs()
-    reduced(decoder.graph, batches(vocabulary=VOCABULARY), rank=24, rope_dim=16)
-    assert relative_square(decoder.outputs(), before) < 0.1
-
-
-# refitting
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
-def test_refitting_never_increases_the_error_that_it_was_fitted_to(seed, width, outputs, tokens):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, width, generator=generator)
-    pairs = [[torch.randn(2, tokens, n, generator=generator) for n in (width, outputs)] for _ in range(2)]
-
-    def error(matrix: Tensor) -> float:
-        return sum(float((x.double() @ matrix.double().T - y).square().sum()) for x, y in pairs)
-
-    fitted = refitted(weight, iter([(x, y) for x, y in pairs]))
-    assert error(fitted) <= error(weight) * (1 + 1e-6)
-
-
-def test_refitting_keeps_weights_whose_inputs_are_zero_or_whose_outputs_are_right():
-    weight, x = torch.randn(3, 5), torch.randn(40, 5)
-    assert torch.allclose(refitted(weight, [(torch.zeros(4, 5), torch.randn(4, 3))]).float(), weight)
-    assert torch.allclose(refitted(weight, [(x, x @ weight.T)]).float(), weight, atol=1e-5)
-    x[:, 2] = 0
-    kept = refitted(weight, [(x, torch.randn(40, 3))])[:, 2]
-    assert torch.allclose(kept.float(), weight[:, 2])
 
 
 # what is predicted
@@ -609,78 +358,3 @@ def test_widths_without_calibration_data_are_refused(subject):
         with pytest.raises(PassError, match="this needs calibration data") as raised:
             Pipeline([GqaToMla(**options)]).run(subject("grouped"))
         assert raised.value.remedy == "add `calibration: {data: text.txt}`"
-
-
-# what is written
-
-
-STOCK = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "a bias on the way out": ("llama", {"attention_bias": True}),
-}
-GENERATED = {
-    "norms of heads": ("qwen3", {}, torch.float32),
-    "windows and caps": ("gemma2", {}, torch.float32),
-    "windows and norms, two tables": ("gemma3", {}, torch.float32),
-    "no rotation": ("gpt2", {}, torch.float32),
-    "float16": ("llama", {}, torch.float16),
-}
-NEW_TOKENS = 8
-
-
-class Reduced:
-    """A family's tiny model with a smaller cache, written by ``emission_of`` and read by plain transformers."""
-
-    def __init__(self, name: str, directory, dtype=torch.float32, **changes):
-        self.family = FAMILIES[name]
-        self.graph = capture(self.family.build(3, **changes).to(dtype))
-        self.rotary = 2 * (compressible(attention_sites(self.graph)[0]).pairs // 2)
-        reduced(self.graph, batches(), rank=14, rope_dim=self.rotary)
-        self.emission = emission_of(self.graph)
-        directory.mkdir()
-        emit(self.emission, self.graph.sources, directory)
-        self.model = load_model(directory, trust_remote_code=bool(self.emission.files))
-
-    def check(self) -> None:
-        """Logits, greedy text and the live cache are the graph's."""
-        ids = token_ids(2, 10)["input_ids"]
-        wanted = run(self.graph, {"input_ids": ids})["logits"]
-        with torch.no_grad():
-            found = self.model(ids, use_cache=True)
-        assert (found.logits - wanted).abs().max() <= ROUNDING * wanted.abs().max()
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        assert torch.equal(self.model.generate(ids, max_new_tokens=NEW_TOKENS, **options), self.greedy(ids))
-        held = sum(tensor.numel() for tensor in cached_tensors(found.past_key_values))
-        seen = [self.tokens_held(site.window, ids.shape[1]) for site in latent_sites(self.graph)]
-        assert held == len(ids) * sum(seen) * (14 + self.rotary)
-
-    @staticmethod
-    def tokens_held(window: int, tokens: int) -> int:
-        """Before the next token comes, whose own key and value complete a window."""
-        return min(tokens, window - 1) if window else tokens
-
-    def greedy(self, ids: Tensor) -> Tensor:
-        for _ in range(NEW_TOKENS):
-            ids = torch.cat((ids, run(self.graph, {"input_ids": ids})["logits"][:, -1:].argmax(-1)), 1)
-        return ids
-
-
-def cached_tensors(cache) -> list[Tensor]:
-    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return [tensor for tensor in held if isinstance(tensor, Tensor)]
-
-
-@pytest.mark.parametrize(("name", "changes"), STOCK.values(), ids=STOCK.keys())
-def test_a_stock_checkpoint_computes_continues_and_caches_as_the_graph(name, changes, tmp_path):
-    made = Reduced(name, tmp_path / "out", **changes)
-    assert (made.emission.architecture, made.emission.files) == ("DeepseekV3ForCausalLM", {})
-    made.check()
-
-
-@pytest.mark.parametrize(("name", "changes", "dtype"), GENERATED.values(), ids=GENERATED.keys())
-def test_a_generated_module_computes_continues_and_caches_as_the_graph(name, changes, dtype, tmp_path):
-    made = Reduced(name, tmp_path / "out", dtype, **changes)
-    assert made.emission.files
-    made.check()

@@ -21,7 +21,7 @@ from passes.gqa_to_mla import GqaToMla
 from passes.gqa_to_mla.build import add_zero_bias
 from passes.gqa_to_mla.latent import Analysis, LatentMaps, Layout, analyse, largest_rank, latent_maps
 from passes.gqa_to_mla.moments import measure
-from passes.gqa_to_mla.source import Source, compressible
+from passes.gqa_to_mla.source import Source, compressible, pair_rows
 from passes.gqa_to_mla.truncate import Form, Truncation, take_over
 from tests.families import VOCABULARY
 
@@ -98,3 +98,9 @@ def first_output(graph: Graph, given: Mapping[str, Tensor]) -> Tensor:
 def relative_square(found: Tensor, wanted: Tensor) -> float:
     """The square error as a part of what is wanted."""
     return float((found - wanted).double().square().sum() / wanted.double().square().sum())
+
+
+def complex_heads(source: Source, heads: Tensor) -> Tensor:
+    """The rotary pairs of heads [.., d] as complex numbers [.., pairs]."""
+    real, imaginary = pair_rows(source)
+    return torch.complex(heads[..., real], heads[..., imaginary])
