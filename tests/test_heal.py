@@ -14,7 +14,6 @@ import passes.heal.whole
 from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.sweep import differentiable
 from compiler.errors import PassError, SelectorError
-from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of
 from compiler.ir.select import Selector
@@ -25,6 +24,7 @@ from passes.heal import Heal
 from passes.heal.loss import divergence
 from passes.heal.weights import Adam, Trained
 from passes.heal.windows import divide, order
+from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
 
@@ -59,7 +59,7 @@ def windows(name, count=72, length=32):
 
 
 def healed(name, damage, heal, *, workdir=None, data=None):
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     data = data or windows(name)
     report = Pipeline([damage, heal]).run(graph, workdir=workdir, calibration=lambda _: data)
     return graph, report.passes[1]
@@ -80,7 +80,7 @@ ENDS = {**QUICK, "layer_tokens": 0, "tokens": 12 * 1024, "adapters": 8, "rate": 
 
 def test_a_graph_that_nothing_has_changed_keeps_its_weights():
     graph, entry = healed("llama", Nothing(), Heal(**QUICK))
-    assert same(values_of(graph), values_of(capture(FAMILIES["llama"].build())))
+    assert same(values_of(graph), values_of(graph_of("llama")))
     assert [trial.distance for trial in entry.trials] == [0.0, 0.0, 0.0]
     assert not any(trial.chosen for trial in entry.trials[1:])
 
@@ -101,7 +101,7 @@ def test_damage_is_healed(name, options):
 def test_what_was_not_trained_on_is_never_further_from_the_original(name, rate):
     data = windows(name, count=20)
     graph, entry = healed(name, Damage(), Heal(**{**QUICK, "rate": rate, "layer_rate": rate}), data=data)
-    fidelity = Fidelity(capture(FAMILIES[name].build()), divide(data).held)
+    fidelity = Fidelity(graph_of(name), divide(data).held)
     distances = [trial.distance for trial in entry.trials]
     assert fidelity.distance(graph) == pytest.approx(min(distances), rel=1e-6, abs=0)
     undone = [skip for skip in entry.skipped if "undone" in skip.reason]
@@ -144,7 +144,7 @@ def test_latent_attention_is_healed_shrunk_rows_and_all(name):
         def run(self, graph, ctx):
             before.update(values_of(graph))
 
-    graph, data = capture(FAMILIES[name].build()), windows(name, count=200)
+    graph, data = graph_of(name), windows(name, count=200)
     heal = Heal(tokens=0, layer_tokens=32 * 1024, layer_rate=1e-2)
     report = Pipeline([GqaToMla(rank=12, rope_dim=4), Note(), heal]).run(graph, calibration=lambda _: data)
     came, healed = (trial.distance for trial in report.passes[2].trials)
@@ -190,7 +190,7 @@ def test_what_cannot_be_healed_is_refused():
 
 
 def test_gradients_flow_through_a_graph_as_through_one_computation():
-    graph = capture(FAMILIES["qwen3"].build())
+    graph = graph_of("qwen3")
     inputs = FAMILIES["qwen3"].inputs()
     weights = {param: read_param(graph, param) for param in graph.params.values()}
     trained = [param for param in graph.params.values() if param.name.endswith("q_proj.weight")]

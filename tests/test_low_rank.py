@@ -15,7 +15,6 @@ from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError, SelectorError
 from compiler.evaluate import load_model
 from compiler.factor import Metric, best, root, spectrum
-from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.facts import parameter_count
 from compiler.pipeline import Pipeline
@@ -29,6 +28,7 @@ from passes.low_rank.groups import sharing, together
 from passes.low_rank.places import Form, bias_of
 from passes.low_rank.rewrite import stored
 from passes.low_rank.select import places_of
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
@@ -41,7 +41,7 @@ def batches(name, count=6, tokens=24):
 
 def reduced(name, directory=None, **options):
     """A family's graph after the pass, the pass's report, and the distance from the original on calibration data."""
-    graph, given = capture(FAMILIES[name].build()), batches(name)
+    graph, given = graph_of(name), batches(name)
     before = Fidelity(graph, given)
     pipeline = Pipeline([LowRank(**{"where": ["attention", "mlp"], **options})])
     (report,) = pipeline.run(graph, workdir=directory, calibration=lambda _: given).passes
@@ -107,7 +107,7 @@ def test_no_other_matrix_of_the_rank_costs_less():
 def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name, where, form):
     options = {"where": where, "keep": 0.7, "form": form, "ranks": "uniform", "update": False, "metric": "input"}
     graph, report, _ = reduced(name, **options)
-    planned = capture(FAMILIES[name].build())
+    planned = graph_of(name)
     assert Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: []).read_weights
     assert parameter_count(planned) == parameter_count(graph)
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
@@ -119,12 +119,12 @@ def test_the_plan_holds_as_many_parameters_as_were_promised_and_as_the_run(name,
 
 
 def test_keep_counts_the_whole_model_if_asked_to():
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     before = parameter_count(graph)
     Pipeline([LowRank(where="mlp", keep=0.85, of="model", bias=False)]).run(graph, planned=True)
     assert 0.8 * before < parameter_count(graph) <= 0.85 * before
     with pytest.raises(PassError, match="already more than may remain"):
-        Pipeline([LowRank(where="mlp", keep=0.3, of="model")]).run(capture(FAMILIES["llama"].config()), planned=True)
+        Pipeline([LowRank(where="mlp", keep=0.3, of="model")]).run(plan_of("llama"), planned=True)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "whisper", "mixtral"])
@@ -185,7 +185,7 @@ def test_impossible_wishes_are_errors():
         ("llama", {"where": "mlp", "keep": 0.01}, PassError, "leaves less than a rank of 1"),
     ]
     for name, options, kind, reason in wishes:
-        graph = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
+        graph = plan_of(name)
         with pytest.raises(kind, match=reason):
             Pipeline([LowRank(**options)]).run(graph, planned=True)
 
@@ -201,7 +201,7 @@ class Silent:
 def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(name, form, tmp_path):
     """Of full rank, factors of query, key and value together compute what these did; transformers loads them."""
     family = FAMILIES[name]
-    graph = capture(family.build())
+    graph = graph_of(family.name)
     inputs = family.inputs()
     before = run(graph, inputs)["logits"]
     params = [param for param in graph.params.values() if "attn" in param.name and param.type.rank == 2]
@@ -237,7 +237,7 @@ WRITTEN = ["llama", "gemma3", "phi3", "mixtral", "gpt2", "modernbert", "vit", "w
 def test_what_the_defaults_select_is_written_as_code_that_computes_the_same(name, tmp_path):
     """Heads, parts of fused weights, layers that differ: also where frequencies or names of modules differ by layer."""
     inputs = FAMILIES[name].inputs()
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     Pipeline([LowRank(keep=0.7, update=False)]).run(graph, calibration=lambda _: batches(name, 2))
     emit(emission_of(graph, "auto"), graph.sources, tmp_path)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_what_the_defaults_select_is_written_as_code_that_computes_the_same(name
 
 
 def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
-    graph = capture(FAMILIES["llama"].build())
+    graph = graph_of("llama")
     params = [param for param in graph.params.values() if param.name.endswith("proj.weight")]
     places = places_of(graph, Silent(), params)
     groups = sharing(places, "input")

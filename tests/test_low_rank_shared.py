@@ -7,7 +7,6 @@ import torch
 
 from backends.safetensors import emit
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ir.graph import Param
 from compiler.ir.layers import copy_of
@@ -22,6 +21,7 @@ from passes.low_rank.metrics import measured
 from passes.low_rank.select import places_of
 from passes.low_rank.shared import Shared
 from passes.low_rank.values import Values
+from tests.captures import graph_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
@@ -53,7 +53,7 @@ def batches(name, count=4):
 
 def of_kind(name, metric, wanted, share="none", **changes):
     """The graph, its metrics, and those places of it that ``wanted`` says."""
-    graph = capture(FAMILIES[name].build(**changes))
+    graph = graph_of(name, **changes)
     ctx = Silent(graph)
     selected = [param for param in graph.params.values() if isinstance(param, Param) and param.type.rank in (2, 3)]
     places = places_of(graph, ctx, [param for param in selected if wanted(param)])
@@ -143,7 +143,7 @@ def test_narrower_values_of_full_width_compute_the_same_and_are_written(name, tm
 )
 def test_the_plan_of_shared_factors_holds_what_the_run_holds(name, where):
     options = {"where": where, "keep": 0.6, "ranks": "uniform", "update": False, "share": "values"}
-    graph, planned = (capture(FAMILIES[name].build()) for _ in range(2))
+    graph, planned = (graph_of(name) for _ in range(2))
     Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2))
     Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
@@ -151,7 +151,7 @@ def test_the_plan_of_shared_factors_holds_what_the_run_holds(name, where):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper", "t5"])
 def test_factorised_tables_are_written_as_code_that_computes_the_same(name, tmp_path):
-    inputs, graph = FAMILIES[name].inputs(), capture(FAMILIES[name].build(tie_word_embeddings=True))
+    inputs, graph = FAMILIES[name].inputs(), graph_of(name, tie_word_embeddings=True)
     options = {"where": ["embedding", "head"], "keep": 0.7, "ranks": "uniform", "update": False}
     (report,) = Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2)).passes
     assert report.rewritten

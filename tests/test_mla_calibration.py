@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from compiler.errors import PassError
-from compiler.frontend.capture import capture
 from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph, Value
 from compiler.pipeline import Pipeline, Report
 from compiler.target import emission_of
 from passes.gqa_to_mla import GqaToMla
-from tests.families import FAMILIES
+from tests.captures import graph_of
 from tests.test_gqa_to_mla import VOCABULARY, Decoder
 from tests.truncation import batches, first_output, reduced, relative_square, token_ids
 
@@ -51,7 +50,7 @@ def test_few_tokens_for_the_latent_are_warned_of():
 def test_a_plan_and_a_run_with_one_rotary_pair_agree_on_the_class():
     classes = []
     for planned in (True, False):
-        graph = capture(FAMILIES["llama"].build(3))
+        graph = graph_of("llama", 3)
         reduced(graph, batches(2), planned=planned, rank=14, rope_dim=2)
         classes.append(emission_of(graph).architecture)
     assert classes[0] == classes[1]

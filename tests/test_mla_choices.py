@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from compiler.errors import PassError
-from compiler.frontend.capture import capture
 from compiler.ir.facts import latent_sites
 from compiler.pipeline import Pipeline
 from passes.gqa_to_mla import GqaToMla
 from passes.gqa_to_mla.choose import descend
-from tests.families import FAMILIES
+from tests.captures import graph_of
 
 
 def batches(count=3):
@@ -21,7 +20,7 @@ def batches(count=3):
 
 def converted(family, **options):
     torch.manual_seed(0)
-    graph = capture(FAMILIES[family].build())
+    graph = graph_of(family)
     report = Pipeline([GqaToMla(**options)]).run(graph, calibration=lambda _: batches())
     return graph, report.passes[0]
 
@@ -50,7 +49,7 @@ def test_ranks_by_layer_keep_to_the_cache_and_are_taken_only_when_nearer(family)
 
 def test_a_plan_of_ranks_by_layer_promises_no_stock_class():
     for ranks, distinct in (("uniform", 1), ("by-layer", 2)):
-        graph = capture(FAMILIES["llama"].build())
+        graph = graph_of("llama")
         Pipeline([GqaToMla(cache=0.5, ranks=ranks)]).run(graph, planned=True, calibration=lambda _: batches())
         assert len({site.rank for site in latent_sites(graph)}) == distinct
 

@@ -13,7 +13,6 @@ import torch
 from backends.onnx import emit, propose, verify
 from backends.onnx.emitters import RULES
 from compiler.errors import TargetError
-from compiler.frontend.capture import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
@@ -24,6 +23,7 @@ from compiler.weights.expr import load
 from compiler.weights.ops import take
 from compiler.weights.ops.rotary import rotary_table
 from compiler.weights.source import MemorySource
+from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.latent import latent_graph
 
@@ -116,7 +116,7 @@ def test_every_operation_and_attribute_has_a_rule():
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_language_model_computes_and_continues_as_its_graph(name, tmp_path):
-    graph = capture(FAMILIES[name].build(3))
+    graph = graph_of(name, 3)
     ids = FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"]
     for target in TARGETS:
         model = written(graph, tmp_path / target, target)
@@ -139,7 +139,7 @@ windows, without rotation."""
 @pytest.mark.parametrize("name", WIDE)
 def test_grouped_attention_computes_and_continues_as_its_graph(name, tmp_path):
     family = FAMILIES[name]
-    graph = capture(family.build(3, **WIDE[name]))
+    graph = graph_of(family.name, 3, **WIDE[name])
     emission = propose(graph)
     assert emission.models["model.onnx"].in_place
     emit(emission, graph.sources, tmp_path)
@@ -150,7 +150,7 @@ def test_grouped_attention_computes_and_continues_as_its_graph(name, tmp_path):
 
 def test_only_the_last_tokens_are_scored_when_asked(tmp_path):
     family = FAMILIES["llama"]
-    graph = capture(family.build(3))
+    graph = graph_of(family.name, 3)
     model, ids = written(graph, tmp_path), family.inputs(batch=2, tokens=6)["input_ids"]
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **model.empty(2)}
     whole = model.run(**given)["logits"]
@@ -162,7 +162,7 @@ def test_only_the_last_tokens_are_scored_when_asked(tmp_path):
 @pytest.mark.parametrize("name", PAIRED)
 def test_an_encoder_and_a_decoder_compute_what_their_graph_computes(name, target, tmp_path):
     """The encoder once, the decoder at once, token by token and padded."""
-    graph = capture(FAMILIES[name].build(3))
+    graph = graph_of(name, 3)
     emission = propose(graph, target)
     emit(emission, graph.sources, tmp_path)
     for file in emission.models:
@@ -173,7 +173,7 @@ def test_an_encoder_and_a_decoder_compute_what_their_graph_computes(name, target
 
 def test_a_decoder_ignores_padding_of_the_source(tmp_path):
     family = FAMILIES["t5"]
-    graph = capture(family.build(3))
+    graph = graph_of(family.name, 3)
     emit(propose(graph), graph.sources, tmp_path)
     encoder, decoder = (Session(tmp_path / f"{name}.onnx") for name in ("encoder", "decoder"))
     given = family.inputs(batch=2, tokens=6)
@@ -192,7 +192,7 @@ def test_a_decoder_ignores_padding_of_the_source(tmp_path):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_computes_what_its_graph_computes(name, tmp_path):
     family = FAMILIES[name]
-    graph = capture(family.build(3))
+    graph = graph_of(family.name, 3)
     for target in TARGETS:
         model = written(graph, tmp_path / target, target)
         for batch in (1, 2):
@@ -206,7 +206,7 @@ def test_an_encoder_computes_what_its_graph_computes(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if FAMILIES[name].kind == "text"])
 def test_an_encoder_ignores_padding(name, tmp_path):
     family = FAMILIES[name]
-    graph = capture(family.build(3))
+    graph = graph_of(family.name, 3)
     ids, output = family.inputs(batch=2, tokens=9)["input_ids"], next(iter(graph.outputs))
     short = run(graph, {"input_ids": ids[:, :6]})[output]
     ids[:, 6:], mask = 0, torch.ones_like(ids)
@@ -227,7 +227,7 @@ LATENT = {
 @pytest.mark.parametrize("kind", LATENT)
 def test_latent_attention_caches_latents(kind, tmp_path):
     name, ranks, pairs, normed = LATENT[kind]
-    graph = latent_graph(capture(FAMILIES[name].build(3)), ranks, pairs, normed=normed)
+    graph = latent_graph(graph_of(name, 3), ranks, pairs, normed=normed)
     for target in TARGETS:
         model = written(graph, tmp_path / target, target)
         check_decoding(graph, model, FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"], chunks=True)
@@ -252,7 +252,7 @@ def test_an_unknown_target_is_refused(captured):
 
 def test_tensors_may_lie_in_several_files(tmp_path):
     family = FAMILIES["llama"]
-    graph = capture(family.build(3))
+    graph = graph_of(family.name, 3)
     emit(propose(graph), graph.sources, tmp_path, shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = family.inputs()["input_ids"]
@@ -272,7 +272,7 @@ def test_a_part_of_a_rotary_table_is_that_part_of_the_whole():
 
 
 def test_what_lies_in_half_precision_and_is_looked_up_stays_so(tmp_path):
-    graph = capture(FAMILIES["llama"].build(3).to(torch.bfloat16))
+    graph = graph_of("llama", 3, dtype=torch.bfloat16)
     emission = propose(graph)
     dtypes = {name: expr.dtype for name, expr in emission.tensors.items()}
     assert dtypes["model.embed_tokens.weight"] == torch.bfloat16

@@ -26,7 +26,7 @@ from passes.prune.choose import by_layer, choose, uniform
 from passes.prune.places import Place
 from passes.prune.ranking import Ranking
 from passes.prune.speed import Seconds
-from tests.families import FAMILIES
+from tests.captures import graph_of, plan_of
 from tests.small import write_folder, write_recipe
 from tests.test_prune import batches
 from tests.test_removal import Convolutional
@@ -71,7 +71,7 @@ def seconds(graph: Graph, table: Table) -> float:
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_the_pruned_graph_takes_what_was_predicted_and_no_more_than_was_asked(name, faster, options, device):
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     table = Table({}, measure=made_up)
     whole, parameters = seconds(graph, table), parameter_count(graph)
     entry = prune(graph, name, faster=faster, **options)
@@ -96,7 +96,7 @@ def test_convolutions_that_lose_both_ways_are_still_within_the_budget(device):
 
 @pytest.mark.parametrize("share", [uniform, by_layer])
 def test_more_speed_never_predicts_less_loss(share):
-    graph = capture(FAMILIES["llama"].config(layers=3))
+    graph = plan_of("llama", layers=3)
     places = found_places(graph)
     generator = torch.Generator().manual_seed(3)
     rankings = {place: random_ranking(place, generator) for place in places}
@@ -130,12 +130,12 @@ def noisy(generator: torch.Generator):
 
 
 def test_the_table_that_a_run_leaves_makes_the_same_choice_again(tmp_path, device, monkeypatch):
-    first = capture(FAMILIES["llama"].build())
+    first = graph_of("llama")
     entry = prune(first, faster=1.25)
     path = tmp_path / "table.json"
     path.write_text(json.dumps(entry.records["latency"]))
     monkeypatch.undo()
-    second = capture(FAMILIES["llama"].build())
+    second = graph_of("llama")
     prune(second, faster=1.25, latency=path)
     assert [str(p.type) for p in first.params.values()] == [str(p.type) for p in second.params.values()]
     held = {**entry.records["latency"]["microseconds"]}
@@ -143,7 +143,7 @@ def test_the_table_that_a_run_leaves_makes_the_same_choice_again(tmp_path, devic
     del held[name]
     path.write_text(json.dumps({"microseconds": held}))
     with pytest.raises(PassError, match="lacks") as raised:
-        prune(capture(FAMILIES["llama"].build()), faster=1.25, latency=path)
+        prune(graph_of("llama"), faster=1.25, latency=path)
     assert name in raised.value.cause and raised.value.option == "latency"
 
 
@@ -166,15 +166,15 @@ def test_a_table_of_impossible_times_is_an_error(microseconds, tmp_path):
 
 
 def test_what_a_table_was_measured_with_counts_and_no_option_may_say_otherwise(tmp_path, device):
-    entry = prune(capture(FAMILIES["llama"].build()), faster=1.25)
+    entry = prune(graph_of("llama"), faster=1.25)
     path = tmp_path / "table.json"
     path.write_text(json.dumps(entry.records["latency"]))
-    again = prune(capture(FAMILIES["llama"].build()), faster=1.25, latency=path, tokens=128)
+    again = prune(graph_of("llama"), faster=1.25, latency=path, tokens=128)
     assert again.after.parameters == entry.after.parameters
     assert any("`tokens` is 8, as the table" in skip.reason for skip in again.skipped)
     for name, other in (("tokens", 16), ("batch", 2), ("threads", 3), ("runtime", "torch")):
         with pytest.raises(PassError, match=f"is of `{name}: .*`, not of `{name}: {other}`") as raised:
-            prune(capture(FAMILIES["llama"].build()), faster=1.25, latency=path, **{name: other})
+            prune(graph_of("llama"), faster=1.25, latency=path, **{name: other})
         assert raised.value.option == name
 
 
@@ -201,17 +201,17 @@ def test_an_option_without_effect_is_refused(options, option):
 
 def test_a_plan_refuses_slopes_of_what_experts_hold_inside():
     with pytest.raises(PassError, match="no slope of its own"):
-        Pipeline([Prune(keep=0.8, align=8, score="taylor")]).run(capture(FAMILIES["mixtral"].config()), planned=True)
+        Pipeline([Prune(keep=0.8, align=8, score="taylor")]).run(plan_of("mixtral"), planned=True)
 
 
 def test_a_plan_leaves_to_seconds_what_multiplications_cannot_tell():
-    entry = prune(capture(FAMILIES["mixtral"].config()), "mixtral", planned=True, faster=1.05, what="experts")
+    entry = prune(plan_of("mixtral"), "mixtral", planned=True, faster=1.05, what="experts")
     assert any("multiplications do not tell" in skip.reason for skip in entry.skipped)
     assert entry.after.parameters == entry.before.parameters
 
 
 def test_multiplications_of_experts_and_attention_are_counted():
-    found = {task.op.name: task for task in tasks_of(capture(FAMILIES["mixtral"].config())).values()}
+    found = {task.op.name: task for task in tasks_of(plan_of("mixtral")).values()}
     (tokens, active), (_, two_inner, width) = (found["experts"].operands[i].static_shape for i in (1, 3))
     assert found["experts"].products == tokens * active * width * (two_inner + two_inner // 2)
     (_, heads, length, depth) = found["attention"].operands[0].static_shape
@@ -219,7 +219,7 @@ def test_multiplications_of_experts_and_attention_are_counted():
 
 
 def test_the_mel_axis_is_not_one_of_tokens():
-    names = tasks_of(capture(FAMILIES["whisper"].config()))
+    names = tasks_of(plan_of("whisper"))
     convolutions = [task for task in names.values() if task.op.name == "conv"]
     assert convolutions
     for task in convolutions:
@@ -229,14 +229,14 @@ def test_the_mel_axis_is_not_one_of_tokens():
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_what_a_runtime_cannot_run_is_named(runtime):
-    task = next(task for task in tasks_of(capture(FAMILIES["opt"].config(layers=1))).values() if task.op.name == "add")
+    task = next(task for task in tasks_of(plan_of("opt")).values() if task.op.name == "add")
     odd = replace(task, operands=(task.operands[0].with_shape((3, 5)), task.operands[1].with_shape((3, 7))))
     with pytest.raises(PassError, match=r"cannot run add\(f32\[3,5\], .*f32\[3,7\]\)"):
         measuring(Workload(runtime))([odd])
 
 
 def test_a_plan_measures_nothing():
-    entry = prune(capture(FAMILIES["llama"].config()), planned=True, faster=1.25)
+    entry = prune(plan_of("llama"), planned=True, faster=1.25)
     assert any("this plan goes by the number of multiplications" in skip.reason for skip in entry.skipped)
     assert entry.after.parameters < entry.before.parameters and not entry.records
 
@@ -249,7 +249,7 @@ def test_as_fast_as_it_is_changes_nothing_and_two_wishes_are_refused():
 
 def test_more_speed_than_there_is_to_have_is_an_error(device):
     with pytest.raises(PassError, match="less than what must remain") as raised:
-        prune(capture(FAMILIES["llama"].build()), faster=50.0)
+        prune(graph_of("llama"), faster=50.0)
     assert raised.value.option == "faster"
 
 
@@ -274,7 +274,7 @@ def test_what_is_timed_computes_what_the_operation_computes(name):
     if name == "convolutional":
         graph = capture(Convolutional().eval(), inputs={"image": torch.randn(1, 3, 12, 12)})
     else:
-        graph = capture(FAMILIES[name].config())
+        graph = plan_of(name)
     seen: dict[str, Task] = {}
     Latency(graph, Table({}, measure=lambda tasks: [seen.setdefault(str(t), t) and 1.0 for t in tasks]), 1, 6).prepare(
         []
@@ -292,7 +292,7 @@ def test_what_is_timed_computes_what_the_operation_computes(name):
 
 
 def test_both_runtimes_measure(captured=None):
-    task = next(iter(tasks_of(capture(FAMILIES["opt"].config(layers=1))).values()))
+    task = next(iter(tasks_of(plan_of("opt")).values()))
     for runtime in ("torch", "onnxruntime"):
         (found,) = measuring(Workload(runtime))([task])
         assert found >= 0
@@ -307,15 +307,13 @@ def tasks_of(graph: Graph) -> dict[str, Task]:
 
 
 def test_what_no_exporter_writes_is_refused_by_name():
-    experts = next(
-        task for task in tasks_of(capture(FAMILIES["mixtral"].config())).values() if task.op.name == "experts"
-    )
+    experts = next(task for task in tasks_of(plan_of("mixtral")).values() if task.op.name == "experts")
     with pytest.raises(PassError, match="`experts` has no ONNX form"):
         measuring(Workload())([experts])
 
 
 def test_only_the_last_tokens_logits_are_counted():
-    names = [*tasks_of(capture(FAMILIES["llama"].config()))]
+    names = [*tasks_of(plan_of("llama"))]
     assert any(name.startswith("linear(f32[1,1,") for name in names)
 
 
