@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def _name(path: Path) -> str:
 MODULES = _modules()
 
 
+@cache
 def _imports(path: Path) -> set[str]:
     """Every module imported at run time, wherever in the file; what only a type checker reads does not count."""
     found: set[str] = set()
