@@ -53,7 +53,11 @@ def test_digests_are_of_every_file(package, backend):
     metadata = json.loads((folder / "metadata.json").read_text())
     files = {path.name for path in folder.glob("*.*") if path.name != "metadata.json"}
     assert metadata["backend"] == {"type": backend}
-    assert set(metadata["digest"]["files"]) == files > {"__init__.py", "launch.py", "decoding.py", "rms_norm.py"}
+    assert (
+        set(metadata["digest"]["files"])
+        == files
+        > {"__init__.py", "launch.py", "binary.py", "decoding.py", "rms_norm.py"}
+    )
     for file, digest in metadata["digest"]["files"].items():
         assert base64.b64decode(digest) == hashlib.sha256((folder / file).read_bytes()).digest()
 

@@ -35,7 +35,9 @@ def write_package(
     Triton's CompilationError.
     """
     exported = sorted(kernels)
-    files = {f"{file}.py": (SOURCES / f"{file}.py").read_bytes() for file in with_imports(exported)}
+    unique = {specialised(launch).key: launch for launch in launches}
+    shipped = with_imports([*exported, "binary"] if unique else exported)
+    files = {f"{file}.py": (SOURCES / f"{file}.py").read_bytes() for file in shipped}
     files["__init__.py"] = _exports(exported).encode()
     for backend in BACKENDS:
         variant = folder / "build" / f"torch-{backend}"
@@ -43,7 +45,6 @@ def write_package(
         for file, content in files.items():
             (variant / file).write_bytes(content)
         _write_json(variant / "metadata.json", _metadata(name, backend, files))
-    unique = {specialised(launch).key: launch for launch in launches}
     if unique:
         _write_binaries(folder / "aot", unique, targets)
 

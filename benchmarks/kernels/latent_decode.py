@@ -36,7 +36,7 @@ def cases(device: torch.device | str) -> Iterator[Case]:
 
 def small(device: torch.device | str) -> Iterator[Case]:
     """Sizes for counting."""
-    for bits in (16, 8, 4):
+    for bits in (16, 4):
         yield case("V2-Lite", 1, 512, bits, device)
     yield paged("V2-Lite", 2, 256, device)
 

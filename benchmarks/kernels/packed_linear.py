@@ -25,10 +25,24 @@ CASES = (
     ((4096, 4096), 32, 3, False, (1, 16)),
     ((4096, 4096), 1, 8, False, (1, 16)),
 )
+SMALL = (
+    ((1536, 576), 9, 4, False, (1, 16)),
+    ((256, 512), 4, 4, True, (1,)),
+    ((256, 512), 4, 3, False, (1,)),
+)
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for (rows, width), groups, bits, asymmetric, several in CASES:
+    yield from _made(CASES, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(table: tuple[Any, ...], device: torch.device | str) -> Iterator[Case]:
+    for (rows, width), groups, bits, asymmetric, several in table:
         words = random_words(rows, width * bits // 32, device)
         scales = (torch.rand(rows, groups, device=device) / width**0.5).to(torch.bfloat16)
         zeros = random_words(rows * bits // 32, groups, device) if asymmetric else None

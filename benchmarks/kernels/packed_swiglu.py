@@ -18,9 +18,20 @@ from benchmarks.kernels.packed_linear import random_words, tinygemm
 # N, K and G of a weight, and numbers of tokens.
 CASES = ((1536, 576, 9, (1, 16)), (14336, 4096, 32, (1, 4, 16, 512)))
 
+SMALL = ((384, 576, 9, (1, 16)),)
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for rows, width, groups, several in CASES:
+    yield from _made(CASES, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(table: tuple[Any, ...], device: torch.device | str) -> Iterator[Case]:
+    for rows, width, groups, several in table:
         gate, up = ((random_words(rows, width // 8, device), _scales(rows, groups, width, device)) for _ in range(2))
         for tokens in several:
             x = torch.randn(tokens, width, dtype=torch.bfloat16, device=device)

@@ -15,9 +15,20 @@ from benchmarks.kernels import Case
 # Batch, tokens, elements of a metric, tokens that remain.
 MODELS = {"DeiT-S": (64, 197, 64, 184), "ViT-L/16 at 384": (1, 577, 64, 554), "ViT-L/16 at 384, 32": (32, 577, 64, 554)}
 
+SMALL = {"ViT-S/16": (1, 197, 64, 184)}
+
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for name, (batch, tokens, size, keep) in MODELS.items():
+    yield from _made(MODELS, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(models: dict[str, tuple[int, ...]], device: torch.device | str) -> Iterator[Case]:
+    for name, (batch, tokens, size, keep) in models.items():
         metric = torch.randn(batch, tokens, size, dtype=torch.bfloat16, device=device)
         yield Case(name, (metric, keep, 1, 0), batch * tokens**2 * size / 2, peers)
 

@@ -18,10 +18,20 @@ MODELS = {
     "ViT-L/16 at 384": (1, 577, 1024, 554),
     "ViT-L/16 at 384, 32": (32, 577, 1024, 554),
 }
+SMALL = {"ViT-S/16": (1, 197, 384, 184)}
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for name, (batch, tokens, size, keep) in MODELS.items():
+    yield from _made(MODELS, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(models: dict[str, tuple[int, ...]], device: torch.device | str) -> Iterator[Case]:
+    for name, (batch, tokens, size, keep) in models.items():
         x = torch.randn(batch, tokens, size, dtype=torch.bfloat16, device=device)
         weight = torch.ones(batch, tokens, dtype=torch.float32, device=device)
         yield Case(name, (x, weight, *match(x, keep, 1, 0)), 2 * x.numel(), peers)

@@ -12,7 +12,12 @@ BOUNDS = {
     "cached_decode": (1.01, 0.4),
     "latent_decode": (1.01, 2.8),
     "low_rank_linear": (1.01, 0.15),
+    "packed_linear": (1.01, 3.5),
+    "packed_swiglu": (1.01, 0.0),
     "rms_norm": (1.01, 0.0),
+    "rms_norm_quantized": (1.01, 0.0),
+    "token_match": (1.01, 0.15),
+    "token_merge": (1.01, 0.0),
 }
 
 
