@@ -24,13 +24,18 @@ class Gate:
 GATES = {
     "bf16_codec": {"_bf16_codec": Gate(resident=4, vector=False)},
     "cached_decode": {"_cached_decode": Gate(matrix=True), "_combine": Gate(resident=8)},
+    "codebook_linear": {"_codebook_linear": Gate(vector=False, matrix=True), "_added": Gate(resident=8)},
     "latent_decode": {"_latent_decode": Gate(asynchronous=True, matrix=True), "_combine": Gate(resident=8)},
     "low_rank_linear": {"_low_rank_linear": Gate(resident=2)},
     "packed_linear": {
-        "_vector": Gate(resident=2),
         "_matrix": Gate(vector=False, asynchronous=True, matrix=True),
         "_added": Gate(resident=8),
         "_widened": Gate(resident=4),
+    },
+    "packed_swiglu": {
+        "_pair": Gate(vector=False, asynchronous=True, matrix=True),
+        "_widened": Gate(resident=4),
+        "_joined": Gate(resident=8),
     },
     "rms_norm": {"_rms_norm": Gate(resident=2)},
     "rms_norm_quantized": {"_rms_norm_quantized": Gate(resident=2)},
