@@ -20,10 +20,20 @@ CASES = (
     (4096, 4096, 2, 256, 8, (1, 16, 256)),
     (4096, 4096, 1, 65536, 8, (1,)),
 )
+SMALL = ((384, 576, 1, 16, 1, (1,)), (768, 576, 2, 256, 8, (1, 16)))
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for rows, width, books, entries, vector, several in CASES:
+    yield from _made(CASES, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(table: tuple[Any, ...], device: torch.device | str) -> Iterator[Case]:
+    for rows, width, books, entries, vector, several in table:
         kind = torch.uint8 if entries <= 256 else torch.int16
         indices = torch.randint(0, entries, (books, rows, width // vector), device=device).to(kind)
         codebooks = torch.randn(1, books, entries, vector, dtype=torch.bfloat16, device=device)

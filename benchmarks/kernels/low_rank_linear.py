@@ -13,19 +13,19 @@ from torch.nn import functional
 from backends.kernels.low_rank_linear import Tile
 from benchmarks.kernels import Case
 
-# K, N and ranks.
-SIZES = {
-    (576, 1536): (64, 256),
-    (1536, 576): (64,),
-    (4096, 14336): (64, 256, 1024),
-    (14336, 4096): (512,),
-    (4096, 4096): (512,),
-}
+# K, N, ranks and numbers of tokens.
+SIZES = (
+    (576, 1536, (64, 256), (1, 16)),
+    (1536, 576, (64,), (1, 16)),
+    (4096, 14336, (64, 256, 1024), (1, 16)),
+    (4096, 14336, (256,), (4,)),
+    (14336, 4096, (512,), (1, 16)),
+)
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for ((k, n), ranks), tokens in product(SIZES.items(), (1, 4, 16)):
-        for r in ranks:
+    for k, n, ranks, several in SIZES:
+        for r, tokens in product(ranks, several):
             yield _case(tokens, k, r, n, device)
 
 
@@ -54,16 +54,16 @@ def peers(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> dict[str,
 def candidates(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> list[Tile]:
     """Each design, with what its programs share and how many there are."""
     several, r = x.shape[0] > 1, down.shape[0]
-    blocks = ((8, 128), (8, 256), (16, 256)) if several else ((2, 2048), (4, 1024), (8, 512), (16, 512))
+    blocks = ((8, 256), (16, 128), (16, 256)) if several else ((2, 2048), (4, 1024), (8, 512))
     found = []
     for (rows, depth), width in product(blocks, (64, 128)):
         found.append(Tile("launches", rows, depth, 16, width, 4, 4))
-        found.append(Tile("launches", rows, depth, 32, width, 2, 4))
-        found.append(Tile("grid", rows, depth, 128, width, 1, 8, ahead=4096))
         found.append(Tile("grid", rows, depth, 64, width, 2, 4, ahead=2048))
+    for rows, depth in blocks:
+        found.append(Tile("grid", rows, depth, 128, 64, 1, 8, ahead=4096))
+        found.append(Tile("grid", rows, depth, 32, 64, 4, 4, ahead=512))
     found.append(Tile("grid", *blocks[1], 64, 64, 2, 4))
-    found.append(Tile("grid", *blocks[1], 32, 64, 4, 4, ahead=1024))
-    for rows, outputs, programs in product((16, 32, 64), (32, 64), (1, 2)):
+    for rows, programs in product((16, 32, 64), (1, 2)):
         if rows <= max(16, r) <= 16 * rows:
-            found.append(Tile("slices", rows, (8192 if several else 4096) // rows, outputs, 0, programs, 8))
+            found.append(Tile("slices", rows, (8192 if several else 4096) // rows, 32, 0, programs, 8))
     return found

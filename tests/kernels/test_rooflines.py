@@ -10,6 +10,7 @@ from benchmarks.rooflines import counts
 BOUNDS = {
     "bf16_codec": (1.01, 0.0),
     "cached_decode": (1.01, 0.4),
+    "codebook_linear": (1.01, 3.2),
     "latent_decode": (1.01, 2.8),
     "low_rank_linear": (1.01, 0.15),
     "packed_linear": (1.01, 3.5),
