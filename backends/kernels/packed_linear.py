@@ -68,12 +68,15 @@ def codes_at(words, unit, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.cons
         offset = tl.arange(0, 32 // BITS) * BITS
         code = (held[:, :, :, None] >> offset) & (2**BITS - 1)
         return code.reshape(ROWS, UNITS, 32)
-    word = tl.arange(0, 4 if BITS == 3 else 8)
-    held = tl.load(words + unit[:, :, None] * BITS + tl.minimum(word, BITS - 1))
-    bit = tl.arange(0, 32) * BITS
-    offset = bit % 32
-    place = tl.broadcast_to((bit // 32)[None, None, :], [ROWS, UNITS, 32])
-    return _across(tl.gather(held, place, 2), tl.gather(held, tl.minimum(place + 1, BITS - 1), 2), offset, BITS)
+    bit = tl.arange(0, 32)[None, None, :] * BITS
+    word, offset = bit // 32, bit % 32
+    low = tl.zeros([ROWS, UNITS, 32], tl.int32)
+    high = tl.zeros([ROWS, UNITS, 32], tl.int32)
+    for place in tl.static_range(BITS):
+        held = tl.load(words + unit * BITS + place)[:, :, None]
+        low = tl.where(word == place, held, low)
+        high = tl.where(word + 1 == place, held, high)
+    return _across(low, high, offset, BITS)
 
 
 @jit
@@ -99,10 +102,17 @@ def zeros_at(zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.cons
 
 
 @jit
+def scales_at(scales, zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
+    """float32: the scales and zero points of ``row`` and ``group``, which broadcast."""
+    scale = tl.load(scales + row * groups + group).to(tl.float32)
+    return scale, zeros_at(zeros, row, group, rows, groups, BITS, ZEROS)
+
+
+@jit
 def affine_at(scales, zeros, row, group, rows, groups, BITS: tl.constexpr, ZEROS: tl.constexpr):
     """float32 [ROWS, UNITS] a and b of codes c: W = a · (2^BITS + c) + b."""
-    scale = tl.load(scales + row * groups + group).to(tl.float32)
-    return scale, scale * -(2**BITS + zeros_at(zeros, row, group, rows, groups, BITS, ZEROS))
+    scale, zero = scales_at(scales, zeros, row, group, rows, groups, BITS, ZEROS)
+    return scale, scale * -(2**BITS + zero)
 
 
 @jit
@@ -134,49 +144,43 @@ def weights_at(
 
 @jit
 def integers_at(
-    words, zeros, row, unit, rows, units, group, groups,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
-    WIDE: tl.constexpr,
+    words, row, unit, rows, units,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, UNITS * 32] of DTYPE: codes less their zero points, which are exact in all dtypes.
+    """[ROWS, UNITS * 32] of DTYPE: codes less 2^(BITS - 1), which are exact in all dtypes.
 
-    Half of the codes of a word lie 16 bits above the other half. They are taken out in pairs, put into the mantissas of
-    two numbers that 16 bits hold, and stay neighbours: ``in_order`` puts inputs into this order.
+    Half of the codes of a word lie 16 bits above the other half. They are put in pairs into the mantissas of two numbers,
+    and stay neighbours: ``in_order`` brings inputs into this order.
     """
-    NARROW: tl.constexpr = DTYPE == tl.float16 or (DTYPE == tl.bfloat16 and BITS < 8)
-    ONE: tl.constexpr = 1024 if DTYPE == tl.float16 else 128
+    HALF: tl.constexpr = tl.float16 == DTYPE
+    NARROW: tl.constexpr = HALF or (tl.bfloat16 == DTYPE and BITS < 8)
+    BASE: tl.constexpr = 2 ** (BITS - 1) + (1024 if HALF else 128 if NARROW else 8388608)
     row, unit = tl.minimum(row, rows - 1), tl.minimum(unit, units - 1)
-    zero = zeros_at(zeros, row, group, rows, groups, BITS, ZEROS)
     if NARROW and 32 % BITS == 0:
         held = tl.load(words + (row * units + unit)[:, :, None] * BITS + tl.arange(0, BITS))
         offset = tl.arange(0, 16 // BITS) * BITS
-        MAGIC: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
+        MAGIC: tl.constexpr = 0x64006400 if HALF else 0x43004300
         pair = ((held[:, :, :, None] >> offset) & ((2**BITS - 1) * 0x10001)) | MAGIC
         low, high = pair.to(tl.int16).to(DTYPE, bitcast=True), (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         number = tl.join(low, high).reshape(ROWS, UNITS * 32)
-        base = zero + ONE
     elif NARROW:
         code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
-        number = (code | (0x6400 if DTYPE == tl.float16 else 0x4300)).to(tl.int16).to(DTYPE, bitcast=True)
+        number = (code | (0x6400 if HALF else 0x4300)).to(tl.int16).to(DTYPE, bitcast=True)
         number = number.reshape(ROWS, UNITS * 32)
-        base = zero + ONE
     else:
         code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
         number = (code | 0x4B000000).to(tl.float32, bitcast=True).reshape(ROWS, UNITS * 32)
-        base = zero + 8388608.0
     if WIDE:
-        integer = number.to(tl.float32) - base
-    elif NARROW:
-        integer = number - base.to(DTYPE)
+        integer = number.to(tl.float32) - BASE
     else:
-        integer = (number - base).to(DTYPE)
+        integer = (number - BASE).to(DTYPE)
     return integer
 
 
 @jit
 def in_order(value, TOKENS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
-    """Inputs [TOKENS, UNITS * 32] of 16 bits in the order that ``integers_at`` has codes of 16 bits in."""
-    if 32 % BITS == 0 and not (value.dtype == tl.float32 or (value.dtype == tl.bfloat16 and BITS == 8)):
+    """Inputs [TOKENS, UNITS * 32] in the order that ``integers_at`` has codes of their dtype in."""
+    if 32 % BITS == 0 and (value.dtype == tl.float16 or (value.dtype == tl.bfloat16 and BITS < 8)):
         halves = value.reshape(TOKENS, UNITS * BITS, 2, 16 // BITS)
         value = tl.permute(halves, (0, 1, 3, 2)).reshape(TOKENS, UNITS * 32)
     return value
@@ -190,25 +194,29 @@ def _matrix(
 ):  # fmt: skip
     """y [splits, tokens, rows]: each split's sum, over ``share`` units."""
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    held = tl.minimum(tl.program_id(1) * ROWS + tl.arange(0, ROWS), rows - 1)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     first = tl.program_id(2) * share
     last = tl.minimum(first + share, units)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
+    scale, zero = scales_at(scales, zeros, held, first // SPAN, rows, groups, BITS, ZEROS)
     for start in tl.range(first, last, UNITS, num_stages=STAGES):
-        unit = start + tl.arange(0, UNITS)[None, :]
+        # Numbers of two bytes are not copied ahead by the compiler: those of the next step are asked for here.
+        group = tl.minimum((start + UNITS) // SPAN, groups - 1)
+        next_scale, next_zero = scales_at(scales, zeros, held, group, rows, groups, BITS, ZEROS)
         column = start * 32 + tl.arange(0, UNITS * 32)[None, :]
         here = (token < tokens) & (column < last * 32)
         value = tl.load(x + token.to(tl.int64) * units * 32 + column, mask=here, other=0.0)
         value = in_order(value, TOKENS, UNITS, BITS)
-        group = start // SPAN
-        code = integers_at(
-            words, zeros, row, unit, rows, units, group, groups,
-            value.dtype, ROWS, UNITS, BITS, ZEROS, WIDE,
-        )  # fmt: skip
-        scale = tl.load(scales + tl.minimum(row, rows - 1) * groups + group).to(tl.float32)
+        unit = start + tl.arange(0, UNITS)[None, :]
+        code = integers_at(words, row, unit, rows, units, value.dtype, ROWS, UNITS, BITS, WIDE)
         if WIDE:
             value = value.to(tl.float32)
-        total += tl.dot(code, tl.trans(value), input_precision="ieee") * scale
+        summed = tl.dot(code, tl.trans(value), input_precision="ieee")
+        if ZEROS:
+            summed += (2 ** (BITS - 1) - zero)[:, None] * tl.sum(value.to(tl.float32), 1)[None, :]
+        total += summed * scale[:, None]
+        scale, zero = next_scale, next_zero
     place = (tl.program_id(2) * tokens + token.reshape(1, TOKENS)).to(tl.int64) * rows + row
     inside = (token.reshape(1, TOKENS) < tokens) & (row < rows)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
