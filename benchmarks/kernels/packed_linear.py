@@ -101,11 +101,11 @@ def candidates(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, b
     tokens = x.numel() // x.shape[-1]
     found = []
     if tokens <= 32:
-        shapes = ((16, 1), (32, 2), (64, 4), (128, 4), (128, 8))
+        shapes = ((32, 2), (64, 4), (128, 4), (128, 8))
         wide = 16 if tokens <= 16 else 32
         found = [
             Tile("matrix", wide, rows, 4, warps, stages, splits)
-            for (rows, warps), stages, splits in product(shapes, (3, 4, 5), (0, 1, 4, 8, 16))
+            for (rows, warps), stages, splits in product(shapes, (3, 4, 6), (1, 2, 4, 8))
         ]
     if 32 < tokens <= 1024:
         shapes = ((64, 64, 2, 4), (64, 64, 4, 4), (64, 128, 2, 4), (64, 128, 2, 8), (128, 64, 2, 4), (128, 128, 2, 8))
