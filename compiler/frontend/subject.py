@@ -79,7 +79,9 @@ def _from_config(config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, 
         name: load(MODEL, name, TensorType(storage(name, tensor), tuple(tensor.shape)))
         for name, tensor in _tensors(module)
     }
-    return _subject(module, inputs, weights | computed_buffers(module), _origin(module, config), stock=True)
+    subject = _subject(module, inputs, weights | computed_buffers(module), _origin(module, config))
+    subject.stock = True
+    return subject
 
 
 def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
@@ -90,8 +92,8 @@ def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, arch
     config = config_from_dict(checkpoint.config)
     module = build_on_meta(config, architecture or checkpoint.architecture)
     weights = dict(bind(checkpoint, module)) | computed_buffers(module)
-    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)), stock=True)
-    subject.sources[MODEL] = checkpoint
+    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)))
+    subject.sources[MODEL], subject.stock = checkpoint, True
     return subject
 
 
@@ -117,12 +119,7 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
 
 
 def _subject(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor] | None,
-    weights: dict[str, Expr],
-    origin: Origin,
-    *,
-    stock: bool = False,
+    module: nn.Module, inputs: Mapping[str, Tensor] | None, weights: dict[str, Expr], origin: Origin
 ) -> Subject:
     _settle_frequencies(module)
     examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
@@ -135,7 +132,6 @@ def _subject(
         names=names,
         transient=_transient(module),
         origin=origin,
-        stock=stock,
     )
 
 
