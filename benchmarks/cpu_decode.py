@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from backends.kernels.codebook_linear import codebook_linear
 from backends.kernels.packed_linear import packed_linear
+from backends.kernels.sparse_linear import compressed, sparse_linear
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (14336, 4096))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -49,6 +51,10 @@ def calls(rows: int, width: int, tokens: int) -> Iterator[tuple[tuple[str, str],
         for bits in (2, 3, 4, 8):
             words, scales = packed_weight(rows, width, bits, 64, dtype)
             yield (f"packed, {bits} bits", _short(dtype)), _call(packed_linear, x, words, scales, None, bits)
+        indices = torch.randint(0, 256, (1, rows, width // 8), dtype=torch.uint8)
+        codebooks = torch.randn(1, 1, 256, 8).to(dtype)
+        yield ("looked up, 256 x 8", _short(dtype)), _call(codebook_linear, x, indices, codebooks, None)
+        yield ("2 of 4 kept", _short(dtype)), _call(sparse_linear, x, *compressed(weight, 2, 4), 4)
 
 
 def packed_weight(rows: int, width: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

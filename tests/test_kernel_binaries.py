@@ -39,6 +39,7 @@ GATES = {
     },
     "rms_norm": {"_rms_norm": Gate(resident=2)},
     "rms_norm_quantized": {"_rms_norm_quantized": Gate(resident=2)},
+    "sparse_linear": {"_gathered": Gate(resident=4), "_widened": Gate(resident=4, vector=False)},
     "token_match": {"_match": Gate(matrix=True), "_rank": Gate(vector=False), "_place": Gate(vector=False)},
     "token_merge": {"_token_merge": Gate(resident=4)},
 }
