@@ -18,6 +18,7 @@ from torch import Tensor
 from .decoding import (
     EVERYTHING,
     Tile,
+    bytes_on_chip,
     combination,
     dequantized,
     element_of,
@@ -40,12 +41,12 @@ from .decoding import (
 )
 from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, processors, tl
 
-WIDEST = 512
-# Bits of the cache, queries of a key head and elements of a head, each at most -> tile; the first that does.
+WIDEST = 1024
+# Bits of the cache, queries of a key head, bytes of a key or value on chip, each at most -> tile; the first that does.
 TILES = {
-    (8, 1 << 30, 128): Tile(16, 32, 4, 3, 4),
+    (8, 1 << 30, 256): Tile(16, 32, 4, 3, 4),
     (8, 1 << 30, WIDEST): Tile(16, 32, 8, 2, 2),
-    (16, 1 << 30, 128): Tile(16, 32, 4, 4, 4),
+    (16, 1 << 30, 256): Tile(16, 32, 4, 4, 4),
     (16, 1 << 30, WIDEST): Tile(16, 32, 4, 2, 2),
 }
 
@@ -160,7 +161,7 @@ def outside(
             (keys.dtype == stored and values.dtype == stored, "caches of another dtype"),
             ([keys.shape[-1], values.shape[-1]] == held, f"rows of the caches are not of {held}"),
             (keys.stride(-1) == 1 and values.stride(-1) == 1, "elements of a row do not lie together"),
-            (max(sizes) <= WIDEST, f"heads of {max(sizes)} elements do not fit on chip"),
+            (bytes_on_chip(query, max(sizes)) <= WIDEST, f"heads of {max(sizes)} elements do not fit on chip"),
         ]
     )
 
@@ -183,7 +184,7 @@ def plan(
     groups, extent = keys.shape[1:3]
     share = heads // groups
     key_size, value_size = _sizes(query, values, bits)
-    tile = tile or tile_of(TILES, bits, tokens * share, max(key_size, value_size))
+    tile = tile or tile_of(TILES, bits, tokens * share, bytes_on_chip(query, max(key_size, value_size)))
     blocks = ceil_div(tokens * share, tile.rows)
     near = extent if window is None else min(extent, window + tokens - 1)
     splits = splits_of(batch * groups * blocks, near, tile, processors(query))

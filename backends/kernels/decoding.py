@@ -104,6 +104,11 @@ def padded(size: int, bits: int) -> tuple[int, int]:
     return power_of_two(ceil_div(size, GROUP)), max(power_of_two(group_width(size)), 16)
 
 
+def bytes_on_chip(query: Tensor, size: int) -> int:
+    """What a row of ``size`` elements takes in a program, which holds it as the query's dtype."""
+    return power_of_two(size) * query.element_size()
+
+
 def layout(prefix: str, rows: Tensor, size: int, bits: int) -> dict[str, int]:
     """The constants ``prefix`` of a cache [..., keys, row] with rows of ``size`` elements; 0: there is none."""
     groups, width = padded(size, bits)
@@ -227,10 +232,11 @@ def _coded(
     place = (group * UNITS)[None, :, None] + unit[None, None, :]
     chosen = present[:, :, None] & (unit < UNITS)[None, None, :]
     pair = tl.load(rows + starts[:, None, None] + place, mask=chosen, other=0).to(tl.int32)
+    # Whole numbers above 2^23 are their own last bits as float32: no conversions, which are slow.
     sign = 8 if BITS == 4 else 128
-    codes = tl.join(pair & (2 * sign - 1), (pair >> BITS) & (2 * sign - 1))
-    codes = (tl.reshape(codes, [starts.shape[0], GROUPS, WIDTH]) ^ sign) - sign
-    return codes.to(tl.float32) * (scale << 16).to(tl.float32, bitcast=True)[:, :, None]
+    codes = tl.join(pair & (2 * sign - 1), (pair >> BITS) & (2 * sign - 1)) ^ (0x4B000000 + sign)
+    numbers = tl.reshape(codes, [starts.shape[0], GROUPS, WIDTH]).to(tl.float32, bitcast=True) - (8388608.0 + sign)
+    return numbers * (scale << 16).to(tl.float32, bitcast=True)[:, :, None]
 
 
 @jit

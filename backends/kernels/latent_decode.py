@@ -20,6 +20,7 @@ from torch import Tensor
 from .decoding import (
     EVERYTHING,
     Tile,
+    bytes_on_chip,
     combination,
     dequantized,
     element_of,
@@ -43,13 +44,15 @@ from .decoding import (
 )
 from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, processors, tl
 
-WIDEST = 1024
-# Bits of the cache, queries of a sequence and elements of a latent, each at most -> tile; the first that does.
+WIDEST = 2048
+# Bits of the cache, queries of a sequence and bytes of a latent on chip, each at most -> tile; the first that does.
 TILES = {
-    (8, 1 << 30, WIDEST): Tile(16, 32, 8, 2, 1),
-    (16, 16, 256): Tile(16, 32, 4, 3, 2),
-    (16, 16, WIDEST): Tile(16, 32, 4, 2, 2),
-    (16, 1 << 30, WIDEST): Tile(32, 16, 8, 3, 1),
+    (8, 1 << 30, 1024): Tile(16, 32, 8, 2, 1),
+    (8, 1 << 30, WIDEST): Tile(16, 16, 8, 2, 1),
+    (16, 16, 512): Tile(16, 32, 4, 3, 2),
+    (16, 16, 1024): Tile(16, 32, 4, 2, 2),
+    (16, 1 << 30, 1024): Tile(32, 16, 8, 3, 1),
+    (16, 1 << 30, WIDEST): Tile(16, 16, 8, 2, 1),
 }
 
 
@@ -183,7 +186,10 @@ def outside(
             ([cache.shape[-1] for cache in caches] == sizes, f"rows of the caches are not of {sizes}"),
             (all(cache.stride(-1) == 1 for cache in caches), "elements of a latent do not lie together"),
             (table is None or lengths is not None, "pages without lengths of the sequences"),
-            (rank <= WIDEST and rotated <= WIDEST, f"latents of {rank} and {rotated} elements do not fit on chip"),
+            (
+                max(bytes_on_chip(q_latent, rank), 4 * bytes_on_chip(q_latent, rotated)) <= WIDEST,
+                f"latents of {rank} and {rotated} elements do not fit on chip",
+            ),
         ]
     )
 
@@ -205,7 +211,7 @@ def plan(
     """One launch where a program takes all keys of its queries, or one of splits and one that combines them."""
     batch, tokens, heads, rank = q_latent.shape
     rows = tokens * heads
-    tile = tile or tile_of(TILES, bits, rows, rank)
+    tile = tile or tile_of(TILES, bits, rows, bytes_on_chip(q_latent, rank))
     keys = latents.shape[1] if table is None else table.shape[1] * latents.shape[1]
     blocks = ceil_div(rows, tile.rows)
     extent = keys if window is None else min(keys, window + tokens - 1)
