@@ -1,4 +1,4 @@
-"""Generated modules hold quantised weights packed: the codes of the graph, of any widths, from file to product."""
+"""Generated modules call kernels: packed weights of any widths stay packed from file to product; pairs are one call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import load
 from compiler.weights.ops.quant import quantise
 from compiler.weights.source import MemorySource
-from passes import Quantize
+from passes import LowRank, Quantize
 from passes.quantize.places import MATRIX_OPERANDS
 from tests.families import FAMILIES
 from tests.latent import latent_graph
@@ -164,6 +164,42 @@ def test_the_body_alone_loads(tmp_path):
     body = AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True).eval()
     with torch.no_grad():
         assert torch.equal(model.lm_head(body(**given).last_hidden_state), model(**given).logits)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A graph of which linear maps are pairs of factors."""
+    graph = copy_of(source("qwen2"))
+    given = [FAMILIES["qwen2"].inputs(batch=2, tokens=24, seed=seed) for seed in range(3)]
+    Pipeline([LowRank(where="mlp", form="pair", keep=0.7, ranks="uniform")]).run(graph, calibration=lambda _: given)
+    return graph
+
+
+def test_a_pair_of_factors_is_one_call(pairs, tmp_path, golden):
+    given = FAMILIES["qwen2"].inputs(batch=2, tokens=9)
+    model = written(pairs, tmp_path / "pairs")
+    check_language_model(pairs, model, given)
+    calls = torch.fx.experimental.proxy_tensor.make_fx(lambda ids: model(input_ids=ids, use_cache=False).logits)
+    with torch.no_grad():
+        nodes = [str(node.target) for node in calls(given["input_ids"]).graph.nodes]
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+    assert sum("low_rank_linear" in node for node in nodes) == 2 * 3  # of two layers
+    check_clean_run(pairs, tmp_path / "pairs", tmp_path)
+    for file in (tmp_path / "pairs").glob("*_compressed_qwen2.py"):
+        golden(GOLDEN / "pairs" / file.name, file.read_text())
+
+
+def test_what_replaces_a_factor_is_not_passed_over(pairs, tmp_path):
+    """An adapter in the place of a linear map, and gradients to both factors."""
+    model, given = written(pairs, tmp_path / "pairs"), FAMILIES["qwen2"].inputs(batch=2, tokens=9)
+    model(**given, labels=given["input_ids"]).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    factors = model.model.layers[0].mlp.down_proj
+    factors.up = torch.nn.Sequential(factors.up, torch.nn.ReLU())
+    with torch.no_grad():
+        x = torch.randn(1, 3, factors.down.in_features)
+        assert (factors(x) >= 0).all()
 
 
 SHOWN = {"packed": "llama", "packed_experts": "qwen3_moe"}

@@ -36,6 +36,7 @@ HELPERS = (
     "hadamard",
     "gelu_tanh",
     "fake_quantize",
+    "low_rank",
     "unpack_codes",
     "PackedWeight",
     "PackedLinear",
@@ -79,6 +80,7 @@ KERNELS = {
     "PackedLinear": ("packed_linear", "packed_linear"),
     "PackedExperts": ("packed_linear", "packed_linear"),
     "dense": ("packed_weight", "dense"),
+    "low_rank": ("low_rank_linear", "low_rank_linear"),
 }
 """For helpers the kernel files that they call, which checkpoints get, and what of them."""
 
@@ -247,7 +249,7 @@ class Assembly:
         return {need for name in self.model.helpers for need in (name, *NEEDS.get(name, ()))}
 
     def _kernels(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys(kernel for helper, kernel in KERNELS.items() if helper in self._used()))
+        return sorted({kernel for helper, kernel in KERNELS.items() if helper in self._used()})
 
     def _header(self, text: str) -> str:
         return render(

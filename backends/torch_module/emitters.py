@@ -31,6 +31,10 @@ class Site(Protocol):
         """The weight of that submodule as a tensor."""
         ...
 
+    def dense(self, node: Node) -> str | None:
+        """The submodule that does a linear map ``node`` of the class, when it holds its weight as it is."""
+        ...
+
     def size(self, name: str, index: int | None = None) -> str:
         """A number that may differ between the modules of the class: an attribute, or a dim of a ``dims`` one."""
         ...
@@ -313,6 +317,13 @@ def _split_heads(site: Site) -> Code:
 
 
 def _linear(site: Site) -> Code:
+    first = site.node.input(0).node
+    if first is not None and first.op.name == "linear" and first.optional_input(2) is None:
+        down, up = site.dense(first), site.dense(site.node)
+        made = arg(site, 0).text
+        if down and up and made.startswith(f"{down}("):  # written where it is used, as nothing else uses it
+            inner = made.removeprefix(f"{down}(").removesuffix(")")
+            return Code(f"{site.helper('low_rank')}({inner}, {down}, {up})")
     return _leaf_or(site, "F.linear")
 
 

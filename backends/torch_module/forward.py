@@ -25,15 +25,17 @@ PLAIN = frozenset({"split_heads", "merge_heads", "reshape", "cast", "neg", "silu
 class Context:
     """What the statements of one class need from the rest of the module.
 
-    ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation, ``weight`` its weight
-    and ``held`` the parameters it has, ``size`` a number that may differ between instances, ``helper`` a function of
-    the module, ``arguments`` and ``loop`` say how submodules and stacks are called, ``cache`` which part of the cache
-    is for the attention of tokens to those before.
+    ``parameter`` is how a parameter is reached, ``leaf`` the submodule that does an operation, ``weight`` its weight,
+    ``dense`` the submodule of a linear map whose weight is not packed, ``held`` the parameters that a submodule has,
+    ``size`` a number that may differ between instances, ``helper`` a function of the module, ``arguments`` and ``loop``
+    say how submodules and stacks are called, ``cache`` which part of the cache is for the attention of tokens to those
+    before.
     """
 
     parameter: Callable[[Param], str]
     leaf: Callable[[Node], str | None]
     weight: Callable[[Node], str | None]
+    dense: Callable[[Node], str | None]
     held: Callable[[Node], list[Param]]
     size: Callable[[int, str, int | None], str]
     helper: Callable[[str], str]
@@ -58,6 +60,9 @@ class _Site:
 
     def weight(self) -> str | None:
         return self.forward.context.weight(self.node)
+
+    def dense(self, node: Node) -> str | None:
+        return self.forward.context.dense(node)
 
     def size(self, name: str, index: int | None = None) -> str:
         return self.forward.context.size(self.index, name, index)

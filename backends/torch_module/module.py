@@ -141,6 +141,7 @@ class ClassWriter:
             parameter=self._parameter,
             leaf=self._leaf,
             weight=self._weight,
+            dense=self._dense,
             held=lambda node: list(leaf.weights.values()) if (leaf := self.model.layout.leaves.get(node)) else [],
             size=self._size,
             helper=self._helper,
@@ -207,6 +208,12 @@ class ClassWriter:
     def _weight(self, node: Node) -> str | None:
         leaf = self.model.layout.leaves.get(node)
         return None if leaf is None else self._tensor(leaf, "weight")
+
+    def _dense(self, node: Node) -> str | None:
+        leaf = self.model.layout.leaves.get(node)
+        if leaf is None or leaf.op != "linear" or leaf.weights["weight"] in self.model.layout.schemes:
+            return None
+        return self._relative(leaf.path) if below(leaf.path, self.module.first.path) else None
 
     def _tensor(self, leaf: Leaf, name: str) -> str:
         """A parameter of a leaf as a tensor: made of its codes where they are packed."""

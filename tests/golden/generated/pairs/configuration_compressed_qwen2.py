@@ -1,0 +1,33 @@
+"""Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
+
+For the code of modeling_compressed_qwen2.py with the digest 23fc7957169a1ff5.
+"""
+
+from dataclasses import field
+
+from transformers import PreTrainedConfig
+
+
+class CompressedQwen2Config(PreTrainedConfig):
+    """Sizes of the model. A list has an entry for each layer."""
+
+    model_type = "compressed_qwen2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    max_position_embeddings: int = 64
+    vocab_size: int = 96
+    hidden_size: int = 48
+    num_hidden_layers: int = 2
+    rope_frequencies: list[float] = field(default_factory=list)
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 12
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+
+__all__ = ["CompressedQwen2Config"]

@@ -1,0 +1,342 @@
+"""CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_compressed_qwen2 import CompressedQwen2Config
+from .low_rank_linear import low_rank_linear
+
+
+class CompressedQwen2RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class CompressedQwen2RotaryEmbedding(nn.Module):
+    """Cosines and sines of position times frequency, [batch, length, pairs] each, in float32."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, frequencies: list[float], scale: float = 1.0) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.scale = scale
+        self.register_buffer("inv_freq", torch.tensor(frequencies, dtype=torch.float32), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + n) of the first 2n elements of each head of x [batch, heads, length, width]."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    pairs = cos.shape[-1]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * pairs :]), dim=-1)
+
+
+def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
+    """The position of each of the inputs, [batch or 1, length]; padding on the left does not count."""
+    length = inputs.shape[1]
+    if attention_mask is None:
+        return torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def causal_mask(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    layer_idx: int = 0,
+    window: int | None = None,
+) -> torch.Tensor | None:
+    """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
+    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
+    if past_key_values is not None:
+        past = past_key_values.get_seq_length(layer_idx)
+        keys, first = past_key_values.get_mask_sizes(length, layer_idx)
+    narrow = window is not None and past + length > window
+    if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
+        return None
+    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    column = torch.arange(first, first + keys, device=inputs.device)[None, :]
+    mask = column <= row
+    if window is not None:
+        mask = mask & (column > row - window)
+    mask = mask[None, None]
+    if attention_mask is not None:
+        present = attention_mask[:, None, None, first : first + keys].bool()
+        mask = mask & present | (column == row)  # padding sees itself, so that no row of scores is empty
+    return mask
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention of heads that share keys and values: [batch, heads, length, width] to [batch, length, heads, width]."""
+    causal = mask is None and query.shape[2] > 1
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
+
+
+def low_rank(x: torch.Tensor, down: nn.Module, up: nn.Module) -> torch.Tensor:
+    """up(down(x)), by one operation unless something learns, or other modules are in the place of linear maps."""
+    if torch.is_grad_enabled() or type(down) is not nn.Linear or type(up) is not nn.Linear or down.weight.is_meta:
+        return up(down(x))
+    return low_rank_linear(x, down.weight, up.weight, up.bias)
+
+
+class CompressedQwen2Cache(DynamicCache):
+    """Past tokens' keys and values; of layers with a window only those within it."""
+
+    def __init__(self, config: CompressedQwen2Config) -> None:
+        Cache.__init__(self, layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
+
+
+class CompressedQwen2Attention(nn.Module):
+    """Attention to the tokens before."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        query = self.q_proj(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+        key = self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        query = apply_rotary(query, cos, sin)
+        key = apply_rotary(key, cos, sin)
+        value = self.v_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.o_proj(attention(query, key, value, attention_mask, self.scaling).flatten(2))
+
+
+class CompressedQwen2GateProj(nn.Module):
+    """Feed-forward, for each token by itself."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, 20, bias=False)
+        self.up = nn.Linear(20, 80, bias=True)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return low_rank(hidden_states, self.down, self.up)
+
+
+class CompressedQwen2UpProj(nn.Module):
+    """Feed-forward, for each token by itself."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, 20, bias=False)
+        self.up = nn.Linear(20, 80, bias=True)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return low_rank(hidden_states, self.down, self.up)
+
+
+class CompressedQwen2DownProj(nn.Module):
+    """Feed-forward, for each token by itself."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(80, 20, bias=False)
+        self.up = nn.Linear(20, config.hidden_size, bias=True)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return low_rank(hidden_states, self.down, self.up)
+
+
+class CompressedQwen2MLP(nn.Module):
+    """A part of the model that only has parts."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.gate_proj = CompressedQwen2GateProj(config, layer_idx)
+        self.up_proj = CompressedQwen2UpProj(config, layer_idx)
+        self.down_proj = CompressedQwen2DownProj(config, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class CompressedQwen2Layer(GradientCheckpointingLayer):
+    """One layer of the stack; 2 of them."""
+
+    def __init__(self, config: CompressedQwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = CompressedQwen2RMSNorm(config.hidden_size, eps=1e-06)
+        self.self_attn = CompressedQwen2Attention(config, layer_idx)
+        self.post_attention_layernorm = CompressedQwen2RMSNorm(config.hidden_size, eps=1e-06)
+        self.mlp = CompressedQwen2MLP(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        self_attn_output = self.self_attn(
+            self.input_layernorm(hidden_states), cos, sin, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + self_attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class CompressedQwen2PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: CompressedQwen2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CompressedQwen2Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": CompressedQwen2Layer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CompressedQwen2RotaryEmbedding):
+            init.copy_(module.inv_freq, torch.tensor(module.frequencies, dtype=torch.float32))
+
+
+class CompressedQwen2Model(CompressedQwen2PreTrainedModel):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: CompressedQwen2Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = CompressedQwen2RotaryEmbedding(config.rope_frequencies)
+        self.norm = CompressedQwen2RMSNorm(config.hidden_size, eps=1e-06)
+        self.layers = nn.ModuleList(
+            CompressedQwen2Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = CompressedQwen2Cache(self.config)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = token_positions(hidden_states, attention_mask, past)
+        mask = causal_mask(hidden_states, attention_mask, past_key_values)
+        cos, sin = self.rotary_emb(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cos, sin, mask, past_key_values)
+        last_hidden_state = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=past_key_values)
+
+
+class CompressedQwen2ForCausalLM(CompressedQwen2PreTrainedModel, GenerationMixin):
+    """The model with a head that scores the next token."""
+
+    def __init__(self, config: CompressedQwen2Config) -> None:
+        super().__init__(config)
+        self.model = CompressedQwen2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own cache
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Args: ``labels`` [batch, length] are token ids, -100 where there is no loss."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+__all__ = ["CompressedQwen2ForCausalLM", "CompressedQwen2Model", "CompressedQwen2PreTrainedModel"]
