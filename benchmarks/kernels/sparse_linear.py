@@ -20,10 +20,20 @@ CASES = (
     (4096, 4096, 4, 8, (1,)),
     (4096, 4096, 2, 8, (1,)),
 )
+SMALL = ((512, 576, 2, 4, (1, 4)),)
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:
-    for rows, width, count, period, several in CASES:
+    yield from _made(CASES, device)
+
+
+def small(device: torch.device | str) -> Iterator[Case]:
+    """Sizes for counting."""
+    yield from _made(SMALL, device)
+
+
+def _made(table: tuple[Any, ...], device: torch.device | str) -> Iterator[Case]:
+    for rows, width, count, period, several in table:
         groups, bits = width // period, bits_of(period)
         values = torch.randn(rows, groups * count, dtype=torch.bfloat16, device=device) / width**0.5
         places = torch.rand(rows, groups, period, device=device).topk(count, -1).indices.sort(-1).values

@@ -3,7 +3,7 @@
 import pytest
 
 from backends.kernels.launch import INTERPRETED
-from benchmarks.rooflines import counts
+from benchmarks.rooflines import counts, names
 
 # Bytes of inputs and results that device memory must move, and bytes of scratch, over the least bytes, at most. What
 # exceeds 1 are inputs that several launches read.
@@ -17,6 +17,7 @@ BOUNDS = {
     "packed_swiglu": (1.01, 0.0),
     "rms_norm": (1.01, 0.0),
     "rms_norm_quantized": (1.01, 0.0),
+    "sparse_linear": (1.01, 0.0),
     "token_match": (1.01, 0.15),
     "token_merge": (1.01, 0.0),
 }
@@ -30,3 +31,7 @@ def test_memory_is_moved_about_once_and_results_are_stored_once(name):
         touched, scratch = BOUNDS[name]
         assert count.touched <= touched * count.minimum, f"{name}, {count.case}: {count.cells}"
         assert count.scratch <= scratch * count.minimum, f"{name}, {count.case}: {count.cells}"
+
+
+def test_every_kernel_is_counted():
+    assert set(BOUNDS) == set(names())
