@@ -7,7 +7,7 @@ are look-up tables of scalars (k-means), with v > 1 those of vector quantisation
 there are more tokens than a block holds; the codebooks are read at random and must stay in a cache.
 Source: Egiazarian et al., Extreme Compression of Large Language Models via Additive Quantization, 2024.
 
-CPUs multiply the codebooks by x and look the products up, where vectors are long enough for that to pay.
+CPUs have no product with looked-up weights that is faster than the dense one: they keep W dense.
 """
 
 # pyright: basic
@@ -22,12 +22,6 @@ from torch.nn import functional
 from .kept import kept
 from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, tl
 from .splits import added, parts_of, share_of
-
-FEW_TOKENS = 4
-LONG_VECTOR = 8
-"""CPUs look products up for so few tokens and vectors of at least so many elements."""
-BLOCK = 1 << 18
-"""Elements of a weight that CPUs make at a time."""
 
 
 class Tile(NamedTuple):
@@ -51,24 +45,20 @@ def reference(x: Tensor, indices: Tensor, codebooks: Tensor, scales: Tensor | No
     x [..., K] floating point; ``indices`` [C, N, K / v], uint8, or int16 whose bits are an unsigned number;
     ``codebooks`` [B, C, entries, v] floating point; ``scales`` [N] or None.
     """
-    weight = torch.cat([_rows(indices, codebooks, block) for block in range(codebooks.shape[0])])
-    return _scaled(x.float() @ weight.mT, scales).to(x.dtype)
+    return (x.float() @ dense(indices, codebooks, scales).mT).to(x.dtype)
 
 
-def _rows(indices: Tensor, codebooks: Tensor, block: int, start: int = 0, step: int | None = None) -> Tensor:
-    """Up to ``step`` rows of a block of W, from ``start``, float32 and without their scales."""
-    rows = indices.shape[1] // codebooks.shape[0]
-    first, last = block * rows + start, block * rows + min(start + (step or rows), rows)
-    parts = zip(codebooks[block], indices, strict=True)
-    return torch.stack([table.float()[_unsigned(each[first:last])] for table, each in parts]).sum(0).flatten(-2)
+def dense(indices: Tensor, codebooks: Tensor, scales: Tensor | None) -> Tensor:
+    """W float32 [N, K]."""
+    indices = indices.int() & (0xFF if indices.dtype == torch.uint8 else 0xFFFF)
+    blocks = zip(codebooks.float(), indices.chunk(codebooks.shape[0], 1), strict=True)
+    weight = torch.cat([_looked_up(tables, each) for tables, each in blocks])
+    return weight if scales is None else weight * scales.float()[:, None]
 
 
-def _unsigned(indices: Tensor) -> Tensor:
-    return indices.int() & (0xFF if indices.dtype == torch.uint8 else 0xFFFF)
-
-
-def _scaled(y: Tensor, scales: Tensor | None) -> Tensor:
-    return y if scales is None else y * scales.float()
+def _looked_up(tables: Tensor, indices: Tensor) -> Tensor:
+    """Sums over C of entries: [rows, K] of ``tables`` [C, entries, v] and ``indices`` [C, rows, K / v]."""
+    return torch.stack([table[each] for table, each in zip(tables, indices, strict=True)]).sum(0).flatten(-2)
 
 
 @jit
@@ -143,40 +133,9 @@ def plan(x: Tensor, indices: Tensor, codebooks: Tensor, scales: Tensor | None, t
 
 def codebook_linear(x: Tensor, indices: Tensor, codebooks: Tensor, scales: Tensor | None) -> Tensor:
     """y [..., N], as ``reference`` says."""
-    tokens = x.reshape(-1, x.shape[-1])
-    looked_up = tokens.shape[0] <= FEW_TOKENS and codebooks.shape[-1] >= LONG_VECTOR
-    y = (_looked_up if looked_up else _by_blocks)(tokens, indices, codebooks)
-    return _scaled(y, scales).to(x.dtype).reshape(*x.shape[:-1], indices.shape[1])
-
-
-def _by_blocks(x: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
-    """x · Wᵀ [M, N] without scales, W made in x's dtype block by block."""
-    sets, rows, step = codebooks.shape[0], indices.shape[1] // codebooks.shape[0], max(1, BLOCK // x.shape[-1])
-    places = [(block, start) for block in range(sets) for start in range(0, rows, step)]
-    made = (_rows(indices, codebooks, *place, step).to(x.dtype) for place in places)
-    return torch.cat([functional.linear(x, weight) for weight in made], -1)
-
-
-def _looked_up(x: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
-    """x · Wᵀ float32 [M, N] without scales: products of each vector of x with all entries, added where indices say."""
-    (sets, _, entries, vector), (_, rows, columns) = codebooks.shape, indices.shape
-    places = kept("places", lambda: _places(indices, entries), indices).unflatten(1, (sets, -1))
-    starts = torch.arange(rows // sets, dtype=torch.int32) * columns
-    cut = x.float().reshape(-1, columns, vector)
-    found = []
-    for block in range(sets):
-        tables = (torch.einsum("mjv,ev->jem", cut, table.float()).flatten(0, 1) for table in codebooks[block])
-        sums = (
-            functional.embedding_bag(each[block].flatten(), table, starts, mode="sum")
-            for each, table in zip(places, tables, strict=True)
-        )
-        found.append(sum(sums))
-    return torch.cat(found).mT
-
-
-def _places(indices: Tensor, entries: int) -> Tensor:
-    """Where each index leads in a table [K / v, entries]: int32 [C, N, K / v]."""
-    return _unsigned(indices) + torch.arange(indices.shape[-1], dtype=torch.int32) * entries
+    others = (codebooks,) if scales is None else (codebooks, scales)
+    weight = kept(x.dtype, lambda: dense(indices, codebooks, scales).to(x.dtype), indices, *others)
+    return functional.linear(x, weight)
 
 
 def _shaped(x: Tensor, indices: Tensor, codebooks: Tensor, scales: Tensor | None) -> Tensor:
