@@ -149,8 +149,8 @@ def integers_at(
 ):  # fmt: skip
     """[ROWS, UNITS * 32] of DTYPE: codes less 2^(BITS - 1), which are exact in all dtypes.
 
-    Half of the codes of a word lie 16 bits above the other half. They are put in pairs into the mantissas of two numbers,
-    and stay neighbours: ``in_order`` brings inputs into this order.
+    Half of the codes of a word lie 16 bits above the other half. They are put in pairs into the mantissas of two
+    numbers, and stay neighbours: ``in_order`` brings inputs into this order.
     """
     HALF: tl.constexpr = tl.float16 == DTYPE
     NARROW: tl.constexpr = HALF or (tl.bfloat16 == DTYPE and BITS < 8)
@@ -171,10 +171,8 @@ def integers_at(
         code = codes_at(words, row * units + unit, ROWS, UNITS, BITS)
         number = (code | 0x4B000000).to(tl.float32, bitcast=True).reshape(ROWS, UNITS * 32)
     if WIDE:
-        integer = number.to(tl.float32) - BASE
-    else:
-        integer = (number - BASE).to(DTYPE)
-    return integer
+        number = number.to(tl.float32)
+    return (number - BASE).to(tl.float32 if WIDE else DTYPE)
 
 
 @jit
@@ -184,6 +182,21 @@ def in_order(value, TOKENS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexp
         halves = value.reshape(TOKENS, UNITS * BITS, 2, 16 // BITS)
         value = tl.permute(halves, (0, 1, 3, 2)).reshape(TOKENS, UNITS * 32)
     return value
+
+
+@jit
+def sums_of_group(
+    value, words, scale, zero, row, unit, rows, units,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """float32 [ROWS, TOKENS]: W times inputs ``value`` in order [TOKENS, UNITS * 32]; ``scale`` and ``zero`` [ROWS]."""
+    code = integers_at(words, row, unit, rows, units, value.dtype, ROWS, UNITS, BITS, WIDE)
+    if WIDE:
+        value = value.to(tl.float32)
+    summed = tl.dot(code, tl.trans(value), input_precision="ieee")
+    if ZEROS:
+        summed += (2 ** (BITS - 1) - zero)[:, None] * tl.sum(value.to(tl.float32), 1)[None, :]
+    return summed * scale[:, None]
 
 
 @jit
@@ -209,13 +222,9 @@ def _matrix(
         value = tl.load(x + token.to(tl.int64) * units * 32 + column, mask=here, other=0.0)
         value = in_order(value, TOKENS, UNITS, BITS)
         unit = start + tl.arange(0, UNITS)[None, :]
-        code = integers_at(words, row, unit, rows, units, value.dtype, ROWS, UNITS, BITS, WIDE)
-        if WIDE:
-            value = value.to(tl.float32)
-        summed = tl.dot(code, tl.trans(value), input_precision="ieee")
-        if ZEROS:
-            summed += (2 ** (BITS - 1) - zero)[:, None] * tl.sum(value.to(tl.float32), 1)[None, :]
-        total += summed * scale[:, None]
+        total += sums_of_group(
+            value, words, scale, zero, row, unit, rows, units, ROWS, UNITS, BITS, ZEROS, WIDE
+        )  # fmt: skip
         scale, zero = next_scale, next_zero
     place = (tl.program_id(2) * tokens + token.reshape(1, TOKENS)).to(tl.int64) * rows + row
     inside = (token.reshape(1, TOKENS) < tokens) & (row < rows)

@@ -19,9 +19,10 @@ from .packed_linear import (
     COMBINED,
     Tile,
     in_order,
-    integers_at,
     packed_arguments,
     packed_constants,
+    scales_at,
+    sums_of_group,
     within_groups,
 )
 from .packed_weight import on_cpu
@@ -63,28 +64,28 @@ def _pair(
     ZEROS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    place = tl.minimum(row, rows - 1) * groups
+    held = tl.minimum(tl.program_id(1) * ROWS + tl.arange(0, ROWS), rows - 1)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     gate = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
+    scale, zero = scales_at(scales, zeros, held, 0, rows, groups, BITS, ZEROS)
+    up_scale, up_zero = scales_at(up_scales, up_zeros, held, 0, rows, groups, BITS, ZEROS)
     for start in range(0, units, UNITS):
-        unit = start + tl.arange(0, UNITS)[None, :]
+        group = tl.minimum((start + UNITS) // SPAN, groups - 1)
+        next_scale, next_zero = scales_at(scales, zeros, held, group, rows, groups, BITS, ZEROS)
+        next_up_scale, next_up_zero = scales_at(up_scales, up_zeros, held, group, rows, groups, BITS, ZEROS)
         column = start * 32 + tl.arange(0, UNITS * 32)[None, :]
         here = (token < tokens) & (column < units * 32)
         value = tl.load(x + token.to(tl.int64) * units * 32 + column, mask=here, other=0.0)
         value = in_order(value, TOKENS, UNITS, BITS)
-        group = start // SPAN
-        one = integers_at(
-            words, zeros, row, unit, rows, units, group, groups, value.dtype, ROWS, UNITS, BITS, ZEROS, WIDE
+        unit = start + tl.arange(0, UNITS)[None, :]
+        gate += sums_of_group(
+            value, words, scale, zero, row, unit, rows, units, ROWS, UNITS, BITS, ZEROS, WIDE
         )  # fmt: skip
-        other = integers_at(
-            up_words, up_zeros, row, unit, rows, units, group, groups, value.dtype, ROWS, UNITS, BITS, ZEROS, WIDE
+        up += sums_of_group(
+            value, up_words, up_scale, up_zero, row, unit, rows, units, ROWS, UNITS, BITS, ZEROS, WIDE
         )  # fmt: skip
-        if WIDE:
-            value = value.to(tl.float32)
-        value = tl.trans(value)
-        gate += tl.dot(one, value, input_precision="ieee") * tl.load(scales + place + group).to(tl.float32)
-        up += tl.dot(other, value, input_precision="ieee") * tl.load(up_scales + place + group).to(tl.float32)
+        scale, zero, up_scale, up_zero = next_scale, next_zero, next_up_scale, next_up_zero
     token = token.reshape(1, TOKENS)
     result = _gated(gate, up).to(y.dtype.element_ty)
     tl.store(y + token.to(tl.int64) * rows + row, result, mask=(token < tokens) & (row < rows))
