@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.kernels.decoding import Tile, dequantized, row_bytes
+from backends.kernels.decoding import Tile, dequantized
 from benchmarks.kernels import Case
+from benchmarks.kernels.latent_decode import cache
 
 # Heads, key heads, elements of each.
 MODELS = {"SmolLM2": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
@@ -33,16 +34,9 @@ def small(device: torch.device | str) -> Iterator[Case]:
 def case(model: str, batch: int, keys: int, bits: int, device: torch.device | str) -> Case:
     heads, groups, size = MODELS[model]
     query = torch.randn(batch, 1, heads, size, dtype=torch.bfloat16, device=device)
-    caches = [_cache((batch, groups, keys), size, bits, device) for _ in range(2)]
+    caches = [cache((batch, groups, keys), size, bits, device) for _ in range(2)]
     inputs = (query, *caches, size**-0.5, None, None, None, None, None, bits)
     return Case(f"{model} {batch} x {keys}, {bits} bits", inputs, 4.0 * batch * heads * keys * size, peers)
-
-
-def _cache(shape: tuple[int, ...], size: int, bits: int, device: torch.device | str) -> Tensor:
-    if bits == 16:
-        return torch.randn(*shape, size, dtype=torch.bfloat16, device=device)
-    # Bytes below 64 are small scales also where they are read as such.
-    return torch.randint(0, 64, (*shape, row_bytes(size, bits)), dtype=torch.uint8, device=device)
 
 
 def peers(query: Tensor, keys: Tensor, values: Tensor, scale: float, *rest: Any) -> dict[str, Callable[[], Any]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.kernels.decoding import Tile, dequantized, row_bytes
+from backends.kernels.decoding import GROUP, Tile, dequantized, row_bytes
 from benchmarks.kernels import Case
 
 # Heads, rank, rotary size.
@@ -43,7 +43,7 @@ def small(device: torch.device | str) -> Iterator[Case]:
 
 def case(model: str, batch: int, keys: int, bits: int, device: torch.device | str) -> Case:
     heads, rank, rotary = MODELS[model]
-    caches = (_cache((batch, keys), size, bits, device) for size in (rank, rotary))
+    caches = (cache((batch, keys), size, bits, device) for size in (rank, rotary))
     inputs = (*_queries(batch, heads, rank, rotary, device), *caches, 0.1, None, None, None, None, None, bits)
     return Case(f"{model} {batch} x {keys}, {bits} bits", inputs, _flops(inputs, keys), peers)
 
@@ -52,7 +52,7 @@ def paged(model: str, batch: int, keys: int, device: torch.device | str) -> Case
     """Pages in an order without pattern."""
     heads, rank, rotary = MODELS[model]
     blocks = keys // PAGE
-    pages = _cache((batch * blocks, PAGE), rank + rotary, 16, device)
+    pages = cache((batch * blocks, PAGE), rank + rotary, 16, device)
     table = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
     queries = _queries(batch, heads, rank, rotary, device)
@@ -64,11 +64,14 @@ def _queries(batch: int, heads: int, rank: int, rotary: int, device: torch.devic
     return [torch.randn(batch, 1, heads, size, dtype=torch.bfloat16, device=device) for size in (rank, rotary)]
 
 
-def _cache(shape: tuple[int, ...], size: int, bits: int, device: torch.device | str) -> Tensor:
+def cache(shape: tuple[int, ...], size: int, bits: int, device: torch.device | str) -> Tensor:
+    """Rows [*shape, size] bfloat16, or bytes of codes of 8 or 4 bits; of about standard deviation 1."""
     if bits == 16:
         return torch.randn(*shape, size, dtype=torch.bfloat16, device=device)
-    # Bytes below 64 are scales of at most 1.5 also where they are read as such.
-    return torch.randint(0, 64, (*shape, row_bytes(size, bits)), dtype=torch.uint8, device=device)
+    rows = torch.randint(0, 256, (*shape, row_bytes(size, bits)), dtype=torch.uint8, device=device)
+    scales = 2 * -(-size // GROUP)
+    rows[..., -scales::2], rows[..., 1 - scales :: 2] = 0x80, 0x3C if bits == 8 else 0x3E  # 2**-6, 2**-2
+    return rows
 
 
 def _flops(inputs: tuple[Any, ...], keys: int) -> float:
