@@ -16,6 +16,7 @@ from compiler.ir.ops import op_named
 from compiler.ir.types import TensorType
 from compiler.ir.verify import signature, verify
 from compiler.rewrite.removal import remove, reorder
+from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
 from tests.graphs import GROUPS, HEAD, HEADS, tiny_llama, tokens
 from tests.removed import double, outputs, zero
@@ -47,7 +48,7 @@ def assert_removing_is_zeroing(graph: Graph, inputs: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("name", FAMILIES)
 def test_removing_an_index_of_any_free_group_is_zeroing_it(name):
     family = FAMILIES[name]
-    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    graph = double(graph_of(family.name))
     assert assert_removing_is_zeroing(graph, family.inputs(batch=1, tokens=5)) >= 2
 
 
@@ -184,7 +185,7 @@ def test_what_is_frozen_normed_or_chosen_from_is_refused_with_the_reason():
     ):
         with pytest.raises(PassError, match=reason):
             remove(graph, {group: [0]})
-    experts = capture(FAMILIES["mixtral"].config(layers=1))
+    experts = plan_of("mixtral")
     chosen = next(g for g in coupling_groups(experts) if "experts" in g.chosen)
     with pytest.raises(PassError, match="chooses among positions"):
         remove(experts, {chosen: [0, 1]})

@@ -11,12 +11,12 @@ from backends.safetensors import emit
 from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from passes.quantize import Quantize
 from passes.residual import Residual
+from tests.captures import graph_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
@@ -29,7 +29,7 @@ def batches(name, count=4):
 
 def made(name, **options):
     """A family's graph after quantising and the pass, its report, and the distance from the original."""
-    graph, given = capture(FAMILIES[name].build()), batches(name)
+    graph, given = graph_of(name), batches(name)
     before = Fidelity(graph, given)
     passes = [Quantize(where=WHERE, bits=3), Residual(**{"where": WHERE, **options})]
     report = Pipeline(passes).run(graph, calibration=lambda _: given).passes[1]
@@ -58,14 +58,14 @@ def test_what_is_chosen_is_nearest_holds_no_more_than_allowed_and_is_written(nam
 
 def test_the_plan_holds_what_a_uniform_run_holds():
     options = {"where": WHERE, "add": 0.2, "ranks": "uniform", "metric": "plain"}
-    graph, planned = (capture(FAMILIES["llama"].build()) for _ in range(2))
+    graph, planned = (graph_of("llama") for _ in range(2))
     for one in (graph, planned):
         Pipeline([Quantize(where=WHERE), Residual(**options)]).run(one, planned=one is planned)
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
 
 
 def test_dense_weights_and_too_few_numbers_are_errors():
-    graph = capture(FAMILIES["llama"].build())
+    graph = graph_of("llama")
     with pytest.raises(PassError, match="none of the selected weights is quantised"):
         Pipeline([Residual(metric="plain", ranks="uniform")]).run(graph)
     with pytest.raises(PassError, match="less than what products of rank 1 hold"):
@@ -74,7 +74,7 @@ def test_dense_weights_and_too_few_numbers_are_errors():
 
 @pytest.mark.parametrize("type", ["fp8", "nvfp4"])
 def test_floats_are_brought_nearer_too(type):
-    graph, beside = (capture(FAMILIES["llama"].build()) for _ in range(2))
+    graph, beside = (graph_of("llama") for _ in range(2))
     inputs = FAMILIES["llama"].inputs()
     exact = run(graph, inputs)["logits"]
     step = Quantize(where=WHERE, type=type)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from backends.safetensors import emit
 from compiler.errors import PassError
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.ops.hadamard import basis, transform
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from passes import Rotate
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
@@ -51,15 +51,15 @@ def test_the_weights_of_every_head_are_turned():
 
 def test_a_stream_that_cannot_be_rotated_says_why_and_alone_is_an_error():
     with pytest.raises(PassError, match="nothing of this model can be rotated"):
-        Pipeline([Rotate(what="stream")]).run(capture(FAMILIES["bert"].config(layers=1)))
-    report = Pipeline([Rotate()]).run(capture(FAMILIES["bert"].config(layers=1)), planned=True).passes[0]
+        Pipeline([Rotate(what="stream")]).run(plan_of("bert"))
+    report = Pipeline([Rotate()]).run(plan_of("bert"), planned=True).passes[0]
     assert [skip.reason for skip in report.skipped] == ["stays as it is: an operation that is not linear stands in it"]
 
 
 def test_a_head_with_the_embeddings_table_gets_its_own_and_a_rerun_is_the_same():
     texts = []
     for _ in range(2):
-        graph = capture(FAMILIES["gemma"].build(layers=1))
+        graph = graph_of("gemma")
         report = Pipeline([Rotate(what="stream", seed=3)]).run(graph).passes[0]
         texts.append([param.expr.key for param in graph.params.values()])
     assert any("a matrix of its own" in rewrite.what for rewrite in report.rewritten)
@@ -85,7 +85,7 @@ def test_rotated_heads_keep_the_models_own_class(tmp_path):
 def test_what_mlps_read_is_rotated_in_onnx(tmp_path):
     """Of 80 channels: the Hadamard matrix of 16, and cosines of 5."""
     family = FAMILIES["vit"]
-    graph = capture(family.build(layers=1))
+    graph = graph_of(family.name)
     wanted = run(graph, family.inputs())["logits"]
     Pipeline([Rotate(what="mlp")]).run(graph)
     found = written(graph, tmp_path, "onnx").run(**family.inputs())["logits"]

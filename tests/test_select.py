@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from compiler.errors import SelectorError
-from compiler.frontend import capture
 from compiler.ir.select import resolve
 from compiler.pipeline import Pipeline
 from passes import LowRank
-from tests.families import FAMILIES
+from tests.captures import plan_of
 from tests.graphs import INNER, WIDTH, tiny_llama
 
 
@@ -108,7 +107,7 @@ def test_what_cannot_be_meant_is_refused(selector, skip, cause, remedy):
 @pytest.mark.parametrize("form", ["pair", "pivoted"])
 @pytest.mark.parametrize("share", ["none", "input"])
 def test_factors_have_the_roles_of_what_they_stand_for(form, share):
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     wanted = {role: {param.name for param in resolve(graph, role)} for role in ("attention.query", "mlp", "head")}
     factors = LowRank(where={"name": "*.layers.*", "role": "linear"}, keep=0.7, form=form, share=share)
     Pipeline([factors]).run(graph, planned=True)

@@ -8,10 +8,10 @@ import torch
 from backends.safetensors import emit
 from compiler.errors import PassError
 from compiler.evaluate import load_model
-from compiler.frontend import capture
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from passes import Smooth
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama, tokens
@@ -34,7 +34,7 @@ def smoothed(name, graph, **options):
 @pytest.mark.parametrize("name", ["gemma", "bert", "vit", "mixtral", "whisper"])
 def test_smoothing_changes_nothing_and_costs_less_by_its_own_measure(name):
     family = FAMILIES[name]
-    graph = double(capture(family.build(layers=1)))
+    graph = double(graph_of(family.name))
     inputs = family.inputs(batch=2, tokens=5)
     wanted = outputs(graph, inputs)
     report = smoothed(name, graph)
@@ -48,7 +48,7 @@ def test_smoothing_changes_nothing_and_costs_less_by_its_own_measure(name):
 def test_more_to_choose_from_never_costs_more():
     costs = {}
     for method in ("awq", "fit"):
-        graph = capture(FAMILIES["llama"].build())
+        graph = graph_of("llama")
         report = smoothed("llama", graph, method=method)
         costs[method] = [rewrite.numbers["relative_cost"] for rewrite in report.rewritten]
     chosen = next(trial.what for trial in report.trials if trial.chosen)
@@ -102,9 +102,9 @@ def test_powers_of_two_change_stored_weights_exactly(tmp_path):
 
 def test_what_nothing_absorbs_is_multiplied_when_asked():
     where = {"role": "linear", "name": "*layer*"}
-    plain = smoothed("bert", capture(FAMILIES["bert"].build(layers=1)), where=where)
+    plain = smoothed("bert", graph_of("bert", layers=1), where=where)
     assert len(plain.skipped) == 5 and len(plain.rewritten) == 1
-    graph = capture(FAMILIES["bert"].build(layers=1))
+    graph = graph_of("bert", layers=1)
     inputs = FAMILIES["bert"].inputs()
     wanted = outputs(graph, inputs)["logits"]
     report = smoothed("bert", graph, where=where, insert=True)
@@ -114,12 +114,12 @@ def test_what_nothing_absorbs_is_multiplied_when_asked():
 
 def test_nothing_to_smooth_is_an_error():
     with pytest.raises(PassError, match="none of the selected weights"):
-        smoothed("gemma", capture(FAMILIES["gemma"].build(layers=1)), where="head")
+        smoothed("gemma", graph_of("gemma"), where="head")
 
 
 def test_a_group_that_divides_no_width_is_an_error():
     with pytest.raises(PassError, match="groups of 64 do not divide 48") as raised:
-        smoothed("llama", capture(FAMILIES["llama"].build(layers=1)), group=64)
+        smoothed("llama", graph_of("llama"), group=64)
     assert raised.value.option == "group"
 
 
@@ -129,7 +129,7 @@ def test_without_calibration_data_it_says_so():
 
 
 def test_a_plan_says_what_will_be_smoothed():
-    graph = capture(FAMILIES["bert"].config(layers=1), architecture="BertForMaskedLM")
+    graph = plan_of("bert")
     report = Pipeline([Smooth()]).run(graph, planned=True, calibration=lambda _: []).passes[0]
     assert any("absorbed by bert.encoder.layer.0.attention.self.value" in each.what for each in report.rewritten)
     assert any("`gelu`" in each.reason for each in report.skipped)

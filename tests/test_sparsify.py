@@ -31,6 +31,7 @@ from passes.sparsify import Sparsify
 from passes.sparsify.masks import largest, largest_by_row
 from passes.sparsify.places import Pattern
 from passes.sparsify.solve import Problem, damped, fitted, solve, surgeon
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 
@@ -45,7 +46,7 @@ def batches(name, count=6, tokens=24):
 
 def sparse(name, directory=None, graph=None, **options):
     """A family's graph after the pass, the pass's report, and the distance from the original on calibration data."""
-    graph, given = graph or capture(FAMILIES[name].build()), batches(name)
+    graph, given = graph or graph_of(name), batches(name)
     before = Fidelity(graph, given)
     pipeline = Pipeline([Sparsify(**options)])
     (report,) = pipeline.run(graph, workdir=directory, calibration=lambda _: given).passes
@@ -149,7 +150,7 @@ def test_inputs_that_are_no_numbers_are_an_error_and_unseen_ones_are_not():
 )
 def test_the_plan_has_the_types_of_the_run_and_every_matrix_keeps_what_it_should(name, options):
     graph, report, _ = sparse(name, **options)
-    planned = capture(FAMILIES[name].config(), architecture=FAMILIES[name].architecture)
+    planned = plan_of(name)
     (plan,) = Pipeline([Sparsify(**options)]).run(planned, planned=True, calibration=lambda _: []).passes
     assert {p.name: _types(p.expr) for p in planned.params.values()} == {
         p.name: _types(p.expr) for p in graph.params.values()
@@ -206,17 +207,17 @@ def test_impossible_wishes_are_errors_and_what_stays_is_said():
     ]:
         with pytest.raises(PassError, match=reason):
             Sparsify(**options)
-    graph = capture(FAMILIES["llama"].config(), architecture=FAMILIES["llama"].architecture)
+    graph = plan_of("llama")
     with pytest.raises(PassError, match="none of the selected weights"):
         Pipeline([Sparsify(where="mlp", pattern="3:7")]).run(graph, planned=True)
-    graph = capture(FAMILIES["gpt2"].config(), architecture=FAMILIES["gpt2"].architecture)
+    graph = plan_of("gpt2")
     (entry,) = Pipeline([Sparsify(where="linear", keep=0.5)]).run(graph, planned=True, calibration=lambda _: []).passes
     assert "it is read by embedding as well" in {skip.reason for skip in entry.skipped}
 
 
 @pytest.mark.parametrize("tokens", [{"layer_tokens": 512, "tokens": 0}, {"layer_tokens": 0, "tokens": 512}])
 def test_healing_trains_what_remains_and_nothing_else(tokens):
-    graph, given = capture(FAMILIES["llama"].build()), batches("llama", 20)
+    graph, given = graph_of("llama"), batches("llama", 20)
     steps = [Sparsify(keep=0.4, method="magnitude"), Heal(**tokens)]
     report = Pipeline(steps).run(graph, calibration=lambda _: given).passes
     assert report[1].trials[1].chosen
@@ -232,7 +233,7 @@ def test_healing_trains_what_remains_and_nothing_else(tokens):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "bert", "vit", "whisper", "t5"])
 def test_the_class_of_the_source_loads_the_zeros_and_computes_the_same(name, tmp_path):
-    graph = capture(FAMILIES[name].build())
+    graph = graph_of(name)
     Pipeline([Sparsify(keep=0.5, method="magnitude")]).run(graph)
     emission = emission_of(graph, "stock")
     assert emission.architecture == FAMILIES[name].architecture or not emission.files
@@ -298,6 +299,6 @@ def test_the_plan_knows_the_bytes_of_bits_and_values_and_says_when_there_are_non
         assert plan.report.after.stored_bytes == plan.output.tensor_bytes
         assert any("save nothing" in line for line in plan.output.loads_in) == (way == "zeros")
     assert sizes["compact"] < 0.75 * sizes["zeros"]
-    graph = capture(FAMILIES["llama"].config(), architecture=FAMILIES["llama"].architecture)
+    graph = plan_of("llama")
     with pytest.raises(TargetError, match="no weight is so sparse"):
         emission_of(graph, compact=True)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from compiler.errors import PassError
-from compiler.frontend import capture
 from compiler.ir.coupling import CouplingGroup, coupling_groups
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
@@ -14,6 +13,7 @@ from compiler.ir.verify import signature, verify
 from compiler.rewrite.rotation import turn, unscale
 from compiler.rewrite.stream import narrow, residual
 from compiler.weights.ops.basic import literal
+from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
 from tests.removed import double, outputs, zero
 
@@ -55,7 +55,7 @@ def _as_rms(graph: Graph, node: Node, matrix) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_narrower_stream_is_one_with_the_others_at_zero(name):
     family = FAMILIES[name]
-    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    graph = double(graph_of(family.name))
     given = family.inputs(batch=1, tokens=5)
     found_groups = stream_groups(graph)
     assert bool(found_groups) != (name in TO_THE_OUTPUT)
@@ -88,14 +88,14 @@ def rotated(graph: Graph) -> None:
 def refused(name: str) -> str:
     family = FAMILIES[name]
     with pytest.raises(PassError) as raised:
-        rotated(capture(family.config(layers=1)))
+        rotated(plan_of(family.name))
     return raised.value.cause
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TO_THE_OUTPUT | SCALED])
 def test_a_turned_stream_computes_the_same(name):
     family = FAMILIES[name]
-    graph = double(capture(family.build(layers=2 if "deepseek" in name else 1)))
+    graph = double(graph_of(family.name))
     given = family.inputs(batch=1, tokens=5)
     wanted = outputs(graph, given)
     expected = signature(graph)
@@ -112,7 +112,7 @@ def test_a_stream_that_norms_write_to_is_not_turned_and_the_reason_given(name):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_vector_that_multiplies_what_is_written_goes_into_what_writes_it(first):
-    graph = double(capture(FAMILIES["llama"].build(layers=1)))
+    graph = double(graph_of("llama"))
     given = FAMILIES["llama"].inputs(batch=1, tokens=5)
     node = next(node for node in graph.nodes_named("linear") if node.scope.endswith("down_proj"))
     size = int(node.output.shape[-1])
