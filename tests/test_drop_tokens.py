@@ -134,11 +134,11 @@ OPTIONS = {
     "recent": {"keep": 0.5, "score": "recency"},
     "ends": {"keep": 0.5, "prefix": 2, "suffix": 3},
     "renumbered": {"keep": 0.5, "positions": "renumber", "site": "layer"},
-}
-MERGED = {
     "alike": {"keep": 0.6, "merge": "bipartite"},
     "alike, not weighed": {"keep": 0.6, "merge": "bipartite", "proportional": False},
     "least alike": {"keep": 0.6, "score": "similarity"},
+}
+MERGED = {
     "neighbours": {"keep": 0.4, "merge": "average"},
     "one more": {"keep": 0.5, "merge": "extra", "score": "class"},
 }
@@ -148,7 +148,7 @@ MERGED = {
 @pytest.mark.parametrize("name", ["dinov2", "llama", "modernbert"])
 def test_all_choices_compute_and_print(name, options):
     if FAMILIES[name].kind == "text" and options in list(MERGED.values()):
-        with pytest.raises(PassError, match=r"padded|two neighbours"):
+        with pytest.raises(PassError, match="padded"):
             dropped(name, **options)
         return
     graph, reduced = dropped(name, **options)
@@ -184,6 +184,8 @@ REFUSED = {
     "no range": ("vit", {"keep": 0.5, "layers": "first"}, "like 0-11,20"),
     "a list too short": ("vit", {"keep": (0.5,)}, "behind 1 layers, and there are 2"),
     "growing": ("vit", {"keep": (0.5, 0.9)}, "cannot remain"),
+    "parts of pairs": ("bert", {"keep": 0.2, "merge": "bipartite"}, "one can go"),
+    "pairs of what": ("bert", {"keep": (5, 4), "merge": "bipartite"}, "go by parts"),
     "too many pairs": ("vit", {"keep": 0.2, "merge": "bipartite"}, "one of each two neighbours"),
     "steps of what": ("llama", {"keep": 4}, "in steps"),
     "latent": ("deepseek_v3", {"keep": 0.5}, "keys of their own"),
@@ -250,12 +252,12 @@ def test_pairs_that_are_most_alike_are_merged(data, tokens, seed):
     (kept,), (gone,), (into,) = (value.tolist() for value in own)
     assert sorted([*kept, *gone]) == list(range(tokens)) and kept == sorted(kept)
     unit = F.normalize(metric[0], dim=-1)
-    even, odd = (list(range(prefix + start, prefix + 2 * pairs, 2)) for start in range(2))
-    best = {i: max(float(unit[i] @ unit[j]) for j in odd) for i in even}
-    assert set(gone) <= set(even)
-    assert all(best[i] >= best[j] - 1e-6 for i in gone for j in set(even) - set(gone))
+    targets, sources = (list(range(prefix + start, tokens - suffix, 2)) for start in range(2))
+    best = {i: max(float(unit[i] @ unit[j]) for j in targets) for i in sources}
+    assert set(gone) <= set(sources)
+    assert all(best[i] >= best[j] - 1e-6 for i in gone for j in set(sources) - set(gone))
     for place, slot in zip(gone, into, strict=True):
-        assert kept[slot] in odd and float(unit[place] @ unit[kept[slot]]) >= best[place] - 1e-6
+        assert kept[slot] in targets and float(unit[place] @ unit[kept[slot]]) >= best[place] - 1e-6
 
 
 @settings(max_examples=40, deadline=None)
@@ -312,9 +314,10 @@ def test_an_onnx_model_drops_the_same_tokens(options, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "siglip_text"])
-@pytest.mark.parametrize("score", ["class", "received", "last", "recency"])
+@pytest.mark.parametrize("score", ["class", "received", "last", "recency", "similarity", "merged"])
 def test_a_sample_gives_in_a_padded_batch_what_it_gives_alone(name, score, tmp_path):
-    graph, reduced = dropped(name, depth=3, keep=(0.8, 0.45, 0.3), score=score, suffix=1)
+    chosen = {"merge": "bipartite"} if score == "merged" else {"score": score, "suffix": int(score != "similarity")}
+    graph, reduced = dropped(name, depth=3, keep=(0.8, 0.45, 0.3), **chosen)
     model, (output, *_) = written(reduced, tmp_path), reduced.outputs
     ids = FAMILIES[name].inputs(batch=3, tokens=12)["input_ids"]
     lengths, mask = (12, 7, 1), torch.ones_like(ids)

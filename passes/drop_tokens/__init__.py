@@ -66,6 +66,11 @@ class DropTokens(Pass):
                 remedy="write `score: class`, `received` or `last`",
             )
 
+    @property
+    def alike(self) -> bool:
+        """Whether tokens are dropped by how like others they are."""
+        return self.merge == "bipartite" or (self.merge == "none" and self.score == "similarity")
+
     def run(self, graph: Graph, ctx: Context) -> None:
         """Raises PassError when there are no such layers, or something between them needs every token."""
         if self.exact:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from compiler.errors import PassError
+from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim, canonical_dim
 
 Keep = float | int | Sequence[float | int]
@@ -33,6 +34,28 @@ def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
     sizes = [size for size in (tokens, *found) if isinstance(size, int)]
     if sizes != sorted(sizes, reverse=True):
         raise PassError(f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain")
+    return found
+
+
+def paired(tokens: str, keep: Keep, steps: int, prefix: int, suffix: int) -> list[Dim]:
+    """What remains after each of ``steps`` where of a pair of neighbours one can go: a part of the pairs does.
+
+    So a sample never lacks padding that goes where longer ones lose tokens. Raises PassError for numbers of tokens, a
+    list of another length, and less than half at once.
+    """
+    parts = keep if isinstance(keep, Sequence) else [1 - (1 - keep) * step / steps for step in range(1, steps + 1)]
+    if len(parts) != steps or isinstance(keep, int) or any(isinstance(part, int) for part in parts):
+        cause = "tokens that are alike go by parts where their number is not known"
+        raise PassError(cause, option="keep", remedy="write a part, or a list with one for each layer")
+    found: list[Dim] = []
+    for before, part in zip((1.0, *parts), parts, strict=False):
+        share = Fraction(2 * (1 - part / before)).limit_denominator(FINEST)
+        if not 0 <= share <= 1:
+            cause = f"{part:.0%} cannot remain of {before:.0%}: of each two neighbours one can go"
+            raise PassError(cause, option="keep", remedy="spread them over more `layers`")
+        now = found[-1] if found else tokens
+        gone = f"floor({share.numerator}*({mergeable(now, prefix, suffix)})/{share.denominator})"
+        found.append(canonical_dim(f"({now})-{gone}"))
     return found
 
 

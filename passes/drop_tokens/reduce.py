@@ -10,7 +10,7 @@ from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim
 from compiler.pipeline import Context
-from passes.drop_tokens.counts import counts
+from passes.drop_tokens.counts import counts, paired
 from passes.drop_tokens.follow import Following
 from passes.drop_tokens.places import Place, ends, places
 from passes.drop_tokens.scores import Ops, metric, neighbours, scores
@@ -61,7 +61,7 @@ class Reduction:
 
     def _chosen(self, ops: Ops, place: Place, keep: Dim) -> Chosen:
         merge, own = self.options.merge, {"keep": keep, "prefix": self.prefix, "suffix": self.suffix}
-        if merge == "bipartite" or (merge == "none" and self.options.score == "similarity"):
+        if self.options.alike:
             index, rest, into = ops.all("token_match", metric(ops, place), **own)
             return Chosen(index, rest, into) if merge == "bipartite" else Chosen(index)
         if merge == "average":
@@ -120,14 +120,14 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     learnt = ends(graph, found[0])
     prefix = learnt[0] if options.prefix is None else options.prefix
     suffix = learnt[1] if options.suffix is None else options.suffix
-    if options.merge != "none" and isinstance(found[0].tokens, str):
+    if options.merge in ("extra", "average") and isinstance(found[0].tokens, str):
         raise PassError(
             "tokens are merged where every sample has as many, and these may be padded",
             option="merge",
             remedy="leave out `merge`",
         )
     reduction = Reduction(graph, options, prefix, suffix)
-    for place, keep in zip(found, counts(found[0].tokens, options.keep, len(found), prefix + suffix), strict=True):
+    for place, keep in zip(found, _counts(found[0].tokens, options, len(found), prefix, suffix), strict=True):
         before = place.tokens
         reason = _unneeded(before, keep, options, prefix, suffix)
         if reason:
@@ -141,17 +141,22 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     graph.prune()
 
 
+def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: int) -> list[Dim]:
+    if options.alike and isinstance(tokens, str):
+        return paired(tokens, options.keep, steps, prefix, suffix)
+    return counts(tokens, options.keep, steps, prefix + suffix)
+
+
 def _unneeded(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> str:
     """Why no token is dropped. Raises PassError when more would have to go than can."""
     extra = 1 if options.merge == "extra" else 0
     if before == keep or (isinstance(before, int) and before <= int(keep) + extra):
         return f"all of its {before} tokens remain"
-    pairs = mergeable(before, prefix, suffix)
-    alike = options.merge == "bipartite" or (options.merge == "none" and options.score == "similarity")
-    if alike and (isinstance(before, str) or before - int(keep) > pairs):
+    most = mergeable(before, prefix, suffix)
+    if options.alike and isinstance(before, int) and before - int(keep) > int(most):
         raise PassError(
             f"{keep} of {before} tokens cannot remain: one of each two neighbours can be merged",
             option="keep",
-            remedy="spread them over more `layers`" if isinstance(before, int) else "write another `score`",
+            remedy="spread them over more `layers`",
         )
     return ""

@@ -11,13 +11,14 @@ import torch
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.attention import scaled_product
 from backends.onnx.emitters.rule import Rule, rule
+from compiler.errors import TargetError
 from compiler.ir.graph import Node
-from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim
 
 END = torch.iinfo(torch.int64).max
 HIGH = torch.finfo(torch.float32).max
 TINY = 1e-12
+APART = -4.0  # less than any cosine
 
 
 @rule("token_scores", "rows", "step", "scale", "causal")
@@ -137,23 +138,60 @@ def _places(build: Builder, exists: ir.Value) -> ir.Value:
 @rule("token_match", "keep", "prefix", "suffix")
 def token_match(build: Builder, node: Node) -> Sequence[ir.Value]:
     tokens, keep, first = node.input(0).shape[1], node.attr("keep"), node.attr("prefix")
-    pairs, axis = mergeable(tokens, first, node.attr("suffix")), build.ints(1)
-    metric = build.arg(node, 0)
-    length = build.op("Max", build.op("ReduceL2", metric, build.ints(2), keepdims=1), build.scalar(TINY))
-    unit, stop = build.op("Div", metric, length), build.ints(first + 2 * pairs)
-    even, odd = (build.op("Slice", unit, build.ints(first + i), stop, axis, build.ints(2)) for i in range(2))
-    near = build.op("MatMul", even, build.op("Transpose", odd, perm=(0, 2, 1)))
+    exists, metric = build.masks.exists_of(tokens), build.arg(node, 0)
+    if exists is not None and node.attr("suffix"):
+        raise TargetError("of samples that may be padded the last tokens cannot stay unpaired", where=node.scope)
+    inner = build.op("Max", build.op("ReduceL2", metric, build.ints(2), keepdims=1), build.scalar(TINY))
+    targets, sources = _sides(build, node, build.op("Div", metric, inner))
+    near = build.op("MatMul", sources, build.op("Transpose", targets, perm=(0, 2, 1)))
+    there = None if exists is None else _sides(build, node, _paired(build, node, exists))
+    if there is not None:
+        near = build.op("Where", build.op("Unsqueeze", there[0], build.ints(1)), near, build.scalar(APART))
     best, partner = (build.op("Squeeze", x, build.ints(2)) for x in build.ops("TopK", near, build.ints(1), count=2))
-    source = build.ops("TopK", best, build.dim(node.outputs[1].shape[1]), count=2)[1]
-    two, own = build.scalar(2, torch.int64), build.scalar(first, torch.int64)
-    rest = build.op("Add", build.op("Mul", source, two), own)
+    source = _merged(build, node, best, None if there is None else there[1])
+    two, zero = build.scalar(2, torch.int64), build.scalar(0, torch.int64)
+    rest = build.op("Add", build.op("Mul", source, two), build.scalar(first + 1, torch.int64))
     met = build.op("Mul", build.op("GatherElements", partner, source, axis=1), two)
-    target = build.op("Add", met, build.scalar(first + 1, torch.int64))
+    target = build.op("Add", met, build.scalar(first, torch.int64))
     every = build.op("Expand", build.scalar(1, torch.int64), build.shape(node.input(0).shape[:2]))
-    gone = build.op("Expand", build.scalar(0, torch.int64), build.op("Shape", rest))
+    gone = build.op("Expand", zero, build.op("Shape", rest))
     remains = build.op("ScatterElements", every, rest, gone, axis=1)
     index = build.ops("TopK", remains, build.dim(keep), count=2)[1]
+    if exists is not None:
+        build.masks.kept[keep] = build.op("GatherElements", exists, index, axis=1)
     return index, rest, build.op("GatherElements", _places(build, remains), target, axis=1)
+
+
+def _sides(build: Builder, node: Node, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The tokens of ``value`` [B, T, ...] between the ends that others can go into, and those that can go."""
+    first, suffix = node.attr("prefix"), node.attr("suffix")
+    stop, axis, two = build.ints(-suffix if suffix else END), build.ints(1), build.ints(2)
+    even, odd = (build.op("Slice", value, build.ints(first + i), stop, axis, two) for i in range(2))
+    return even, odd
+
+
+def _paired(build: Builder, node: Node, exists: ir.Value) -> ir.Value:
+    """Which tokens are there and not at the start of their sample, bool [B, T]."""
+    first = build.op("GreaterOrEqual", _places(build, exists), build.scalar(node.attr("prefix"), torch.int64))
+    return build.op("And", build.op("Cast", exists, to=ir.DataType.BOOL), first)
+
+
+def _merged(build: Builder, node: Node, best: ir.Value, there: ir.Value | None) -> ir.Value:
+    """Which of the tokens that can go do: each sample's own part, and then padding."""
+    count = build.dim(node.outputs[1].shape[1])
+    if there is None:
+        return build.ops("TopK", best, count, count=2)[1]
+    whole = build.op("Shape", best, start=1, end=2)
+    order = build.ops("TopK", build.op("Where", there, best, build.scalar(APART)), whole, count=2)[1]
+    given = build.masks.given
+    assert given is not None  # there is no padding without
+    own = build.computed(node.outputs[1].shape[1], {str(build.masks.tokens): _total(build, given)})
+    bounds = [build.scalar(0, torch.int64), build.op("Squeeze", whole, build.ints(0)), build.scalar(1, torch.int64)]
+    first = build.op("Less", build.op("Unsqueeze", build.op("Range", *bounds), build.ints(0)), own)
+    padding = build.op("GatherElements", build.op("Cast", there, to=ir.DataType.INT64), order, axis=1)
+    last = build.op("Sub", build.scalar(1, torch.int64), padding)
+    ranked = build.op("Where", first, build.scalar(2, torch.int64), last)
+    return build.op("GatherElements", order, build.ops("TopK", ranked, count, count=2)[1], axis=1)
 
 
 @rule("token_take", "axis")
@@ -186,6 +224,9 @@ def _picked(build: Builder, x: ir.Value, index: ir.Value, axis: int, rank: int) 
 @rule("token_merge")
 def token_merge(build: Builder, node: Node) -> Sequence[ir.Value]:
     x, weight, index, rest = (build.arg(node, i) for i in range(4))
+    exists = build.masks.exists_of(node.input(0).shape[1])
+    if exists is not None:  # padding counts for nothing
+        weight = build.op("Mul", weight, build.op("Cast", exists, to=ir.DataType.FLOAT))
     into, kept = build.optional(node, 4), rows(build, weight, index)
     shares = build.op("Unsqueeze", rows(build, weight, rest), build.ints(1))
     if into is not None:
@@ -199,7 +240,8 @@ def token_merge(build: Builder, node: Node) -> Sequence[ir.Value]:
         total, summed = build.op("Add", kept, weights), build.op("Add", own, added)
     else:
         total, summed = build.op("Concat", kept, weights, axis=1), build.op("Concat", own, added, axis=1)
-    return build.op("Div", summed, build.op("Unsqueeze", total, build.ints(2))), total
+    least = total if exists is None else build.op("Max", total, build.scalar(TINY))
+    return build.op("Div", summed, build.op("Unsqueeze", least, build.ints(2))), least
 
 
 @rule("token_restore")

@@ -61,28 +61,27 @@ def _eval_select(scores: Tensor, *, keep: int, prefix: int, suffix: int) -> tupl
 
 def _infer_match(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
     batch, tokens, _ = need(types[0]).shape
-    rest = _others(tokens, attrs["keep"])
-    pairs = mergeable(tokens, attrs["prefix"], attrs["suffix"])
-    if not isinstance(rest, int) or rest > pairs:
-        raise ValueError(f"{rest} of {tokens} tokens cannot be merged into others, {pairs} can")
+    rest, most = _others(tokens, attrs["keep"]), mergeable(tokens, attrs["prefix"], attrs["suffix"])
+    if isinstance(rest, int) and isinstance(most, int) and rest > most:
+        raise ValueError(f"{rest} of {tokens} tokens cannot be merged into others, {most} can")
     return [TensorType(torch.int64, (batch, count)) for count in (attrs["keep"], rest, rest)]
 
 
-def mergeable(tokens: Dim, prefix: int, suffix: int) -> int:
-    """How many of ``tokens`` can be merged into others at once: of a pair of neighbours, one."""
-    return max(0, tokens - prefix - suffix) // 2 if isinstance(tokens, int) else 0
+def mergeable(tokens: Dim, prefix: int, suffix: int) -> Dim:
+    """How many of ``tokens`` can be merged into others at once: of a pair of neighbours, the second."""
+    pairs = f"floor(({tokens}-{prefix + suffix})/2)"
+    return canonical_dim(pairs if prefix + suffix <= 1 else f"Max(0,{pairs})")  # there is a token always
 
 
 def _eval_match(metric: Tensor, *, keep: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = metric.shape
-    first, pairs = prefix, mergeable(tokens, prefix, suffix)
-    unit = F.normalize(metric[:, first : first + 2 * pairs], dim=-1)
-    if not pairs:
+    if keep == tokens:
         index = torch.arange(tokens, device=metric.device).expand(batch, -1)
         return index, index[:, :0], index[:, :0]
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
+    unit = F.normalize(metric[:, prefix : tokens - suffix], dim=-1)
+    best, partner = (unit[:, 1::2] @ unit[:, ::2].transpose(1, 2)).max(-1)
     source = best.sort(dim=-1, descending=True, stable=True).indices[:, : tokens - keep]
-    rest, target = first + 2 * source, first + 2 * partner.gather(1, source) + 1
+    rest, target = prefix + 2 * source + 1, prefix + 2 * partner.gather(1, source)
     remains = torch.ones(batch, tokens, dtype=torch.int64, device=metric.device).scatter(1, rest, 0)
     slots = remains.cumsum(1) - 1
     index = remains.sort(dim=-1, descending=True, stable=True).indices[:, :keep]
@@ -181,11 +180,11 @@ OPS: tuple[OpDef, ...] = (
         "metric",
         _infer_match,
         _eval_match,
-        {"keep": Attr("int"), **_ENDS},
+        {"keep": Attr("dim"), **_ENDS},
         axes="b t! d -> b k!, b r!, b r!",
-        doc="Of the tokens between the first `prefix` and the last `suffix`, the even ones nearest to an odd one by "
-        "cosine: the places [B, K] of all but T - `keep` of these, their own [B, R], and which of the K each is like "
-        "(ToMe, arXiv 2210.09461). metric [B, T, d].",
+        doc="Of the tokens between the first `prefix` and the last `suffix`, those at odd places nearest by cosine to "
+        "one at an even place: the places [B, K] of all but T - `keep` of these, their own [B, R], and which of the K "
+        "each is like (ToMe, arXiv 2210.09461). metric [B, T, d].",
     ),
     OpDef(
         "token_take",
