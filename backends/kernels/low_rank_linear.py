@@ -75,6 +75,7 @@ def _product(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """[TOKENS, ROWS]: rows of x times rows of w, over columns ``first`` to ``last``."""
@@ -82,7 +83,7 @@ def _product(
     column = tl.arange(0, BLOCK)[None, :]
     lines = w + row.to(tl.int64)[:, None] * width
     total = tl.zeros([ROWS, BLOCK] if TOKENS == 1 else [TOKENS, ROWS], tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         here = start + column
         weight = tl.load(lines + here, mask=inside[:, None] & (here < last), other=0.0)
         value = tl.load(x + token * width + here, mask=(token < tokens) & (here < last), other=0.0)
@@ -157,6 +158,7 @@ def _low_rank_linear(
     WIDTH: tl.constexpr,
     AHEAD: tl.constexpr,
     STRIDE: tl.constexpr,
+    STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -175,7 +177,7 @@ def _low_rank_linear(
             mine, first = unit // PIECES * ROWS + row, unit % PIECES * SPAN
             inside = mine < r
             last = tl.minimum(first + SPAN, k)
-            total = _product(x, down, tokens, mine, inside, first, last, k, TOKENS, ROWS, DEPTH, WIDE)
+            total = _product(x, down, tokens, mine, inside, first, last, k, TOKENS, ROWS, DEPTH, STAGES, WIDE)
             part = parts + (unit % PIECES) * tokens * r
             _write(part, bias, total, tokens, mine, inside, r, False, TOKENS)
             if PIECES > 1:
@@ -190,7 +192,7 @@ def _low_rank_linear(
         for block in range(program, tl.cdiv(n, share), programs):
             mine = block * share + row
             inside = (row < share) & (mine < n)
-            total = _product(hidden, up, tokens, mine, inside, 0, r, r, TOKENS, OUTPUTS, WIDTH, WIDE)
+            total = _product(hidden, up, tokens, mine, inside, 0, r, r, TOKENS, OUTPUTS, WIDTH, STAGES, WIDE)
             _write(y, bias, total, tokens, mine, inside, n, BIAS, TOKENS)
 
 
@@ -211,6 +213,7 @@ def _sliced(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -218,7 +221,7 @@ def _sliced(
     part = tl.program_id(0) % slices
     mine = part * ROWS + tl.arange(0, ROWS)
     kept = mine < r
-    hidden = _product(x, down, tokens, mine, kept, 0, k, k, TOKENS, ROWS, DEPTH, WIDE)
+    hidden = _product(x, down, tokens, mine, kept, 0, k, k, TOKENS, ROWS, DEPTH, STAGES, WIDE)
     start = tl.program_id(0) // slices * share
     end = tl.minimum(start + share, n)
     for first in range(start, end, OUTPUTS):
@@ -307,7 +310,7 @@ def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor,
         "WIDTH": tile.width,
         "AHEAD": min(power_of_two(ceil_div(share * r, stride)), tile.ahead) if together else 0,
         "STRIDE": stride,
-    } | _kind(tokens, bias)
+    } | _kind(tokens, bias, tile)
     grids = [(0, programs)] if together else [(1, blocks * pieces), (2, ceil_div(n, share))]
     options = {"launch_cooperative_grid": True} if together else {}
     return [
@@ -322,7 +325,7 @@ def _slices(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor,
     share = ceil_div(n, max(processors(x) * tile.programs // slices, 1))
     parts = y if slices == 1 else x.new_empty(slices, tokens, n, dtype=torch.float32)
     arguments = _common(x, down, up, bias) | {"y": parts, "share": share, "slices": slices}
-    kind = _kind(tokens, bias)
+    kind = _kind(tokens, bias, tile)
     constants = {"ROWS": tile.rows, "DEPTH": tile.depth, "OUTPUTS": tile.outputs} | kind
     constants["BIAS"] &= slices == 1
     grid = (ceil_div(n, share) * slices,)
@@ -341,9 +344,10 @@ def _common(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> dict[st
     return {"x": x, "down": down, "up": up, "bias": x if bias is None else bias} | sizes
 
 
-def _kind(tokens: int, bias: Tensor | None) -> dict[str, Any]:
+def _kind(tokens: int, bias: Tensor | None, tile: Tile) -> dict[str, Any]:
     """The constants of both kernels: several tokens go to the matrix units, which take 16."""
-    return {"TOKENS": 1 if tokens <= 1 else MOST_TOKENS, "BIAS": bias is not None, "WIDE": INTERPRETED}
+    wide = {"BIAS": bias is not None, "WIDE": INTERPRETED}
+    return {"TOKENS": 1 if tokens <= 1 else MOST_TOKENS, "STAGES": tile.stages} | wide
 
 
 def _counters(x: Tensor, count: int) -> Tensor:

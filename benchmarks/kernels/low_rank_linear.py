@@ -54,14 +54,14 @@ def peers(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> dict[str,
 def candidates(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> list[Tile]:
     """Each design, with what its programs share and how many there are."""
     several, r = x.shape[0] > 1, down.shape[0]
+    stages = (3,) if several else (1, 3)
     blocks = ((8, 256), (16, 128), (16, 256)) if several else ((2, 2048), (4, 1024), (8, 512))
     found = []
     for (rows, depth), width in product(blocks, (64, 128)):
         found.append(Tile("launches", rows, depth, 16, width, 4, 4))
-        found.append(Tile("grid", rows, depth, 64, width, 2, 4, ahead=2048))
+        found += [Tile("grid", rows, depth, 64, width, 2, 4, count, ahead=2048) for count in stages]
     for rows, depth in blocks:
         found.append(Tile("grid", rows, depth, 128, 64, 1, 8, ahead=4096))
-        found.append(Tile("grid", rows, depth, 32, 64, 4, 4, ahead=512))
     found.append(Tile("grid", *blocks[1], 64, 64, 2, 4))
     for rows, programs in product((16, 32, 64), (1, 2)):
         if rows <= max(16, r) <= 16 * rows:
