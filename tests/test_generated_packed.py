@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from compiler.weights.ops.quant import quantise
 from compiler.weights.source import MemorySource
 from passes import LowRank, Quantize
 from passes.quantize.places import MATRIX_OPERANDS
+from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.latent import latent_graph
 from tests.test_generated import CAUSAL, GOLDEN, check_clean_run, check_language_model, error, tolerance, written
@@ -31,14 +30,8 @@ SCHEMES = ((4, 0, True), (3, 0, False), (8, 0, True), (5, 0, False), (2, 0, True
 """Bits, group and symmetry, which weights get in turn."""
 
 
-@cache
-def source(name: str) -> Graph:
-    return capture(FAMILIES[name].build(3, layers=2))
-
-
 def mixed(graph: Graph) -> Graph:
-    """A copy with all its matrices quantised, tied tables too; neighbours differ in widths and in zero points."""
-    graph = copy_of(graph)
+    """``graph`` with all its matrices quantised, tied tables too; neighbours differ in widths and in zero points."""
     matrices = [param for param in graph.params.values() if param.type.rank > 1 and _is_matrix(param)]
     for index, param in enumerate(matrices):
         bits, group, symmetric = SCHEMES[index % len(SCHEMES)]
@@ -66,7 +59,7 @@ def dense(graph: Graph) -> Graph:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_packed_weights_of_any_widths_compute_as_their_graph(name, tmp_path):
     """And a saved copy has the same codes, bit by bit."""
-    graph, given = mixed(source(name)), FAMILIES[name].inputs(batch=2, tokens=9)
+    graph, given = mixed(graph_of(name)), FAMILIES[name].inputs(batch=2, tokens=9)
     model = written(graph, tmp_path / name)
     assert sum(packed(param) is not None for param in graph.params.values()) > 10
     with torch.no_grad():
@@ -79,12 +72,12 @@ def test_packed_weights_of_any_widths_compute_as_their_graph(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_packed_models_continue_with_padding_and_from_a_cache(name, tmp_path):
-    graph = mixed(source(name))
+    graph = mixed(graph_of(name))
     check_language_model(graph, written(graph, tmp_path / name), FAMILIES[name].inputs(batch=2, tokens=9))
 
 
 def test_latent_attention_multiplies_what_it_unpacks(tmp_path):
-    graph = mixed(latent_graph(copy_of(source("gemma2")), (12, 9), (3, 2)))
+    graph = mixed(latent_graph(graph_of("gemma2"), (12, 9), (3, 2)))
     model = written(graph, tmp_path / "latent")
     given = FAMILIES["gemma2"].inputs(batch=2, tokens=9)
     check_language_model(graph, model, given)
@@ -94,14 +87,14 @@ def test_latent_attention_multiplies_what_it_unpacks(tmp_path):
 
 
 def test_packed_weights_load_where_this_project_is_not_installed(tmp_path):
-    graph = mixed(source("llama"))
+    graph = mixed(graph_of("llama"))
     directory = tmp_path / "out"
     written(graph, directory)
     check_clean_run(graph, directory, tmp_path)
 
 
 def test_a_tied_table_is_one_set_of_parts(tmp_path):
-    graph = mixed(source("gemma2"))
+    graph = mixed(graph_of("gemma2"))
     assert "lm_head.weight" in graph.params["model.embed_tokens.weight"].aliases
     model = written(graph, tmp_path / "tied")
     parts = {name for name in load_file(tmp_path / "tied" / "model.safetensors") if "embed" in name or "head" in name}
@@ -112,7 +105,7 @@ def test_a_tied_table_is_one_set_of_parts(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_follow_the_dtype_and_codes_do_not(dtype, tmp_path):
-    graph, given = mixed(source("gemma2")), FAMILIES["gemma2"].inputs(batch=2, tokens=9)
+    graph, given = mixed(graph_of("gemma2")), FAMILIES["gemma2"].inputs(batch=2, tokens=9)
     expected = written(graph, tmp_path / "typed")(**given).logits
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "typed", trust_remote_code=True, dtype=dtype, device_map="cpu"
@@ -126,7 +119,7 @@ def test_scales_follow_the_dtype_and_codes_do_not(dtype, tmp_path):
 
 def test_gradients_are_those_of_dense_weights(tmp_path):
     """To what is not quantised, to scales, and through packed maps to what is before them."""
-    graph, given = mixed(source("qwen2")), FAMILIES["qwen2"].inputs(batch=2, tokens=9)
+    graph, given = mixed(graph_of("qwen2")), FAMILIES["qwen2"].inputs(batch=2, tokens=9)
     ours, plain = (written(g, tmp_path / name).train() for g, name in ((graph, "ours"), (dense(graph), "plain")))
     for model in (ours, plain):
         model(**given, labels=given["input_ids"]).loss.backward()
@@ -140,7 +133,7 @@ def test_gradients_are_those_of_dense_weights(tmp_path):
 
 
 def test_packed_modules_compile_without_graph_breaks(tmp_path):
-    graph, ids = mixed(source("gemma2")), FAMILIES["gemma2"].inputs(batch=2, tokens=9)["input_ids"]
+    graph, ids = mixed(graph_of("gemma2")), FAMILIES["gemma2"].inputs(batch=2, tokens=9)["input_ids"]
     model = written(graph, tmp_path / "compiled")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -159,7 +152,7 @@ def test_scales_of_two_bytes_are_not_rounded_again(tmp_path):
 
 
 def test_the_body_alone_loads(tmp_path):
-    graph, given = mixed(source("llama")), FAMILIES["llama"].inputs(batch=2, tokens=9)
+    graph, given = mixed(graph_of("llama")), FAMILIES["llama"].inputs(batch=2, tokens=9)
     model = written(graph, tmp_path / "whole")
     body = AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True).eval()
     with torch.no_grad():
@@ -169,7 +162,7 @@ def test_the_body_alone_loads(tmp_path):
 @pytest.fixture(scope="module")
 def pairs():
     """A graph of which linear maps are pairs of factors."""
-    graph = copy_of(source("qwen2"))
+    graph = graph_of("qwen2")
     given = [FAMILIES["qwen2"].inputs(batch=2, tokens=24, seed=seed) for seed in range(3)]
     Pipeline([LowRank(where="mlp", form="pair", keep=0.7, ranks="uniform")]).run(graph, calibration=lambda _: given)
     return graph
@@ -185,7 +178,6 @@ def test_a_pair_of_factors_is_one_call(pairs, tmp_path, golden):
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
     assert sum("low_rank_linear" in node for node in nodes) == 2 * 3  # of two layers
-    check_clean_run(pairs, tmp_path / "pairs", tmp_path)
     for file in (tmp_path / "pairs").glob("*_compressed_qwen2.py"):
         golden(GOLDEN / "pairs" / file.name, file.read_text())
 
