@@ -1,9 +1,9 @@
 """Which tokens are merged into which others: bipartite soft matching.
 
-Between the first ``prefix`` and the last ``suffix`` tokens, each even one is compared with all odd ones by the cosine
-of their metrics; the T - ``keep`` that are most like an odd one go into it. Of equals the first counts. Three launches:
-the best partner of each source, over tiles of products of which none is kept; how many sources are better; which
-places remain, and where. Bytes moved: metrics once for each tile of sources, places once.
+Between the first ``prefix`` and the last ``suffix`` tokens, each odd one is compared with all even ones by the cosine
+of their metrics; the T - ``keep`` that are most like an even one go into it. Of equals the first counts. Three
+launches: the best partner of each source, over tiles of products of which none is kept; how many sources are better;
+which places remain, and where. Bytes moved: metrics once for each tile of sources, places once.
 Source: Bolya et al., Token Merging, 2023 (arXiv 2210.09461), section 3.
 """
 
@@ -22,7 +22,7 @@ COMPARED = 64  # numbers of a program that counts, and of a step of it
 
 
 class Tile(NamedTuple):
-    """Even and odd tokens of a product, elements of a step of it."""
+    """Odd and even tokens of a product, elements of a step of it."""
 
     sources: int
     others: int
@@ -40,12 +40,12 @@ def reference(metric: Tensor, keep: int, prefix: int = 0, suffix: int = 0) -> tu
     those that are merged, the most alike first; and which of the ones that remain each goes into."""
     batch, tokens, _ = metric.shape
     pairs = pairs_of(tokens, prefix, suffix)
-    unit = F.normalize(metric[:, prefix : prefix + 2 * pairs].float(), dim=-1)
-    even, odd = unit[:, ::2], unit[:, 1::2]
-    alike = F.pad(even @ odd.transpose(1, 2), (0, 1), value=-torch.inf)
+    unit = F.normalize(metric[:, prefix : max(prefix, tokens - suffix)].float(), dim=-1)
+    even = F.pad(unit[:, ::2], (0, 0, 0, int(not pairs)))  # of none there is no best
+    alike = unit[:, 1::2] @ even.transpose(1, 2)
     best, partner = alike.amax(-1), alike.argmax(-1)
     source = best.sort(dim=-1, descending=True, stable=True).indices[:, : tokens - keep]
-    rest, target = prefix + 2 * source, prefix + 2 * partner.gather(1, source) + 1
+    rest, target = prefix + 2 * source + 1, prefix + 2 * partner.gather(1, source)
     remains = torch.ones(batch, tokens, dtype=torch.int64, device=metric.device).scatter(1, rest, 0)
     index = remains.sort(dim=-1, descending=True, stable=True).indices[:, :keep]
     return index, rest, (remains.cumsum(1) - 1).gather(1, target)
@@ -58,7 +58,7 @@ def pairs_of(tokens: int, prefix: int, suffix: int) -> int:
 
 @jit
 def _match(
-    metric, best, partner, pairs, prefix, size, batch_step, token_step,
+    metric, best, partner, pairs, evens, prefix, size, batch_step, token_step,
     SOURCES: tl.constexpr, OTHERS: tl.constexpr, ELEMENTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -67,28 +67,28 @@ def _match(
     first = metric + batch * batch_step + prefix * token_step
     highest = tl.full([SOURCES], -float("inf"), tl.float32)
     nearest = tl.zeros([SOURCES], tl.int32)
-    for start in range(0, pairs, OTHERS):
+    for start in range(0, evens, OTHERS):
         other = start + tl.arange(0, OTHERS)
         products = tl.zeros([SOURCES, OTHERS], tl.float32)
-        even_norm = tl.zeros([SOURCES], tl.float32)
-        odd_norm = tl.zeros([OTHERS], tl.float32)
+        odd_norm = tl.zeros([SOURCES], tl.float32)
+        even_norm = tl.zeros([OTHERS], tl.float32)
         for step in range(0, size, ELEMENTS):
             column = step + element
             chosen = (source < pairs)[:, None] & (column < size)[None, :]
-            even = tl.load(first + (2 * source * token_step)[:, None] + column[None, :], mask=chosen, other=0.0)
-            chosen = (other < pairs)[:, None] & (column < size)[None, :]
-            odd = tl.load(first + ((2 * other + 1) * token_step)[:, None] + column[None, :], mask=chosen, other=0.0)
+            odd = tl.load(first + ((2 * source + 1) * token_step)[:, None] + column[None, :], mask=chosen, other=0.0)
+            chosen = (other < evens)[:, None] & (column < size)[None, :]
+            even = tl.load(first + (2 * other * token_step)[:, None] + column[None, :], mask=chosen, other=0.0)
             wide_even, wide_odd = even.to(tl.float32), odd.to(tl.float32)
             even_norm += tl.sum(wide_even * wide_even, 1)
             odd_norm += tl.sum(wide_odd * wide_odd, 1)
             if WIDE:
                 even, odd = wide_even, wide_odd
-            products = tl.dot(even, tl.trans(odd), products, input_precision="ieee")
-        products = products / tl.maximum(tl.sqrt(even_norm), 1e-12)[:, None]
-        products = products / tl.maximum(tl.sqrt(odd_norm), 1e-12)[None, :]
-        products = tl.where((other < pairs)[None, :], products, -float("inf"))
+            products = tl.dot(odd, tl.trans(even), products, input_precision="ieee")
+        products = products / tl.maximum(tl.sqrt(odd_norm), 1e-12)[:, None]
+        products = products / tl.maximum(tl.sqrt(even_norm), 1e-12)[None, :]
+        products = tl.where((other < evens)[None, :], products, -float("inf"))
         top = tl.max(products, 1)
-        place = tl.min(tl.where(products == top[:, None], other[None, :], pairs), 1)
+        place = tl.min(tl.where(products == top[:, None], other[None, :], evens), 1)
         nearest = tl.where(top > highest, place, nearest)
         highest = tl.maximum(top, highest)
     tl.store(best + batch * pairs + source, highest, mask=source < pairs)
@@ -115,15 +115,15 @@ def _place(rank, partner, index, rest, into, pairs, prefix, tokens, merged, COMP
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * COMPARED + tl.arange(0, COMPARED)
     source = (token - prefix) // 2
-    even = (token >= prefix) & (source < pairs) & ((token - prefix) % 2 == 0)
-    order = tl.load(rank + batch * pairs + source, mask=even, other=merged)
-    target = prefix + 2 * tl.load(partner + batch * pairs + source, mask=even, other=0) + 1
+    odd = (token >= prefix) & (source < pairs) & ((token - prefix) % 2 == 1)
+    order = tl.load(rank + batch * pairs + source, mask=odd, other=merged)
+    target = prefix + 2 * tl.load(partner + batch * pairs + source, mask=odd, other=0)
     gone = tl.zeros([COMPARED], tl.int32)
     gone_before_target = tl.zeros([COMPARED], tl.int32)
     for start in range(0, pairs, COMPARED):
         other = start + tl.arange(0, COMPARED)
         goes = tl.load(rank + batch * pairs + other, mask=other < pairs, other=merged) < merged
-        place = tl.where(goes, prefix + 2 * other, tokens)
+        place = tl.where(goes, prefix + 2 * other + 1, tokens)
         gone += tl.sum((place[None, :] < token[:, None]).to(tl.int32), 1)
         gone_before_target += tl.sum((place[None, :] < target[:, None]).to(tl.int32), 1)
     goes = order < merged
@@ -163,6 +163,7 @@ def plan(metric: Tensor, keep: int, prefix: int = 0, suffix: int = 0, tile: Tile
             "best": best,
             "partner": partner,
             "pairs": pairs,
+            "evens": ceil_div(max(0, tokens - prefix - suffix), 2),
             "prefix": prefix,
             "size": size,
             "batch_step": metric.stride(0),

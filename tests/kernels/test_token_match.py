@@ -13,6 +13,8 @@ SHAPES = [  # batch, tokens, elements of a metric, tokens that remain, prefix, s
     (1, 7, 8, 7, 1, 0),
     (2, 1, 8, 1, 0, 0),
     (2, 3, 8, 3, 1, 2),
+    (2, 2, 8, 1, 0, 0),
+    (1, 6, 8, 4, 0, 1),
     (0, 8, 8, 5, 0, 0),
 ]
 
