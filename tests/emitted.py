@@ -44,7 +44,7 @@ class Job:
     def emit(self) -> Emission:
         """Write the graph to ``out``."""
         emission = require(self.graph)
-        self.out.mkdir()
+        self.out.mkdir(parents=True)
         emit(emission, self.graph.sources, self.out)
         return emission
 

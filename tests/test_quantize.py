@@ -17,8 +17,8 @@ from compiler.ir.execute import run
 from compiler.pipeline import Pipeline
 from passes.gqa_to_mla import GqaToMla
 from passes.quantize import Quantize
+from tests.captures import plan_of
 from tests.emitted import TOLERANCE, Job, distance
-from tests.families import FAMILIES
 from tests.test_gqa_to_mla import Decoder
 
 SCHEMES = {
@@ -197,7 +197,7 @@ def test_routers_are_left_alone(tmp_path):
 
 
 def test_a_group_that_does_not_divide_names_groups_that_do(tmp_path):
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     with pytest.raises(PassError) as raised:
         Pipeline([Quantize(bits=4, group=32)]).run(graph)
     assert raised.value.cause == (
@@ -212,7 +212,7 @@ def test_a_group_that_does_not_divide_names_groups_that_do(tmp_path):
 
 def test_a_negative_group_is_an_error():
     with pytest.raises(PassError, match="group -1 is negative"):
-        Pipeline([Quantize(group=-1)]).run(capture(FAMILIES["llama"].config()))
+        Pipeline([Quantize(group=-1)]).run(plan_of("llama"))
 
 
 REFUSALS = {
@@ -249,7 +249,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("name", "passes", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_what_transformers_could_not_load_is_refused_before_a_weight_is_read(name, passes, reason):
-    graph = capture(FAMILIES[name].config())
+    graph = plan_of(name)
     Pipeline(passes).run(graph, planned=True)
     refusal = propose(graph)
     assert isinstance(refusal, Refusal)
@@ -257,7 +257,7 @@ def test_what_transformers_could_not_load_is_refused_before_a_weight_is_read(nam
 
 
 def test_a_runtime_that_fuses_projections_is_warned_of(tmp_path):
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     Pipeline([Quantize(where="attention.query", bits=4, group=16), Quantize()]).run(graph, planned=True)
     assert propose(graph).notes == (
         "vLLM reads int-quantized weights only where activations are quantised too",
