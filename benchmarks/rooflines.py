@@ -139,6 +139,7 @@ class Count:
 def counts(name: str) -> Iterator[Count]:
     """The small cases of the kernel ``name``."""
     kernel, module = (importlib.import_module(f"{package}.kernels.{name}") for package in ("backends", "benchmarks"))
+    torch.manual_seed(0)
     for case in module.small("cpu"):
         yield _count(case, kernel.plan(*case.inputs))
 
@@ -206,7 +207,6 @@ def main() -> None:
     chosen = arguments.parse_args()
     if not INTERPRETED:
         raise SystemExit("set TRITON_INTERPRET=1: the counts come from the interpreter")
-    torch.manual_seed(0)
     for name in chosen.kernels:
         found = list(counts(name))
         table = Table(*COLUMNS, title=name)
