@@ -70,6 +70,17 @@ def test_packed_weights_of_any_widths_compute_as_their_graph(name, tmp_path):
     assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
 
 
+@pytest.mark.parametrize("name", ["bert", "vit", "whisper"])
+def test_packed_encoders_and_pairs_compute_as_their_graph(name, tmp_path):
+    graph = mixed(graph_of(name))
+    model, given = written(graph, tmp_path / name), FAMILIES[name].inputs()
+    given = {key: value for key, value in given.items() if key in graph.inputs}
+    with torch.no_grad():
+        found = model(**given)
+    for key, value in run(graph, given).items():
+        assert error(found[key], value) <= tolerance(graph)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_packed_models_continue_with_padding_and_from_a_cache(name, tmp_path):
     graph = mixed(graph_of(name))

@@ -228,16 +228,24 @@ def _note_frequencies(sizes: Sizes, graph: Graph) -> None:
 
 
 def _note_schemes(sizes: Sizes, layout: Layout) -> None:
-    """How weights are packed: the commonest scheme once; of modules of a name that has others too, what each has."""
+    """How weights are packed: the commonest scheme once, and where modules of a name have others too, what each has.
+
+    Left to the classes where a name does not say which module of a layer is meant.
+    """
     schemes = {path: layout.schemes[param] for path, param in layout.named().items() if param in layout.schemes}
     if not schemes:
         return
     common = Counter(schemes.values()).most_common(1)[0][0]
     sizes.everywhere[SCHEME] = common._asdict()
-    odd = {scheme_name(path) for path, scheme in schemes.items() if scheme != common}
-    for path, scheme in schemes.items():
-        if scheme_name(path) in odd:
-            sizes.note(scheme_name(path), path, scheme._asdict())
+    by_name: dict[str, list[str]] = {}
+    for path in schemes:
+        by_name.setdefault(scheme_name(path), []).append(path)
+    for name, paths in by_name.items():
+        layers = {layer_of(path) for path in paths}
+        clear = len(layers) == len(paths) and (None not in layers or len(layers) == 1)
+        if clear and any(schemes[path] != common for path in paths):
+            for path in paths:
+                sizes.note(name, path, schemes[path]._asdict())
 
 
 def _of_tokens(graph: Graph) -> list[Node]:
