@@ -24,6 +24,7 @@ from compiler.weights.tokens import keep_tokens as keep_in_files
 from compiler.weights.tokens import tokens_of
 from passes.prune import Prune
 from passes.prune.vocabulary import chosen
+from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
 from tests.removed import double
 from tests.tiny import TEXT, write_text
@@ -115,8 +116,8 @@ def test_what_stays_is_what_is_needed_and_seen_most(checkpoint, seed, part):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "mixtral", "modernbert", "opt"])
 def test_logits_that_remain_are_what_they_were(name):
     family = FAMILIES[name]
-    before = double(capture(family.build()))
-    graph, (ids,) = double(capture(family.build())), before.inputs
+    before = double(graph_of(family.name))
+    graph, (ids,) = double(graph_of(family.name)), before.inputs
     found = vocabulary_of(graph)
     kept = [token for token in range(found.size) if token % 3]
     keep_tokens(graph, found, kept)
@@ -165,8 +166,8 @@ def test_generated_code_has_the_new_numbers_too(checkpoint, tmp_path):
 def test_what_cannot_lose_tokens_is_refused(tmp_path):
     prune = Prune(what="vocabulary", keep=0.5, align=1)
     with pytest.raises(PassError, match="takes input_ids, decoder_input_ids, and not tokens alone"):
-        Pipeline([prune]).run(capture(FAMILIES["t5"].config()))
-    graph = capture(FAMILIES["llama"].config())
+        Pipeline([prune]).run(plan_of("t5"))
+    graph = plan_of("llama")
     batches = [{"input_ids": torch.arange(30)[None]}]
     with pytest.raises(PassError, match="after all passes that calibrate"):
         Pipeline([prune, Prune(keep=0.5, align=8)]).run(graph, calibration=lambda _: batches)
@@ -186,7 +187,7 @@ def test_needed_tokens_are_an_error_where_fewer_are_to_stay(checkpoint):
     ("options", "count"), [({"keep": 0.5}, 48), ({"keep": 40}, 40), ({"keep": 0.9, "of": "model"}, 0)]
 )
 def test_keep_is_a_part_of_the_rows_a_number_or_a_part_of_the_model(options, count):
-    graph = capture(FAMILIES["llama"].config())
+    graph = plan_of("llama")
     (entry,) = Pipeline([Prune(what="vocabulary", align=1, **options)]).run(graph, planned=True).passes
     rows = graph.outputs["logits"].shape[-1]
     assert rows == count or (not count and rows < 96)
@@ -194,4 +195,4 @@ def test_keep_is_a_part_of_the_rows_a_number_or_a_part_of_the_model(options, cou
         each = (entry.before.parameters - entry.after.parameters) // (96 - rows)
         assert 0 <= 0.9 * entry.before.parameters - entry.after.parameters < each
     with pytest.raises(PassError, match="97 tokens cannot remain of 96"):
-        Pipeline([Prune(what="vocabulary", keep=97)]).run(capture(FAMILIES["llama"].config()), planned=True)
+        Pipeline([Prune(what="vocabulary", keep=97)]).run(plan_of("llama"), planned=True)
