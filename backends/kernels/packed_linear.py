@@ -13,7 +13,8 @@ there are more tokens than a block holds; x and y are small. Two designs:
 A code becomes a number without a conversion when it is put into a mantissa: c + 128 in bfloat16, c + 1024 in float16.
 """
 
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -22,12 +23,11 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRETED, Launch, Plan, Product, ceil_div, first_reason, jit, operation, tl
-from .launch import processors as processors_of
 from .packed_weight import dense, on_cpu
+from .splits import added, parts_of, share_of
 
 UNIT = 32
 """Codes that fill a whole number of words, one for each bit."""
-COMBINED = 1024
 
 
 class Tile(NamedTuple):
@@ -232,15 +232,6 @@ def _matrix(
 
 
 @jit
-def _added(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + split * size.to(tl.int64) + place, mask=place < size, other=0.0)
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=place < size)
-
-
-@jit
 def _widened(
     words,
     scales,
@@ -317,19 +308,13 @@ def within_groups(tile: Tile, span: int) -> Tile:
 def _matrix_plan(y: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile) -> Plan:
     tokens, rows, units = (int(arguments[name]) for name in ("tokens", "rows", "units"))
     blocks = (ceil_div(tokens, tile.tokens), ceil_div(rows, tile.rows))
-    steps = ceil_div(units, tile.units)
-    wanted = tile.splits or 2 * processors_of(y) // max(blocks[0] * blocks[1], 1)
-    share = ceil_div(steps, min(max(wanted, 1), steps)) * tile.units
+    share = share_of(ceil_div(units, tile.units), blocks[0] * blocks[1], y, tile.splits) * tile.units
     splits = ceil_div(units, share)
-    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
+    parts = parts_of(y, splits)
     arguments = {**arguments, "y": parts, "share": share}
     constants = {**constants, "WIDE": INTERPRETED}
-    launches = [Launch(_matrix, (*blocks, splits), arguments, constants, tile.warps, tile.stages)]
-    if splits > 1:
-        sums = {"parts": parts, "y": y, "size": y.numel()}
-        sizes = {"SPLITS": splits, "BLOCK": COMBINED}
-        launches.append(Launch(_added, (ceil_div(y.numel(), COMBINED),), sums, sizes))
-    return Plan(y, launches)
+    launch = Launch(_matrix, (*blocks, splits), arguments, constants, tile.warps, tile.stages)
+    return Plan(y, [launch, *added(parts, y)])
 
 
 def _widened_plan(

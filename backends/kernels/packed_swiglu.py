@@ -16,7 +16,6 @@ from torch.nn import functional
 from . import packed_linear as linear
 from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, tl
 from .packed_linear import (
-    COMBINED,
     Tile,
     in_order,
     packed_arguments,
@@ -27,6 +26,7 @@ from .packed_linear import (
 )
 from .packed_weight import on_cpu
 
+JOINED = 1024  # results of a program that joins the products
 # Most tokens -> the tile; "widened": two packed linear maps.
 TILES = {
     16: Tile("matrix", 16, 32, 4, 4, 4),
@@ -154,7 +154,7 @@ def plan(
 
 def _apart(x: Tensor, y: Tensor, gate: Plan, up: Plan) -> Plan:
     arguments = {"gate": gate.result, "up": up.result, "y": y, "size": y.numel()}
-    last = Launch(_joined, (ceil_div(y.numel(), COMBINED),), arguments, {"BLOCK": COMBINED})
+    last = Launch(_joined, (ceil_div(y.numel(), JOINED),), arguments, {"BLOCK": JOINED})
     return Plan(y, [*gate.launches, *up.launches, last])
 
 
