@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from backends.onnx import propose
 from compiler.errors import PassError, TargetError
 from compiler.ir.execute import run
+from compiler.ir.facts import flops_per_token
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
 from compiler.ir.ops import op_named
@@ -186,7 +187,6 @@ REFUSED = {
     "growing": ("vit", {"keep": (0.5, 0.9)}, "cannot remain"),
     "parts of pairs": ("bert", {"keep": 0.2, "merge": "bipartite"}, "one can go"),
     "pairs of what": ("bert", {"keep": (5, 4), "merge": "bipartite"}, "go by parts"),
-    "too many pairs": ("vit", {"keep": 0.2, "merge": "bipartite"}, "one of each two neighbours"),
     "steps of what": ("llama", {"keep": 4}, "in steps"),
     "latent": ("deepseek_v3", {"keep": 0.5}, "keys of their own"),
     "no pairs by norm": ("vit", {"keep": 0.5, "merge": "bipartite", "score": "key-norm"}, "pairs that are alike"),
@@ -198,6 +198,19 @@ REFUSED = {
 def test_what_cannot_be_is_refused(name, options, reason):
     with pytest.raises(PassError, match=reason):
         dropped(name, **options)
+
+
+def test_where_more_should_go_than_have_another_that_is_said():
+    reduced = graph_of("vit")
+    (entry,) = Pipeline([DropTokens(keep=2, merge="bipartite")]).run(reduced).passes
+    assert [rewrite.numbers["after"] for rewrite in entry.rewritten] == [6, 4]
+    assert entry.warnings == ["4 tokens remain behind vit.layers.1 and not 2: of each two neighbours one can go"]
+
+
+def test_arithmetic_counts_for_the_part_that_goes_on():
+    graph, reduced = dropped("bert", keep=0.5, layers="0", site="layer")
+    layer = sum(2 * p.type.numel for p in graph.params.values() if "layer.1" in p.name and p.type.rank == 2)
+    assert flops_per_token(graph) - flops_per_token(reduced) == layer // 2
 
 
 def test_tokens_are_dropped_once():

@@ -8,10 +8,13 @@ from transformers import AutoModelForCausalLM
 
 from compiler import Recipe, compress
 from passes.heal import Heal
+from tests.captures import saved
 from tests.small import write_model
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 LONGEST = 20
+OTHERS = {"tome-dinov2": "dinov2", "fewer-tokens-minilm": "bert"}
+"""Recipes whose results no class of transformers holds, and the family of a tiny model of four layers for each."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,14 @@ def test_a_recipe_is_short_and_explains_itself(path):
     assert lines[0].startswith("# ")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_recipe_for_onnx_alone_runs_in_onnx_runtime(name, tmp_path):
+    recipe = Recipe.load(RECIPES[0].parent / f"{name}.yaml", model=str(saved(OTHERS[name], num_hidden_layers=4)[0]))
+    verification = compress(recipe, tmp_path / "out").document["onnx"]["verification"]
+    assert verification["performed"] and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in OTHERS], ids=lambda path: path.stem)
 def test_a_recipe_runs_and_loads_in_transformers(path, tiny, tmp_path):
     result = compress(shortened(Recipe.load(path, model=str(tiny))), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)

@@ -127,14 +127,19 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
             remedy="leave out `merge`",
         )
     reduction = Reduction(graph, options, prefix, suffix)
-    for place, keep in zip(found, _counts(found[0].tokens, options, len(found), prefix, suffix), strict=True):
+    for place, wanted in zip(found, _counts(found[0].tokens, options, len(found), prefix, suffix), strict=True):
         before = place.tokens
-        reason = _unneeded(before, keep, options, prefix, suffix)
+        keep = _least(before, wanted, options, prefix, suffix)
+        reason = _unneeded(before, keep, options)
         if reason:
             ctx.skipped(place.layer.scope, reason)
             continue
         reduction.drop(place, keep)
         numbers = {"before": before, "after": keep} if isinstance(before, int) and isinstance(keep, int) else {}
+        if isinstance(keep, int) and isinstance(wanted, int) and keep > wanted:
+            ctx.warn(
+                f"{keep} tokens remain behind {place.layer.scope} and not {wanted}: of each two neighbours one can go"
+            )
         what = f"{keep} of {before} tokens remain, others are {WORDS[options.merge]}"
         ctx.rewrote(place.layer.scope, what, **numbers)
     reduction.weigh()
@@ -147,16 +152,16 @@ def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: i
     return counts(tokens, options.keep, steps, prefix + suffix)
 
 
-def _unneeded(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> str:
-    """Why no token is dropped. Raises PassError when more would have to go than can."""
+def _least(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> Dim:
+    """``keep``, or what there is without one of each two neighbours: where tokens go by pairs, no more can."""
+    most = mergeable(before, prefix, suffix)
+    known = options.alike and isinstance(before, int) and isinstance(keep, int) and isinstance(most, int)
+    return max(int(keep), int(before) - int(most)) if known else keep
+
+
+def _unneeded(before: Dim, keep: Dim, options: DropTokens) -> str:
+    """Why no token is dropped."""
     extra = 1 if options.merge == "extra" else 0
     if before == keep or (isinstance(before, int) and before <= int(keep) + extra):
         return f"all of its {before} tokens remain"
-    most = mergeable(before, prefix, suffix)
-    if options.alike and isinstance(before, int) and before - int(keep) > int(most):
-        raise PassError(
-            f"{keep} of {before} tokens cannot remain: one of each two neighbours can be merged",
-            option="keep",
-            remedy="spread them over more `layers`",
-        )
     return ""
