@@ -118,9 +118,9 @@ def _cached_decode(
     for at in range(first, last, KEYS):
         place = at + tl.arange(0, KEYS)
         inside = place < last
-        starts = row_starts(lengths, batch, place, inside, keys_batch, 0, KEY_STRIDE, KEY_ALIGN, 0)
+        starts = row_starts(lengths, batch, at, place, inside, keys_batch, 0, KEY_STRIDE, KEY_ALIGN, 0, KEYS)
         key = rows_at(key_rows, starts, inside, DTYPE, KEY, KEY_GROUPS, KEY_WIDTH, BITS)
-        starts = row_starts(lengths, batch, place, inside, values_batch, 0, VALUE_STRIDE, VALUE_ALIGN, 0)
+        starts = row_starts(lengths, batch, at, place, inside, values_batch, 0, VALUE_STRIDE, VALUE_ALIGN, 0, KEYS)
         value = rows_at(value_rows, starts, inside, DTYPE, VALUE, VALUE_GROUPS, VALUE_WIDTH, BITS)
         if WIDE:
             key, value = key.to(tl.float32), value.to(tl.float32)

@@ -190,13 +190,19 @@ def element_of(SIZE: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BI
 
 @jit
 def row_starts(
-    table, batch, key, inside, rows_batch, table_batch, STRIDE: tl.constexpr, ALIGN: tl.constexpr, PAGE: tl.constexpr
-):
-    """Where the rows of keys [N] start, from the first element: int64 [N]."""
-    if PAGE:
-        page = tl.load(table + batch * table_batch + key // PAGE, mask=inside, other=0).to(tl.int64)
-        return tl.multiple_of(page * rows_batch, ALIGN) + (key % PAGE) * STRIDE
-    return tl.multiple_of(batch.to(tl.int64) * rows_batch, ALIGN) + key.to(tl.int64) * STRIDE
+    table, batch, at, key, inside, rows_batch, table_batch, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+    PAGE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of ``key``, KEYS of them from ``at`` on, start, from the first element: int64 [KEYS]."""
+    if PAGE and PAGE % KEYS == 0:  # all in one
+        page = tl.load(table + batch * table_batch + at // PAGE).to(tl.int64)
+        starts = tl.multiple_of(page * rows_batch, ALIGN) + (key % PAGE) * STRIDE
+    elif PAGE:
+        pages = tl.load(table + batch * table_batch + key // PAGE, mask=inside, other=0).to(tl.int64)
+        starts = tl.multiple_of(pages * rows_batch, ALIGN) + (key % PAGE) * STRIDE
+    else:
+        starts = tl.multiple_of(batch.to(tl.int64) * rows_batch, ALIGN) + key.to(tl.int64) * STRIDE
+    return starts
 
 
 @jit
@@ -273,11 +279,11 @@ def more_scores(scores, total, top):
 
 @jit
 def span(batch, split, lengths, keys, tokens, window, splits, LENGTHS: tl.constexpr, KEYS: tl.constexpr):
-    """The sequence's length, and the first key of the split and the one after its last."""
+    """The sequence's length, and the first key of the split, a multiple of KEYS, and the one after its last."""
     length = keys
     if LENGTHS:
         length = tl.load(lengths + batch).to(tl.int32)
-    first = tl.maximum(length - tokens - window + 1, 0)
+    first = tl.maximum(length - tokens - window + 1, 0) // KEYS * KEYS
     share = tl.cdiv(tl.cdiv(length - first, splits), KEYS) * KEYS
     start = first + split * share
     return length, start, tl.minimum(start + share, length)

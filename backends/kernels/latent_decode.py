@@ -137,13 +137,17 @@ def _latent_decode(
     for at in range(first, last, KEYS):
         key = at + tl.arange(0, KEYS)
         inside = key < last
-        starts = row_starts(table, batch, key, inside, latents_batch, table_batch, RANK_STRIDE, RANK_ALIGN, PAGE)
+        starts = row_starts(
+            table, batch, at, key, inside, latents_batch, table_batch, RANK_STRIDE, RANK_ALIGN, PAGE, KEYS
+        )
         latent = rows_at(latents, starts, inside, DTYPE, RANK, RANK_GROUPS, RANK_WIDTH, BITS)
         if WIDE:
             latent = latent.to(tl.float32)
         scores = tl.dot(query, tl.trans(latent), input_precision="ieee")
         if ROTARY:
-            starts = row_starts(table, batch, key, inside, rotary_batch, table_batch, ROTARY_STRIDE, ROTARY_ALIGN, PAGE)
+            starts = row_starts(
+                table, batch, at, key, inside, rotary_batch, table_batch, ROTARY_STRIDE, ROTARY_ALIGN, PAGE, KEYS
+            )
             rotary = rows_at(rotary_keys, starts, inside, DTYPE, ROTARY, ROTARY_GROUPS, ROTARY_WIDTH, BITS)
             if WIDE:
                 rotary = rotary.to(tl.float32)

@@ -76,15 +76,17 @@ def test_a_query_that_sees_nothing_gets_zero():
     assert torch.equal(latent_decode.plan(*inputs, mask).run(), torch.zeros_like(inputs[0]))
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("page", [24, 32])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_pages(bits):
-    q_latent, q_rotary, latents, rotary, scale = inputs_of(2, 1, 4, 70, 20, 7 * 24, torch.bfloat16, bits)
-    pages = torch.cat((latents, rotary), -1).reshape(14, 24, -1)
+def test_pages(bits, page, window):
+    q_latent, q_rotary, latents, rotary, scale = inputs_of(2, 1, 4, 70, 20, 4 * page, torch.bfloat16, bits)
+    pages = torch.cat((latents, rotary), -1).reshape(8, page, -1)
     split = latents.shape[-1]
-    order = torch.randperm(14, generator=torch.Generator().manual_seed(0)).reshape(2, 7).to(DEVICE, torch.int32)
-    lengths = lengths_of(168, 31)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).reshape(2, 4).to(DEVICE, torch.int32)
+    lengths = lengths_of(4 * page - 1, page + 7)
     inputs = (q_latent, q_rotary, pages[..., :split], pages[..., split:], scale)
-    holds(latent_decode, *inputs, None, lengths, order, None, None, bits, length=168, rounded=True)
+    holds(latent_decode, *inputs, None, lengths, order, window, None, bits, length=4 * page, rounded=True)
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 16, 4, 2, 1), Tile(32, 64, 4, 2, 4)])
