@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from backends.onnx import propose
+from backends.onnx import emit, propose, verify
 from compiler.errors import PassError, TargetError
 from compiler.ir.execute import run
 from compiler.ir.facts import flops_per_token
@@ -324,6 +324,14 @@ def test_an_onnx_model_drops_the_same_tokens(options, tmp_path):
             found = written(reduced, tmp_path / name / target, target).run(**given, **mask)
             for output, value in run(reduced, given).items():
                 assert error(found[output], value) <= tolerance(graph)
+
+
+@pytest.mark.parametrize(("name", "merge"), [("whisper", "average"), ("t5", "none"), ("t5", "bipartite")])
+def test_an_encoder_of_fewer_tokens_is_decoded_as_in_the_graph(name, merge, tmp_path):
+    _, reduced = dropped(name, keep=0.6, merge=merge)
+    emission = propose(reduced)
+    emit(emission, reduced.sources, tmp_path)
+    assert verify(emission, tmp_path).holds
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "siglip_text"])
