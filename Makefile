@@ -68,6 +68,7 @@ bench-smaller: $(VENV)/.bench $(GGUF) ## compare factorised, pruned and sparse m
 	$(BIN)/python benchmarks/sparsify.py --seeds 0 1 2
 	$(BIN)/python benchmarks/encoders.py
 	$(BIN)/python benchmarks/transforms.py
+	$(BIN)/python benchmarks/tokens.py
 
 bench-gpu: $(VENV)/.bench ## measure the kernels on this machine's GPU
 	$(BIN)/python benchmarks/gpu.py
