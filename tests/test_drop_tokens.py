@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from backends.onnx import emit, propose, verify
 from compiler.errors import PassError, TargetError
+from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.facts import flops_per_token
 from compiler.ir.graph import Graph, Node
@@ -25,7 +26,7 @@ from compiler.pipeline import Pipeline
 from passes.drop_tokens import DropTokens
 from passes.drop_tokens.counts import counts
 from tests.captures import graph_of
-from tests.emitted import TOLERANCE
+from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 from tests.test_onnx import error, tolerance, written
 
@@ -211,6 +212,21 @@ def test_arithmetic_counts_for_the_part_that_goes_on():
     graph, reduced = dropped("bert", keep=0.5, layers="0", site="layer")
     layer = sum(2 * p.type.numel for p in graph.params.values() if "layer.1" in p.name and p.type.rank == 2)
     assert flops_per_token(graph) - flops_per_token(reduced) == layer // 2
+
+
+def test_a_mean_of_some_is_attended_to_as_they_were():
+    """Patches of one colour without positions are the same: merging them changes nothing that the class token sees."""
+    family = FAMILIES["vit"]
+    model = family.build(layers=3)
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings[:, 1:] = 0
+    graph, pixels = capture(model), {"pixel_values": torch.ones(2, 3, 24, 24)}
+    expected = run(graph, pixels)
+    for merge in ("bipartite", "average"):
+        reduced = copy_of(graph)
+        reduced.sources = dict(graph.sources)
+        Pipeline([DropTokens(keep=0.4, merge=merge)]).run(reduced)
+        assert distance(run(reduced, pixels), expected) <= TOLERANCE
 
 
 def test_tokens_are_dropped_once():
