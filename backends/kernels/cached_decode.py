@@ -44,9 +44,10 @@ from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, oper
 WIDEST = 1024
 # Bits of the cache, queries of a key head, bytes of a key or value on chip, each at most -> tile; the first that does.
 TILES = {
-    (8, 1 << 30, 256): Tile(16, 32, 4, 3, 4),
+    (4, 1 << 30, 256): Tile(16, 64, 4, 2, 4),
+    (8, 1 << 30, 256): Tile(16, 32, 4, 2, 4),
     (8, 1 << 30, WIDEST): Tile(16, 32, 8, 2, 2),
-    (16, 1 << 30, 256): Tile(16, 32, 4, 4, 4),
+    (16, 1 << 30, 256): Tile(16, 32, 4, 3, 2),
     (16, 1 << 30, WIDEST): Tile(16, 32, 4, 2, 2),
 }
 

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 
 # Most tokens -> the tile.
-TILES = {16: Tile(16, 32, 128, 4, 3), 32: Tile(32, 64, 64, 4, 3), 1 << 62: Tile(64, 64, 64, 4, 3)}
+TILES = {16: Tile(16, 64, 128, 4, 1), 32: Tile(32, 64, 128, 4, 1), 1 << 62: Tile(64, 64, 128, 4, 1)}
 
 
 def reference(x: Tensor, indices: Tensor, codebooks: Tensor, scales: Tensor | None) -> Tensor:

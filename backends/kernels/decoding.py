@@ -98,10 +98,11 @@ def units(rows: Tensor, bits: int) -> Tensor:
 
 
 def padded(size: int, bits: int) -> tuple[int, int]:
-    """Groups and elements of each as a program holds a row: powers of two, and 16 columns at least."""
+    """Groups and elements of each as a program holds a row: powers of two, and 16 columns at least, 32 of 4 bits."""
     if bits == 16 or size == 0:
         return 1, max(power_of_two(size), 16)
-    return power_of_two(ceil_div(size, GROUP)), max(power_of_two(group_width(size)), 16)
+    # Triton 3.6 multiplies wrongly what came as bytes over fewer than 32 elements (kWidth 4 of 16-bit operands).
+    return power_of_two(ceil_div(size, GROUP)), max(power_of_two(group_width(size)), 32 if bits == 4 else 16)
 
 
 def bytes_on_chip(query: Tensor, size: int) -> int:

@@ -52,8 +52,8 @@ class Tile(NamedTuple):
 
 # Most bytes of weights -> the tile for one token, the tile for several.
 TILES = {
-    1 << 19: (Tile("launches", 4, 512, 16, 128, 2, 4), Tile("launches", 16, 128, 16, 64, 2, 2, stages=2)),
-    1 << 62: (Tile("grid", 4, 1024, 64, 64, 2, 4, ahead=1024), Tile("grid", 16, 256, 64, 64, 2, 4, ahead=1024)),
+    1 << 19: (Tile("launches", 2, 2048, 16, 64, 4, 4), Tile("grid", 16, 128, 128, 64, 1, 8, ahead=4096)),
+    1 << 62: (Tile("grid", 2, 2048, 64, 64, 2, 4, ahead=2048), Tile("launches", 16, 128, 16, 128, 4, 4)),
 }
 
 

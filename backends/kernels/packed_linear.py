@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 # Most tokens -> the tile.
 TILES = {
-    16: Tile("matrix", 16, 64, 4, 4, 4),
+    16: Tile("matrix", 16, 64, 4, 4, 3),
     32: Tile("matrix", 32, 64, 4, 4, 3),
     128: Tile("matrix", 64, 64, 4, 4, 3),
     1 << 62: Tile("widened", 1, 16, 16, 4, 1),

@@ -29,9 +29,9 @@ from .packed_weight import on_cpu
 JOINED = 1024  # results of a program that joins the products
 # Most tokens -> the tile; "widened": two packed linear maps.
 TILES = {
-    16: Tile("matrix", 16, 32, 4, 4, 4),
-    32: Tile("matrix", 32, 32, 4, 4, 3),
-    64: Tile("matrix", 64, 32, 4, 4, 3),
+    16: Tile("matrix", 16, 64, 4, 4, 3),
+    32: Tile("matrix", 32, 64, 4, 4, 3),
+    64: Tile("matrix", 64, 64, 4, 4, 3),
     1 << 62: Tile("widened", 1, 16, 16, 4, 1),
 }
 

@@ -25,7 +25,7 @@ def reference(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
     """Codes int8 [..., n], scales float32 [..., 1] and s [..., n] in x's dtype. ``weight`` [n]."""
     total = x.clone() if residual is None else (x.float() + residual.float()).to(x.dtype)
     wide = total.float()
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+    y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight.float()
     scale = y.abs().amax(-1, keepdim=True) / 127.5
     scale = torch.where(scale == 0, EPSILON, scale)
     return (y / scale).round().clamp(-128, 127).to(torch.int8), scale, total
@@ -45,11 +45,11 @@ def _rms_norm_quantized(
     tl.store(total + row * n + column, rounded, mask=inside)
     value = rounded.to(tl.float32)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    y = value * tl.rsqrt(tl.sum(value * value) / n + epsilon) * gain
-    scale = tl.max(tl.abs(y)) / 127.5
+    y = tl.div_rn(value, tl.sqrt_rn(tl.div_rn(tl.sum(value * value), n.to(tl.float32)) + epsilon)) * gain
+    scale = tl.div_rn(tl.max(tl.abs(y)), 127.5)
     scale = tl.where(scale == 0, least, scale)
     tl.store(scales + row, scale)
-    nearest = (y / scale + 12582912.0) - 12582912.0  # 1.5 * 2^23: sums above it are whole, rounded to even
+    nearest = (tl.div_rn(y, scale) + 12582912.0) - 12582912.0  # 1.5 * 2^23: sums above it are whole, rounded to even
     code = tl.minimum(tl.maximum(nearest, -128.0), 127.0).to(tl.int8)
     tl.store(codes + row * n + column, code, mask=inside)
 

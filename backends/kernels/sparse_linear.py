@@ -34,8 +34,8 @@ class Tile(NamedTuple):
 
 # Most tokens -> the tile.
 TILES = {
-    1: Tile(False, 4, 512, 4, 3),
-    8: Tile(False, 4, 256, 4, 3),
+    1: Tile(False, 4, 512, 4, 1),
+    8: Tile(False, 2, 256, 2, 1),
     1 << 62: Tile(True, 4, 256, 4, 1),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .launch import Launch, ceil_div, jit, processors, tl
 
 BLOCK = 1024
-PROGRAMS = 2
+PROGRAMS = 4
 """How many programs of each multiprocessor there should at least be."""
 
 

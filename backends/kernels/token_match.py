@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 # Most elements of a metric -> tile.
-TILES = {1 << 30: Tile(32, 32, 64, 4, 2)}
+TILES = {1 << 30: Tile(64, 64, 64, 8, 2)}
 
 
 def reference(metric: Tensor, keep: int, prefix: int = 0, suffix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
