@@ -28,6 +28,7 @@ GATES = {
     "codebook_linear": {"_codebook_linear": Gate(vector=False, matrix=True), "_added": Gate(resident=8)},
     "latent_decode": {"_latent_decode": Gate(asynchronous=True, matrix=True), "_combine": Gate(resident=8)},
     "low_rank_linear": {"_low_rank_linear": Gate(resident=2)},
+    "packed_dense": {"_widened": Gate(resident=4)},
     "packed_linear": {
         "_matrix": Gate(vector=False, asynchronous=True, matrix=True),
         "_added": Gate(resident=8),

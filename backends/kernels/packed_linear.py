@@ -320,11 +320,15 @@ def _matrix_plan(y: Tensor, arguments: dict[str, Tensor | int], constants: dict[
 def _widened_plan(
     x: Tensor, y: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile
 ) -> Plan:
-    rows, units = y.shape[-1], x.shape[-1] // UNIT
-    weight = x.new_empty(rows, x.shape[-1])
-    grid = (ceil_div(rows, tile.rows), ceil_div(units, tile.units))
-    launch = Launch(_widened, grid, {**arguments, "weight": weight}, constants, tile.warps, tile.stages)
-    return Plan(y, [launch, Product(x, weight, y)])
+    weight = x.new_empty(y.shape[-1], x.shape[-1])
+    return Plan(y, [widened(weight, arguments, constants, tile), Product(x, weight, y)])
+
+
+def widened(weight: Tensor, arguments: dict[str, Tensor | int], constants: dict[str, int | bool], tile: Tile) -> Launch:
+    """The launch that writes the weight [N, K] in its dtype."""
+    rows, width = weight.shape
+    grid = (ceil_div(rows, tile.rows), ceil_div(width // UNIT, tile.units))
+    return Launch(_widened, grid, {**arguments, "weight": weight}, constants, tile.warps, tile.stages)
 
 
 def packed_linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:

@@ -79,7 +79,8 @@ OUTPUTS = {
 KERNELS = {
     "PackedLinear": ("packed_linear", "packed_linear"),
     "PackedExperts": ("packed_linear", "packed_linear"),
-    "dense": ("packed_weight", "dense"),
+    "dense": ("packed_dense", "packed_dense"),
+    "latent_attention": ("latent_decode", "latent_decode"),
     "low_rank": ("low_rank_linear", "low_rank_linear"),
 }
 """For helpers the kernel files that they call, which checkpoints get, and what of them."""

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_compressed_gemma2 import CompressedGemma2Config
+from .latent_decode import latent_decode
 
 
 class CompressedGemma2OffsetRMSNorm(nn.Module):
@@ -171,6 +172,11 @@ def latent_attention(
             return eager_attention(query, key, value, mask, scale, softcap=softcap)
         return attention(query, key, value, mask, scale)
     absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up) @ rotation
+    if latent.is_cuda and not torch.is_grad_enabled():
+        turned = None if rotary_key is None else query[..., unrotated:].transpose(1, 2)
+        inputs = absorbed.transpose(1, 2), turned, latent, rotary_key, scale, mask
+        attended = latent_decode(*inputs, softcap=softcap) @ rotation.T
+        return torch.einsum("bthr,hvr->bthv", attended, value_up)
     scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
     if rotary_key is not None:
         turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest 85751cd75a027303.
+For the code of modeling_compressed_qwen2.py with the digest c021b948369fd8ee.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma3, generated from the graph of a compressed Gemma3ForCausalLM.
 
-For the code of modeling_compressed_gemma3_text.py with the digest dac425fa5a412c6b.
+For the code of modeling_compressed_gemma3_text.py with the digest 6747bb2cf223c5ec.
 """
 
 from dataclasses import field

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_compressed_gemma3_text import CompressedGemma3Config
+from .latent_decode import latent_decode
 
 
 class CompressedGemma3RMSNorm(nn.Module):
@@ -149,6 +150,11 @@ def latent_attention(
             key = torch.cat((key, rotary_key.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
         return attention(query, key, value, mask, scale)
     absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up)
+    if latent.is_cuda and not torch.is_grad_enabled():
+        turned = None if rotary_key is None else query[..., unrotated:].transpose(1, 2)
+        inputs = absorbed.transpose(1, 2), turned, latent, rotary_key, scale, mask
+        attended = latent_decode(*inputs)
+        return torch.einsum("bthr,hvr->bthv", attended, value_up)
     scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
     if rotary_key is not None:
         turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)
