@@ -97,16 +97,27 @@ def measured_rates() -> Rates:
 
 
 def graph_times(calls: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
-    """Seconds of a call by name: each name's calls are one CUDA graph; the graphs are replayed in turn."""
-    graphs = {name: _captured(several) for name, several in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    """Seconds of a call by name: each name's calls are one CUDA graph; the graphs are replayed in turn.
+
+    What does not fit into the GPU's memory is left out.
+    """
+    graphs = {name: graph for name, several in calls.items() if (graph := _captured(several)) is not None}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
             times[name].append(_seconds(graph.replay) / len(calls[name]))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+def _captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
+    """The calls as a graph; None where the GPU's memory does not hold what they make."""
+    try:
+        return _graph_of(calls)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():

@@ -6,8 +6,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from backends.binaries.compile import SHARED, TARGETS, compiled
+from backends.kernels import rms_norm, rms_norm_quantized, splits
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,14 @@ def _check(binary, gate, name):
     for feature, pattern in PATTERNS[re.match("[a-z]+", binary.target)[0]].items():
         if getattr(gate, feature):
             assert re.search(pattern, binary.assembly), f"{where} has no {feature} instruction"
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an argument that is 1, which is no tensor in the kernel then."""
+    one = torch.empty(1, 1, device="meta")
+    launches = [
+        *rms_norm.plan(one, None, one[0], 1e-5).launches,
+        *rms_norm_quantized.plan(one, None, one[0], 1e-5).launches,
+        *splits.added(torch.empty(2, 1, 1, device="meta"), one),
+    ]
+    assert all(compiled(launch, "sm_90").code for launch in launches)

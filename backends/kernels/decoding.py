@@ -68,7 +68,7 @@ def dequantized(rows: Tensor, size: int, bits: int) -> Tensor:
 
 def seen(mask: Tensor | None, lengths: Tensor | None, window: int | None, tokens: int, keys: Tensor) -> Tensor:
     """Whether the last ``tokens`` tokens of sequences see ``keys`` [S]: bool [batch or 1, 1, tokens, S]."""
-    ends = keys.new_tensor([len(keys)]) if lengths is None else lengths.to(keys.dtype)
+    ends = keys.new_full((1,), len(keys)) if lengths is None else lengths.to(keys.dtype)
     own = (ends[:, None] - tokens + torch.arange(tokens, device=keys.device)).reshape(-1, 1, tokens, 1)
     visible = keys <= own
     if window is not None:

@@ -47,14 +47,11 @@ from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, oper
 WIDEST = 2048
 # Bits of the cache, queries of a sequence and bytes of a latent on chip, each at most -> tile; the first that does.
 TILES = {
-    (4, 1 << 30, 512): Tile(16, 32, 8, 2, 1),
-    (8, 1 << 30, 512): Tile(16, 32, 4, 3, 2),
-    (8, 1 << 30, 1024): Tile(16, 32, 8, 2, 1),
+    (4, 1 << 30, 1024): Tile(16, 32, 8, 2, 1),
+    (8, 1 << 30, 1024): Tile(16, 32, 4, 3, 2),
     (8, 1 << 30, WIDEST): Tile(16, 16, 8, 2, 1),
-    (16, 16, 512): Tile(16, 32, 4, 3, 1),
-    (16, 16, 1024): Tile(16, 32, 4, 2, 2),
-    (16, 1 << 30, 512): Tile(32, 32, 8, 2, 1),
-    (16, 1 << 30, 1024): Tile(32, 16, 8, 3, 1),
+    (16, 16, 512): Tile(16, 32, 4, 3, 2),
+    (16, 1 << 30, 1024): Tile(16, 32, 4, 2, 2),
     (16, 1 << 30, WIDEST): Tile(16, 16, 8, 2, 1),
 }
 
@@ -288,4 +285,4 @@ def _shaped(q_latent: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
 
 
-latent_decode = operation(latent_decode, reference, plan, outside, _shaped)
+latent_decode = operation(latent_decode, latent_decode, plan, outside, _shaped)

@@ -25,7 +25,7 @@ def reference(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
     """Codes int8 [..., n], scales float32 [..., 1] and s [..., n] in x's dtype. ``weight`` [n]."""
     total = x.clone() if residual is None else (x.float() + residual.float()).to(x.dtype)
     wide = total.float()
-    y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+    y = wide / torch.sqrt(wide.square().sum(-1, keepdim=True) / x.shape[-1] + epsilon) * weight.float()
     scale = y.abs().amax(-1, keepdim=True) / 127.5
     scale = torch.where(scale == 0, EPSILON, scale)
     return (y / scale).round().clamp(-128, 127).to(torch.int8), scale, total
@@ -33,7 +33,7 @@ def reference(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
 
 @jit
 def _rms_norm_quantized(
-    x, residual, weight, codes, scales, total, n, epsilon, least, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr
+    x, residual, weight, codes, scales, total, n, size, epsilon, least, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -45,7 +45,7 @@ def _rms_norm_quantized(
     tl.store(total + row * n + column, rounded, mask=inside)
     value = rounded.to(tl.float32)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    y = tl.div_rn(value, tl.sqrt_rn(tl.div_rn(tl.sum(value * value), n.to(tl.float32)) + epsilon)) * gain
+    y = tl.div_rn(value, tl.sqrt_rn(tl.div_rn(tl.sum(value * value), size) + epsilon)) * gain
     scale = tl.div_rn(tl.max(tl.abs(y)), 127.5)
     scale = tl.where(scale == 0, least, scale)
     tl.store(scales + row, scale)
@@ -79,6 +79,7 @@ def plan(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> 
         "scales": scales,
         "total": total,
         "n": n,
+        "size": float(n),
         "epsilon": epsilon,
         "least": EPSILON,
     }

@@ -37,5 +37,5 @@ def _added(parts, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(parts + split * size.to(tl.int64) + place, mask=place < size, other=0.0)
+        total += tl.load(parts + split * tl.cast(size, tl.int64) + place, mask=place < size, other=0.0)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=place < size)

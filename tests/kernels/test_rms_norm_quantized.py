@@ -44,4 +44,7 @@ def test_halves_are_rounded_to_even():
 
 def test_operation():
     inputs = (random(3, 16), random(3, 16, seed=1), random(16, seed=2), 1e-5)
-    torch.testing.assert_close(rms_norm_quantized.rms_norm_quantized(*inputs), rms_norm_quantized.reference(*inputs))
+    codes, *others = rms_norm_quantized.rms_norm_quantized(*inputs)
+    expected, *rest = rms_norm_quantized.reference(*inputs)
+    torch.testing.assert_close(others, rest)
+    assert ((codes.int() - expected.int()).abs() <= 1).all()  # where another order of a sum decides
