@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.safetensors import Emission, emit, require, stored_tensors
+from backends.torch_module.packing import KERNELS
 from compiler.evaluate import load_model
 from compiler.ir.execute import run
 from compiler.pipeline import Calibration, Pass, Pipeline, Report, no_calibration
@@ -67,3 +68,8 @@ def distance(theirs: Any, ours: dict[str, Tensor]) -> float:
     """The largest difference of any output over that output's largest value."""
     assert ours
     return max(float((theirs[name].float() - value).abs().max() / value.abs().max()) for name, value in ours.items())
+
+
+def written_for(emission):
+    """The files of an emission that were written for its graph: without the kernels that it carries."""
+    return {file: text for file, text in emission.files.items() if not (KERNELS / file).exists()}

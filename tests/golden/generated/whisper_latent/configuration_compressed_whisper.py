@@ -1,6 +1,6 @@
 """Configuration of CompressedWhisper, generated from the graph of a compressed WhisperForConditionalGeneration.
 
-For the code of modeling_compressed_whisper.py with the digest 7b37d98269ea26d0.
+For the code of modeling_compressed_whisper.py with the digest 81289908ec566c12.
 """
 
 from dataclasses import field

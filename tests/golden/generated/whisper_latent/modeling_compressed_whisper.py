@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 from .configuration_compressed_whisper import CompressedWhisperConfig
+from .latent_decode import latent_decode
 
 
 def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
@@ -104,6 +105,11 @@ def latent_attention(
             key = torch.cat((key, rotary_key.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
         return attention(query, key, value, mask, scale)
     absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up)
+    if latent.is_cuda and not torch.is_grad_enabled():
+        turned = None if rotary_key is None else query[..., unrotated:].transpose(1, 2)
+        inputs = absorbed.transpose(1, 2), turned, latent, rotary_key, scale, mask
+        attended = latent_decode(*inputs)
+        return torch.einsum("bthr,hvr->bthv", attended, value_up)
     scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
     if rotary_key is not None:
         turned = query[..., unrotated:].flatten(1, 2) @ rotary_key.transpose(1, 2)
