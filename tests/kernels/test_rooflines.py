@@ -13,6 +13,7 @@ BOUNDS = {
     "codebook_linear": (1.01, 3.2),
     "latent_decode": (1.01, 2.8),
     "low_rank_linear": (1.01, 0.15),
+    "packed_dense": (1.01, 0.0),
     "packed_linear": (1.01, 3.5),
     "packed_swiglu": (1.01, 0.0),
     "rms_norm": (1.01, 0.0),
