@@ -184,4 +184,9 @@ def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
 
 def processors(tensor: Tensor) -> int:
     """How many multiprocessors the tensor's GPU has; without a GPU, those of an H100."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+    return _processors_of(tensor.device) if tensor.is_cuda else 132
+
+
+@functools.cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
