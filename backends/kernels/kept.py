@@ -13,10 +13,10 @@ Made = TypeVar("Made")
 
 
 class _Kept(NamedTuple):
-    """What was ``made`` of tensors at certain versions; they are held, so that no others can take their addresses."""
+    """What was ``made`` of tensors that had ``marks``. The ``others`` are held: no tensor can take their addresses."""
 
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    marks: tuple[Hashable, ...]
+    others: tuple[Tensor, ...]
     made: Any
 
 
@@ -25,15 +25,23 @@ _KEPT: Any = WeakTensorKeyDictionary()
 
 
 def kept(form: Hashable, make: Callable[[], Made], owner: Tensor, *others: Tensor) -> Made:
-    """``make()``, which reads ``owner`` and ``others`` and gives ``form``; kept while ``owner`` or its base lives."""
+    """``make()``, which reads ``owner`` and ``others`` and gives ``form``; kept while ``owner`` or its base lives.
+
+    Of tensors that count no changes, those of inference mode, nothing is kept. What is written through ``.data``
+    changes no count either: the first and last elements tell such changes of a whole tensor.
+    """
+    tensors = (owner, *others)
+    if any(each.is_inference() for each in tensors):
+        return make()
     forms: dict[Any, _Kept] = _KEPT.setdefault(owner if owner._base is None else owner._base, {})
     place = (form, owner.storage_offset(), owner.shape)
-    versions = tuple(0 if each.is_inference() else each._version for each in (owner, *others))
+    marks = tuple(map(_mark, tensors))
     found = forms.get(place)
-    if found is None or found.versions != versions or not all(map(_same, found.tensors, others)):
-        found = forms[place] = _Kept(tuple(each.detach() for each in others), versions, make())
+    if found is None or found.marks != marks:
+        found = forms[place] = _Kept(marks, tuple(each.detach() for each in others), make())
     return found.made
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+def _mark(tensor: Tensor) -> Hashable:
+    ends = tuple(tensor.detach().flatten()[:: max(tensor.numel() - 1, 1)].tolist())
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), ends

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,11 +103,10 @@ def operation(
     """``on_cpu`` as an operation of torch, by its name, that ``plan`` does on GPUs: a function that calls it.
 
     Inputs ``outside`` the plan's envelope (it says why) are computed by ``reference`` there, through which gradients
-    are taken, too; ``shaped`` makes an empty result. The operation's namespace is a digest of the file: checkpoints
-    that carry different versions of it can be loaded side by side.
+    are taken, too; ``shaped`` makes an empty result. The operation's namespace is a digest of the file and
+    of those that it imports: checkpoints that carry different versions can be loaded side by side.
     """
-    digest = hashlib.sha256(Path(on_cpu.__code__.co_filename).read_bytes()).hexdigest()[:12]
-    name = f"compress_model_{digest}::{on_cpu.__name__}"
+    name = f"compress_model_{_digest(Path(on_cpu.__code__.co_filename))}::{on_cpu.__name__}"
     plain = _registered(name, on_cpu, reference, plan, outside, shaped)
     tracked = _registered(f"{name}_with_gradients", on_cpu, reference, plan, outside, shaped, gradients=True)
 
@@ -115,6 +115,18 @@ def operation(
         return (tracked if torch.is_grad_enabled() else plain)(*inputs, **named)
 
     return call
+
+
+def _digest(file: Path) -> str:
+    read: dict[str, bytes] = {}
+    pending = [file]
+    while pending:
+        path = pending.pop()
+        if path.name not in read:
+            read[path.name] = path.read_bytes()
+            found = re.findall(rb"^from \.(\w*) import (\w*)", read[path.name], re.MULTILINE)
+            pending += [path.with_name(f"{(module or name).decode()}.py") for module, name in found]
+    return hashlib.sha256(b"".join(read[name] for name in sorted(read))).hexdigest()[:12]
 
 
 def _registered(

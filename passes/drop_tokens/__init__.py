@@ -67,6 +67,11 @@ class DropTokens(Pass):
             )
 
     @property
+    def exact(self) -> bool:
+        """Whether every token remains. One token, `keep: 1`, is not the whole, `keep: 100%`."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    @property
     def alike(self) -> bool:
         """Whether tokens are dropped by how like others they are."""
         return self.merge == "bipartite" or (self.merge == "none" and self.score == "similarity")

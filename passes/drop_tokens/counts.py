@@ -23,6 +23,7 @@ def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
         if len(keep) != steps:
             cause = f"`keep` says what remains behind {len(keep)} layers, and there are {steps}"
             raise PassError(cause, option="keep", remedy="name as many `layers`")
+        _check_list(keep, tokens)
         found = [_count(tokens, part, least) for part in keep]
     elif isinstance(keep, int) and isinstance(tokens, str) and steps > 1:
         cause = "a number of tokens cannot be reached in steps where their length is not known"
@@ -35,6 +36,18 @@ def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
     if sizes != sorted(sizes, reverse=True):
         raise PassError(f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain")
     return found
+
+
+def _check_list(keep: Sequence[float | int], tokens: Dim) -> None:
+    """Raises PassError where the list grows, or is of parts and of numbers, which compare at known lengths alone."""
+    if len({isinstance(part, int) for part in keep}) > 1:
+        if isinstance(tokens, int):
+            return
+        cause = "a list of parts and of numbers of tokens grows at some lengths"
+        raise PassError(cause, option="keep", remedy="write parts alone, as `1.0`, or numbers alone")
+    if list(keep) != sorted(keep, reverse=True):
+        cause = f"behind its layers {', '.join(map(str, keep))} cannot remain: tokens do not come back"
+        raise PassError(cause, option="keep", remedy="write numbers that fall")
 
 
 def paired(tokens: str, keep: Keep, steps: int, prefix: int, suffix: int) -> list[Dim]:

@@ -149,7 +149,7 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
 def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: int) -> list[Dim]:
     if options.alike and isinstance(tokens, str):
         return paired(tokens, options.keep, steps, prefix, suffix)
-    return counts(tokens, options.keep, steps, prefix + suffix)
+    return counts(tokens, options.keep, steps, prefix + suffix + (options.merge == "average"))
 
 
 def _least(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> Dim:
@@ -162,6 +162,7 @@ def _least(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int
 def _unneeded(before: Dim, keep: Dim, options: DropTokens) -> str:
     """Why no token is dropped."""
     extra = 1 if options.merge == "extra" else 0
-    if before == keep or (isinstance(before, int) and before <= int(keep) + extra):
+    known = isinstance(before, int) and isinstance(keep, int)
+    if before == keep or (known and int(before) <= int(keep) + extra):
         return f"all of its {before} tokens remain"
     return ""

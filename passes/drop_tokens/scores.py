@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.types import Dim
 from passes.drop_tokens.places import Place
@@ -39,6 +40,9 @@ def scores(ops: Ops, place: Place, options: DropTokens) -> Value:
     """A number [B, T] for each token; those with the largest remain."""
     node, kind = place.attention, options.score
     query, key = node.input(0), node.input(1)
+    if kind == "class" and node.attr("causal"):
+        cause = "the first token of a causal model attends to itself alone"
+        raise PassError(cause, option="score", remedy="write `score: last` or `received`")
     if kind in ROWS:
         attrs = {"rows": ROWS[kind], "scale": node.attr("scale"), "causal": node.attr("causal")}
         return ops("token_scores", query, key, **attrs, step=options.every if kind == "received" else 1)

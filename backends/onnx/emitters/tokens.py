@@ -147,6 +147,8 @@ def token_match(build: Builder, node: Node) -> Sequence[ir.Value]:
     there = None if exists is None else _sides(build, node, _paired(build, node, exists))
     if there is not None:
         near = build.op("Where", build.op("Unsqueeze", there[0], build.ints(1)), near, build.scalar(APART))
+    # Where nothing can be merged into there is no best: one column more, which is met by none that goes.
+    near = build.op("Pad", near, build.ints(0, 0, 0, 0, 0, 1), build.scalar(APART))
     best, partner = (build.op("Squeeze", x, build.ints(2)) for x in build.ops("TopK", near, build.ints(1), count=2))
     source = _merged(build, node, best, None if there is None else there[1])
     two, zero = build.scalar(2, torch.int64), build.scalar(0, torch.int64)

@@ -30,6 +30,8 @@ def _infer_scores(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
     query, key = need(types[0]), need(types[1])
     if query.rank != 4 or key.rank != 4 or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"queries {query} do not fit keys {key}")
+    if attrs["rows"] == "first" and attrs["causal"]:
+        raise ValueError("the first of causal queries attends to its own key alone")
     return [key.with_shape((key.shape[0], key.shape[2]))]
 
 

@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM.
 
-For the code of modeling_compressed_gemma2.py with the digest c34ac54f54dca905.
+For the code of modeling_compressed_gemma2.py with the digest 4feeac5463d67bc6.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
 
-For the code of modeling_compressed_qwen3.py with the digest 72fcec60acb8ad78.
+For the code of modeling_compressed_qwen3.py with the digest f8454ed8e98d0ee6.
 """
 
 from dataclasses import field

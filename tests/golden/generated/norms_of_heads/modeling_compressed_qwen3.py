@@ -207,8 +207,8 @@ def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> to
         codes = torch.stack((signed << 4 >> 4, signed >> 4), dim=-1).flatten(-2)
     else:
         codes = codes.contiguous().view(torch.int8)
-    values = codes.unflatten(-1, (groups, -1)).to(dtype) * scale.to(dtype).unsqueeze(-1)
-    return values.flatten(-2)[..., :size]
+    values = codes.unflatten(-1, (groups, -1)).float() * scale.float().unsqueeze(-1)
+    return values.flatten(-2)[..., :size].to(dtype)
 
 
 class RoundedLayer(DynamicLayer):

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest 23fc7957169a1ff5.
+For the code of modeling_compressed_qwen2.py with the digest a34e85b3b9dcbe81.
 """
 
 from dataclasses import field
