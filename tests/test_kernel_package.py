@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from backends.binaries.package import write_package
 from backends.kernels import low_rank_linear, rms_norm
 from backends.kernels.binary import Binaries, specialised
-from backends.kernels.launch import INTERPRETED
+from backends.kernels.launch import INTERPRETED, digest_of
+from backends.torch_module.packing import KERNELS as FILES
 
 KERNELS = ("rms_norm", "low_rank_linear", "cached_decode")
 
@@ -102,3 +104,15 @@ def test_binaries_equal_the_reference_on_a_gpu(tmp_path):
         assert all(binaries.run(launch) for launch in plan.launches)
         torch.testing.assert_close(plan.result, kernel.reference(*plans[kernel]), rtol=1e-4, atol=1e-4)
     assert not binaries.run(rms_norm.plan(*inputs(5, "cuda", width=100)).launches[0])
+
+
+def test_operations_differ_where_a_file_that_is_imported_does(tmp_path):
+    """Checkpoints with different versions of a kernel can be loaded side by side."""
+    names = set()
+    for version in ("one", "other", "other again"):
+        folder = tmp_path / version
+        shutil.copytree(FILES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        with (folder / "kept.py").open("a") as file:
+            file.write(f"\n# {version.split()[0]}\n")
+        names.add(digest_of(folder / "packed_linear.py"))
+    assert len(names) == 2

@@ -106,7 +106,7 @@ def operation(
     are taken, too; ``shaped`` makes an empty result. The operation's namespace is a digest of the file and
     of those that it imports: checkpoints that carry different versions can be loaded side by side.
     """
-    name = f"compress_model_{_digest(Path(on_cpu.__code__.co_filename))}::{on_cpu.__name__}"
+    name = f"compress_model_{digest_of(Path(on_cpu.__code__.co_filename))}::{on_cpu.__name__}"
     plain = _registered(name, on_cpu, reference, plan, outside, shaped)
     tracked = _registered(f"{name}_with_gradients", on_cpu, reference, plan, outside, shaped, gradients=True)
 
@@ -117,7 +117,8 @@ def operation(
     return call
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """Twelve digits that are those of ``file`` and of the files beside it that it imports, in any folder."""
     read: dict[str, bytes] = {}
     pending = [file]
     while pending:

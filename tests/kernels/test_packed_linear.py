@@ -103,8 +103,15 @@ def test_what_a_cpu_keeps_follows_its_tensors():
     equal(words[0], scales[0])
     equal(words[0], scales[1])
     equal(words[0], scales[0].bfloat16())
+    scales.data.mul_(2)
+    equal(words[0], scales[0])
+    words.data = words.data.flip(1).contiguous()
+    equal(words[0], scales[0])
     with torch.inference_mode():
-        equal(words[1].clone(), scales[1])
+        inside = words[1].clone()
+        equal(inside, scales[1])
+        inside.add_(1)
+        equal(inside, scales[1])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what CPUs keep")

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest a34e85b3b9dcbe81.
+For the code of modeling_compressed_qwen2.py with the digest e41d46d76d0ec1ac.
 """
 
 from dataclasses import field

@@ -101,7 +101,7 @@ def attention(
 
 
 def low_rank(x: torch.Tensor, down: nn.Module, up: nn.Module) -> torch.Tensor:
-    """up(down(x)), by one operation unless something learns, or other modules or hooks are in the place of linear maps."""
+    """up(down(x)), by one operation unless something learns, or others than linear maps without hooks are there."""
     plain = all(type(each) is nn.Linear and not (each._forward_hooks or each._forward_pre_hooks) for each in (down, up))
     if torch.is_grad_enabled() or not plain or down.weight.is_meta:
         return up(down(x))
