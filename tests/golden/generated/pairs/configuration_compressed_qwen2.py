@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest e41d46d76d0ec1ac.
+For the code of modeling_compressed_qwen2.py with the digest c74133119fcd540a.
 """
 
 from dataclasses import field

@@ -102,8 +102,9 @@ def attention(
 
 def low_rank(x: torch.Tensor, down: nn.Module, up: nn.Module) -> torch.Tensor:
     """up(down(x)), by one operation unless something learns, or others than linear maps without hooks are there."""
-    plain = all(type(each) is nn.Linear and not (each._forward_hooks or each._forward_pre_hooks) for each in (down, up))
-    if torch.is_grad_enabled() or not plain or down.weight.is_meta:
+    if torch.is_grad_enabled() or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return up(down(x))
+    if down.weight.is_meta or any(each._forward_hooks or each._forward_pre_hooks for each in (down, up)):
         return up(down(x))
     return low_rank_linear(x, down.weight, up.weight, up.bias)
 
