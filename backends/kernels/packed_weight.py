@@ -35,7 +35,9 @@ ROWS = 8192
 def unpacked(words: Tensor, bits: int, width: int) -> Tensor:
     """Codes uint8 [rows, width] of ``words`` int32 [rows, ceil(width · bits / 32)]: 8 of them lie in ``bits`` bytes."""
     parts = -(-width // 8)
-    octets = words.contiguous().view(torch.uint8)
+    if words.stride(-1) != 1:  # also of one word a row, which torch takes for contiguous with any stride
+        words = words.clone(memory_format=torch.contiguous_format)
+    octets = words.view(torch.uint8)
     octets = F.pad(octets, (0, parts * bits - octets.shape[-1])).unflatten(-1, (parts, bits))
     codes = octets.new_empty(words.shape[0], parts, 8)
     for place in range(8):

@@ -23,7 +23,9 @@ def packed(weight, bits, group, symmetric, scale_dtype=torch.float32):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("rows", "width", "group"), [(5, 96, 32), (33, 64, 64), (1, 100, 0), (7, 120, 40)])
+@pytest.mark.parametrize(
+    ("rows", "width", "group"), [(5, 96, 32), (33, 64, 64), (1, 100, 0), (7, 120, 40), (3, 96, 32)]
+)
 def test_weights_are_what_was_packed(bits, symmetric, rows, width, group):
     words, scales, zeros, dense = packed(random(rows, width), bits, group, symmetric)
     torch.testing.assert_close(packed_weight.dense(words, scales, zeros, bits, width), dense)
