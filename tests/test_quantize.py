@@ -130,7 +130,7 @@ def skipped(job: Job) -> dict[str, str]:
     return {skip.scope: skip.reason for entry in job.report.passes for skip in entry.skipped}
 
 
-TIED = "shares its tensor with the embedding; `tied: copy` gives the head a copy"
+TIED = "shares its tensor with the embedding; `tied: copy` gives the head a copy, `share` quantises it for both"
 
 
 def test_a_tied_head_is_left_alone_unless_asked(tmp_path):

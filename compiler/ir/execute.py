@@ -75,7 +75,7 @@ def run_nodes(
 def read_param(graph: Graph, param: Param, device: torch.device | str = "cpu") -> Tensor:
     """The value of a parameter in its compute dtype, rounded as a checkpoint of it would be."""
     (tensor,) = evaluate([param.expr], graph.sources)
-    if param.persistent and param.expr.op != "dequantize":
+    if param.persistent and not param.expr.op.startswith("dequantize"):
         tensor = tensor.to(param.storage)
     return tensor.to(device=device, dtype=param.type.dtype)
 

@@ -30,8 +30,11 @@ class Quantize(Pass):
 
     ``scale: minmax`` takes the smallest scale that clips nothing; ``search`` takes, group by group, the one of least
     squared error among ten or so candidates, which clip up to 60 % of the range. More bits never give a larger error.
+    ``weighted`` does so with each element's error times the energy of the input that it multiplies, on inputs that have
+    passed the weights quantised before.
     ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``
-    and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale.
+    and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale. ``q4_0`` to ``q8_0``, ``q2_k`` to
+    ``q6_k`` and the ternary ``tq1_0`` and ``tq2_0`` are the block formats of GGUF files, for ``emit: [gguf]``.
 
     ``method: nearest`` rounds every element by itself and needs no data. `gptq` (arXiv 2210.17323) rounds column by
     column, on inputs that have passed the weights quantised before, and lets the columns to come make up for each
@@ -43,7 +46,8 @@ class Quantize(Pass):
     measured to be nearer to the original. Matrices that read the same input get the same.
 
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
-    and the head gets its own quantised copy; by default such a weight is left alone.
+    and the head gets its own quantised copy; `share` quantises the one tensor for both; by default such a weight is
+    left alone.
 
     ``activations: int8`` or `fp8` also rounds what quantised linear maps multiply, as runtimes with products of such
     numbers do: with a scale for each token, or, ``activation-scale: static``, one for all that clips nothing that
@@ -60,9 +64,9 @@ class Quantize(Pass):
     group: int = 0
     symmetric: bool = True
     per: Per = "row"
-    scale: Literal["search", "minmax"] = "search"
+    scale: Literal["search", "minmax", "weighted"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
-    tied: Literal["skip", "copy"] = "skip"
+    tied: Literal["skip", "copy", "share"] = "skip"
     activations: Activations = "none"
     activation_scale: Literal["token", "static"] = "token"
     cache: Activations = "none"
@@ -79,7 +83,12 @@ class Quantize(Pass):
     @property
     def solved(self) -> bool:
         """Whether codes are chosen by what they do to calibration data."""
-        return self.method != "nearest" or self.mixed
+        return self.by_inputs or self.mixed
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether codes, or at least scales, are chosen by what matrices multiply."""
+        return self.method != "nearest" or self.scale == "weighted"
 
     @property
     def calibrated(self) -> bool:
@@ -114,4 +123,4 @@ class Quantize(Pass):
 
     def system(self, bits: int) -> NumberSystem:
         """The number system of weights of so many bits."""
-        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale == "search")
+        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale != "minmax")

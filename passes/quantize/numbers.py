@@ -12,16 +12,21 @@ from compiler.errors import PassError
 from compiler.ir.graph import Param, Value
 from compiler.weights.ops.codec import Codec
 from compiler.weights.ops.fp8 import Fp8
+from compiler.weights.ops.gguf.blocks import Blocks
+from compiler.weights.ops.gguf.layouts import LAYOUTS
 from compiler.weights.ops.integer import Integer
 from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4, divisor
 
-Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"]
+Gguf = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"
+]  # fmt: skip
+Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"] | Gguf
 Per = Literal["row", "tensor", "block"]
 Width = Literal[2, 3, 4, 5, 6, 7, 8]
 
-BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
-GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4, **{name: layout.bits for name, layout in LAYOUTS.items()}}
+GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16, **{name: layout.size for name, layout in LAYOUTS.items()}}
 BLOCK = 128
 DEFAULT_BITS = 8
 
@@ -67,6 +72,8 @@ class NumberSystem:
                 return Mx(dtype, search=self.search, of="e2m1" if self.type == "mxfp4" else "e4m3")
             case "nvfp4":
                 return Nvfp4(dtype, search=self.search)
+            case _:
+                return Blocks(self.type, self.search)
 
     def codecs(self, params: Sequence[Param]) -> dict[Param, Codec]:
         """The codec of each weight. In NVFP4 weights of one input share what divides their scales."""

@@ -15,6 +15,7 @@ from compiler.weights.ops.codec import code_bits, is_quantised
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
 
 OTHER_GROUPS = "`int` has groups of any size, `fp8` none"
+TIED = "shares its tensor with the embedding; `tied: copy` gives the head a copy, `share` quantises it for both"
 ROUTER = "is a router: rounding it changes which experts are chosen"
 
 
@@ -26,12 +27,12 @@ def chosen_of(graph: Graph, ctx: Context, params: Sequence[Param], tied: str) ->
         reason = ROUTER if param in routers else _refusal(param)
         if reason:
             ctx.skipped(param.name, reason)
-        elif not _is_tied(param):
+        elif not _is_tied(param) or tied == "share":
             chosen.append(param)
         elif tied == "copy":
             chosen.append(_untie(graph, param))
         else:
-            ctx.skipped(param.name, "shares its tensor with the embedding; `tied: copy` gives the head a copy")
+            ctx.skipped(param.name, TIED)
     return chosen
 
 

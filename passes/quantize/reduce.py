@@ -21,7 +21,7 @@ from compiler.weights.ops.codec import Codec
 from passes.quantize.mixed import evenly, shared_out, together
 from passes.quantize.places import report
 from passes.quantize.resume import Solved
-from passes.quantize.solve import Problem, damped, solve
+from passes.quantize.solve import Problem, Solution, damped, nearest, solve
 
 if TYPE_CHECKING:
     from passes.quantize import Quantize
@@ -79,7 +79,7 @@ class _Job:
     def _planned(self, param: Param, codec: Codec) -> Expr:
         """Codes and parameters without values; of rounding to nearest the expression itself."""
         expr = codec.nearest(param.expr)
-        if self.wanted.method == "nearest" or param not in self.measurable:
+        if not self.wanted.by_inputs or param not in self.measurable:
             return expr
         parts = [torch.empty(part.shape, dtype=part.dtype, device="meta") for part in expr.args]
         return codec.expression([self._kept(param, index, part) for index, part in enumerate(parts)])
@@ -107,7 +107,7 @@ class _Job:
         """Every weight with so many bits. The graph is left as it is."""
         codecs = self._codecs(bits)
         trial = copy_of(self.graph)
-        ordered = [] if self.wanted.method == "nearest" else self.measurable
+        ordered = self.measurable if self.wanted.by_inputs else []
         made = {param: Quantised(codecs[param].nearest(param.expr)) for param in self.params if param not in ordered}
         for param, one in made.items():
             trial.params[param.name].expr = one.expr
@@ -138,14 +138,20 @@ class _Job:
         matrices = self.ctx.read(met.param).float().reshape(experts, rows, columns)
         for matrix, second in zip(matrices, met.moments.second.reshape(experts, columns, columns), strict=True):
             wanted = matrix if met.fit is None else (matrix.double() @ met.fit).float()
-            problem, own = Problem(wanted, damped(second)), codec.reading(self.ctx.value).for_matrix(matrix)
-            solution = solve(problem, own, refine=self.wanted.method == "refined")
+            problem = Problem(wanted, damped(second))
+            own = codec.reading(self.ctx.value).for_matrix(matrix, problem.second.diagonal())
+            solution = self._solution(problem, own)
             stored.append(own.stored(solution.codes, solution.parameters))
             lost += problem.cost(solution.values)
             whole += problem.cost(torch.zeros_like(matrix))
         stacked = met.param.type.rank > 2
         parts = [torch.stack(each) if stacked else each[0] for each in zip(*stored, strict=True)]
         return parts, lost / whole if whole else 0.0
+
+    def _solution(self, problem: Problem, codec: Codec) -> Solution:
+        if self.wanted.method == "nearest":
+            return nearest(problem, codec, weighted=True)
+        return solve(problem, codec, refine=self.wanted.method == "refined")
 
     def _measured_energies(self, batches: Sequence[Mapping[str, Tensor]]) -> Energies:
         if self._energies is None:

@@ -62,7 +62,7 @@ def nearest(problem: Problem, codec: Codec, *, weighted: bool) -> Solution:
     """Every group fitted by itself and rounded to nearest, ``weighted`` by the energy of inputs or not."""
     wanted, energy = problem.wanted, problem.second.diagonal()
     cuts = list(_cuts(wanted.shape[1], codec.group))
-    fitted = [codec.fit(wanted[:, cut], energy[cut] if weighted else None) for cut in cuts]
+    fitted = [codec.at(i).fit(wanted[:, cut], energy[cut] if weighted else None) for i, cut in enumerate(cuts)]
     codes = [codec.encode(wanted[:, cut], own) for cut, own in zip(cuts, fitted, strict=True)]
     return _of(codec, torch.cat(codes, 1), _stacked(fitted))
 
@@ -85,7 +85,8 @@ def in_order(problem: Problem, codec: Codec) -> Solution:
     codes: list[Tensor] = []
     fitted: list[Parameters] = []
     for cut in _cuts(columns, codec.group):
-        fitted.append(codec.fit(weight[:, cut], factor.diagonal()[cut].square().reciprocal()))
+        own_codec = codec.at(int(order[cut.start]) // (codec.group or columns))
+        fitted.append(own_codec.fit(weight[:, cut], factor.diagonal()[cut].square().reciprocal()))
         for block in _blocks(cut):
             own, errors = _rounded(weight[:, block], factor[block, block], codec, fitted[-1])
             codes.append(own)

@@ -57,7 +57,10 @@ class BlockFloat(ABC):
     def bits(self) -> int:
         return self.element.bits
 
-    def for_matrix(self, matrix: Tensor) -> Self:
+    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
+        return self
+
+    def at(self, index: int) -> Self:
         return self
 
     def reading(self, value: Callable[[Expr], Tensor]) -> Self:

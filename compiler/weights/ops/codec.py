@@ -5,7 +5,7 @@ Below, axis 0 of values are the rows of a matrix and their last axis are element
 rounds column by column with the parameters it fitted to the whole group.
 
     codec = codec.for_matrix(matrix)
-    parameters = codec.fit(matrix[:, :64], importance)
+    parameters = codec.at(0).fit(matrix[:, :64], importance)
     codes = codec.encode(matrix[:, :1], parameters)
     codec.decode(codes, parameters)  # what a loader computes with
 """
@@ -22,8 +22,8 @@ from compiler.weights.expr import Expr
 
 Parameters = tuple[Tensor, ...]
 CHUNK_ELEMENTS = 1 << 18
-CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes")
-DEQUANTIZE = ("dequantize", "dequantize_fp8", "dequantize_mx", "dequantize_nvfp4")
+CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks")
+DEQUANTIZE = ("dequantize", "dequantize_fp8", "dequantize_mx", "dequantize_nvfp4", "dequantize_gguf")
 
 
 class Codec(Protocol):
@@ -35,8 +35,15 @@ class Codec(Protocol):
     @property
     def group(self) -> int: ...
 
-    def for_matrix(self, matrix: Tensor) -> Codec:
-        """The codec with what all of ``matrix`` [rows, in] shares."""
+    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Codec:
+        """The codec with what all of ``matrix`` [rows, in], or several groups of it, share.
+
+        ``energy`` [in] says how much errors of each column count.
+        """
+        ...
+
+    def at(self, index: int) -> Codec:
+        """The codec of ``for_matrix`` for the group of inputs ``index``."""
         ...
 
     def reading(self, value: Callable[[Expr], Tensor]) -> Codec:
@@ -87,6 +94,10 @@ def code_bits(expr: Expr) -> int:
     """The bits of each code of a quantised weight."""
     if expr.op == "dequantize":
         return expr.attr("bits")
+    if expr.op == "dequantize_gguf":
+        from compiler.weights.ops.gguf.layouts import LAYOUTS
+
+        return LAYOUTS[expr.attr("format")].bits
     return 4 if expr.args[0].dtype == torch.uint8 else 8
 
 

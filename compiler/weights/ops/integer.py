@@ -26,7 +26,10 @@ class Integer:
     symmetric: bool = True
     search: bool = True
 
-    def for_matrix(self, matrix: Tensor) -> Integer:
+    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Integer:
+        return self
+
+    def at(self, index: int) -> Integer:
         return self
 
     def reading(self, value: Callable[[Expr], Tensor]) -> Integer:

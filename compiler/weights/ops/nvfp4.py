@@ -47,7 +47,7 @@ class Nvfp4(BlockFloat):
     def scale_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
 
-    def for_matrix(self, matrix: Tensor) -> Self:
+    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
         return self if self.divisor is not None else replace(self, divisor=divisor_of([matrix]))
 
     def reading(self, value: Callable[[Expr], Tensor]) -> Self:
