@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.onnx import emit, propose, verify
+from backends.onnx.check import empty_cache, session
 from backends.onnx.quantised import unsigned_bytes
 from compiler.frontend.capture import capture
 from compiler.ir.execute import run
@@ -192,6 +193,47 @@ def test_a_model_that_rounds_activations_is_its_graph(kind, target, tmp_path):
     assert found.error <= found.tolerance and found.rounded is not None
     assert found.rounded <= found.bound <= 1.0
     assert not list(tmp_path.glob(".exact.*"))
+
+
+CACHED = {
+    "llama": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
+    "gpt_oss": {"head_dim": 16},
+}
+"""Plain, in windows with bent scores, with sinks."""
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_of_eight_bits_holds_the_codes_of_its_graph(name, tmp_path):
+    """Codes where the graph rounds keys and values, in place; nothing else is rounded, so that they decide alike."""
+    graph = graph_of(name, **CACHED[name])
+    for node in graph.nodes_named("attention"):
+        for operand in (1, 2):
+            x = graph.op("fake_quantize", [node.input(operand)], {"type": "int", "scale": 2.0**-8}, before=node)
+            graph.set_input(node, operand, x)
+    emission = propose(graph)
+    (model,) = emission.models.values()
+    assert {value.dtype.name for value in model.inputs if value.name.startswith("past")} == {"INT8"}
+    assert model.in_place
+    emit(emission, graph.sources, tmp_path)
+    assert verify(emission, tmp_path).holds  # with padding, too, which turns keys, and so their codes
+    ids = FAMILIES[name].inputs(batch=2, tokens=7)["input_ids"]
+    logits = run(graph, {"input_ids": ids})["logits"]
+    for start in (7, 4):
+        assert _worst(tmp_path / "model.onnx", ids, logits, start) <= 64 * EPS
+
+
+def _worst(path, ids, logits, start):
+    """How far logits are apart, over the largest: of a prompt of ``start`` tokens, and of each token after it."""
+    model, ones = session(path), np.ones_like(ids.numpy())
+    given, errors = empty_cache(model, len(ids)), []
+    for first, last in [(0, start), *((place, place + 1) for place in range(start, ids.shape[1]))]:
+        feeds = {"input_ids": ids[:, first:last].numpy(), "attention_mask": ones[:, :last], **given}
+        names = [value.name for value in model.get_outputs()]
+        found, *past = model.run(names, feeds)
+        given = {name.replace("present", "past_key_values"): x for name, x in zip(names[1:], past, strict=True)}
+        errors.append(float((torch.from_numpy(found) - logits[:, first:last]).abs().max() / logits.abs().max()))
+    return max(errors)
 
 
 def test_rotated_weights_are_multiplied_by_rotated_activations(tmp_path):

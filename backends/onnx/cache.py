@@ -41,11 +41,11 @@ class Cache:
         key = tuple(node.inputs[1:3])
         return f"{self.slots.setdefault(key, len(self.slots))}{self.part}.{what}"
 
-    def entry(self, name: str, heads: Dim, width: Dim) -> ir.Value:
-        """The input [B, heads, past tokens, width] for past tokens."""
+    def entry(self, name: str, heads: Dim, width: Dim, kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """The input [B, heads, past tokens, width] of numbers of ``kind`` for past tokens."""
         if name not in self.past:
             shape = ir.Shape(["batch", heads, PAST_AXIS, width])
-            self.past[name] = ir.Value(name=f"{PAST}.{name}", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+            self.past[name] = ir.Value(name=f"{PAST}.{name}", type=ir.TensorType(kind), shape=shape)
         return self.past[name]
 
     def leave(self, name: str, value: ir.Value) -> None:

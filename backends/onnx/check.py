@@ -95,7 +95,12 @@ def empty_cache(model: Any, batch: int) -> dict[str, Any]:
     """A cache of no tokens."""
     sizes: dict[Any, Any] = {"batch": batch, "past_sequence": 0}
     inputs = [v for v in model.get_inputs() if v.name.startswith(PAST) and ".encoder." not in v.name]
-    return {value.name: np.zeros([sizes.get(dim, dim) for dim in value.shape], np.float32) for value in inputs}
+    return {value.name: np.zeros([sizes.get(dim, dim) for dim in value.shape], dtype_of(value)) for value in inputs}
+
+
+def dtype_of(value: Any) -> Any:
+    """What numpy calls the numbers of an input; a cache holds floats or their codes."""
+    return np.int8 if value.type == "tensor(int8)" else np.float32
 
 
 def _distance(found: Any, expected: Any) -> float:

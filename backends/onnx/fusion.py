@@ -20,11 +20,12 @@ LIMITS = ("max_position_embeddings", "n_positions", "seq_length")
 @dataclass(frozen=True)
 class Operand:
     """What an attention's query, key or value is made of. ``flat`` [B, T, heads * d] has its heads side by side; then
-    come ``norm`` over each head and ``rope``, where there are any."""
+    come ``norm`` over each head, ``rope`` and ``rounded``, which rounds to codes, where there are any."""
 
     flat: Value
     norm: Node | None
     rope: Node | None
+    rounded: Node | None
     nodes: tuple[Node, ...]
 
 
@@ -111,6 +112,8 @@ def _grouped(node: Node, positions: int) -> Grouped | None:
         return None
     if width % HEAD_STEP or value.norm or value.rope or not _alike(query, key, positions):
         return None
+    if query.rounded or bool(key.rounded) != bool(value.rounded):
+        return None
     user = node.output.single_user()
     merge = user if user is not None and user.op.name == "merge_heads" else None
     normed = query.norm is not None or key.norm is not None
@@ -134,12 +137,21 @@ def _alike(query: Operand, key: Operand, positions: int) -> bool:
 def _operand(value: Value) -> Operand | None:
     """The chain from heads side by side to ``value``, of operations with no other reader."""
     nodes: list[Node] = []
+    rounded = _taken(value, "fake_quantize", nodes)
+    if rounded is not None and not _is_cached_code(rounded):
+        return None
+    value = rounded.input(0) if rounded else value
     rope = _taken(value, "rope", nodes)
     value = rope.input(0) if rope else value
     norm = _taken(value, "rms_norm", nodes)
     value = norm.input(0) if norm else value
     split = _taken(value, "split_heads", nodes)
-    return None if split is None else Operand(split.input(0), norm, rope, tuple(nodes))
+    return None if split is None else Operand(split.input(0), norm, rope, rounded, tuple(nodes))
+
+
+def _is_cached_code(node: Node) -> bool:
+    """Whether ``node`` rounds to what kernels cache: int8 with one scale that is known beforehand."""
+    return node.attr("type") == "int" and node.attr("bits") == 8 and bool(node.attr("scale"))
 
 
 def _taken(value: Value, op: str, nodes: list[Node]) -> Node | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.onnx.check import PAST, PRESENT, session
+from backends.onnx.check import PAST, PRESENT, dtype_of, session
 from compiler.errors import CheckpointError
 
 ONE = np.ones(1, np.int64)
@@ -93,7 +93,8 @@ class Runner:
 
     def _empty(self, batch: int) -> dict[str, Any]:
         shapes = {value.name: (batch, value.shape[1], 0, value.shape[3]) for value in self._past}
-        return {name: self._value(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+        kinds = {value.name: dtype_of(value) for value in self._past}
+        return {name: self._value(np.zeros(shape, kinds[name])) for name, shape in shapes.items()}
 
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
@@ -103,7 +104,7 @@ class Runner:
         roomy: dict[str, Any] = {}
         for name, value in past.items():
             array = value.numpy()
-            wide = np.zeros((*array.shape[:2], used + count, array.shape[3]), np.float32)
+            wide = np.zeros((*array.shape[:2], used + count, array.shape[3]), array.dtype)
             wide[:, :, :used] = array
             roomy[name] = self._value(wide)
         width = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")

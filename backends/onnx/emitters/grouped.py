@@ -22,6 +22,8 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import concat
 from compiler.weights.ops.rotary import rotary_table
 
+CODED = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+
 
 def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
     """[B, T, H, d], or [B, T, H * d] when ``parts`` merges heads itself."""
@@ -29,7 +31,8 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
     assert cache is not None  # only cached attention is grouped
     heads, groups, width = (int(dim) for dim in (node.input(0).shape[1], *node.input(1).shape[1::2]))
     names = [cache.name(node, what) for what in ("key", "value")]
-    past = [cache.entry(name, groups, width) for name in names]
+    codes = _codes(build, parts)
+    past = [cache.entry(name, groups, width, ir.DataType.INT8 if codes else ir.DataType.FLOAT) for name in names]
     outputs = build.ops(
         "GroupQueryAttention",
         *_projected(build, parts),
@@ -38,16 +41,26 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
         *_tables(build, parts.query.rope),
         build.masks.of(node),
         build.optional(node, 5),
+        *codes,
         count=3,
         domain=CONTRIB,
         num_heads=heads,
         kv_num_heads=groups,
         scale=node.attr("scale"),
         **_attributes(node, parts),
+        **(CODED if codes else {}),
     )
     for name, value in zip(names, outputs[1:], strict=True):
         cache.leave(name, value)
     return outputs[0] if parts.merge else build.op("Reshape", outputs[0], build.ints(0, 0, heads, width))
+
+
+def _codes(build: Builder, parts: Grouped) -> tuple[ir.Value, ...]:
+    """The scales of keys and values that are cached as int8; none when they are cached as they are."""
+    rounded = [part.rounded for part in (parts.key, parts.value) if part.rounded is not None]
+    if not build.rounds:
+        return ()
+    return tuple(build.constant(torch.tensor([node.attr("scale")], dtype=torch.float32)) for node in rounded)
 
 
 def _attributes(node: Node, parts: Grouped) -> dict[str, int | float]:
