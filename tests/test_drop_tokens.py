@@ -389,7 +389,7 @@ def test_a_sample_gives_in_a_padded_batch_what_it_gives_alone(name, score, tmp_p
         assert error(found[row : row + 1, :length], alone) <= tolerance(graph)
 
 
-def test_a_model_with_a_cache_is_refused():
-    _, reduced = dropped("llama", keep=0.5)
+def test_merged_tokens_cannot_go_on_from_a_cache():
+    _, reduced = dropped("llama", keep=0.6, merge="bipartite")
     with pytest.raises(TargetError, match="cannot go on from a cache"):
         propose(reduced)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from backends.onnx import emit, propose, verify
+from backends.onnx.check import empty_cache
 from backends.onnx.emitters import RULES
 from compiler.errors import TargetError
 from compiler.ir.execute import run
@@ -50,8 +51,7 @@ class Session:
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def empty(self, batch: int) -> dict[str, np.ndarray]:
-        sizes = {"batch": batch, "past_sequence": 0}
-        return {v.name: np.zeros([sizes.get(dim, dim) for dim in v.shape], np.float32) for v in self.past}
+        return empty_cache(self.session, batch)
 
     def run(self, **feeds: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
         given = {name: np.asarray(value) for name, value in feeds.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -21,6 +21,9 @@ from compiler.ir.types import Dim, TensorType
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
+
+if TYPE_CHECKING:
+    from backends.onnx.stages import Stages
 
 DENSE = "quantised weights are written dense, in float32: nothing multiplies by their codes there"
 DTYPES: dict[torch.dtype, ir.DataType] = {
@@ -73,6 +76,7 @@ class Builder:
     fusions: Fusions = field(default_factory=Fusions)
     head: Node | None = None
     kept: ir.Value | None = None
+    stages: Stages | None = None
     shared: dict[str, Sequence[ir.Value]] = field(default_factory=dict[str, Sequence[ir.Value]])
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def largest_error(path: Path, vectors: Arrays) -> float:
     given = {name.removeprefix("in."): value for name, value in vectors.items() if name.startswith("in.")}
     expected = {name.removeprefix("out."): value for name, value in vectors.items() if name.startswith("out.")}
     if any(value.name.startswith(PAST) for value in model.get_inputs()):
-        return max(_decoded(model, given["input_ids"], expected["logits"], {}))
+        return max(_decoded(model, given["input_ids"], expected["logits"], {}, vectors.get("decoded.logits")))
     found = _run(model, given)
     return max(_distance(found[name], value) for name, value in expected.items())
 
@@ -65,18 +65,19 @@ def _run(model: Any, feeds: Arrays) -> dict[str, Any]:
     return dict(zip(names, model.run(names, dict(feeds)), strict=True))
 
 
-def _decoded(model: Any, ids: Any, logits: Any, beside: Arrays) -> list[float]:
+def _decoded(model: Any, ids: Any, logits: Any, beside: Arrays, later: Any = None) -> list[float]:
     """The errors of all at once, of a start and the rest token by token, and of all after padding; ``beside`` are the
-    inputs that are the same in each step."""
+    inputs that are the same in each step. ``later`` are the logits where only the start is a prompt, if they differ."""
     batch, length = ids.shape
     ones = np.ones((batch, length + PADDING), np.int64)
     errors = [_distance(_step(model, ids, ones[:, :length], beside)[0], logits)]
     start = length // 2
+    steps = logits if later is None else later
     found, past = _step(model, ids[:, :start], ones[:, :start], beside)
-    errors.append(_distance(found, logits[:, :start]))
+    errors.append(_distance(found, steps[:, :start]))
     for place in range(start, length):
         found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], {**beside, **past})
-        errors.append(_distance(found, logits[:, place : place + 1]))
+        errors.append(_distance(found, steps[:, place : place + 1]))
     padded = np.concatenate((np.zeros((batch, PADDING), np.int64), ids), 1)
     ones[:, :PADDING] = 0
     errors.append(_distance(_step(model, padded, ones, beside)[0][:, PADDING:], logits))
@@ -93,14 +94,17 @@ def _step(model: Any, ids: Any, mask: Any, given: Arrays) -> tuple[Any, dict[str
 
 def empty_cache(model: Any, batch: int) -> dict[str, Any]:
     """A cache of no tokens."""
-    sizes: dict[Any, Any] = {"batch": batch, "past_sequence": 0}
     inputs = [v for v in model.get_inputs() if v.name.startswith(PAST) and ".encoder." not in v.name]
-    return {value.name: np.zeros([sizes.get(dim, dim) for dim in value.shape], dtype_of(value)) for value in inputs}
+    return {value.name: np.zeros(_without_past(value.shape, batch), dtype_of(value)) for value in inputs}
+
+
+def _without_past(shape: Any, batch: int) -> list[int]:
+    return [dim if isinstance(dim, int) else batch if dim == "batch" else 0 for dim in shape]
 
 
 def dtype_of(value: Any) -> Any:
-    """What numpy calls the numbers of an input; a cache holds floats or their codes."""
-    return np.int8 if value.type == "tensor(int8)" else np.float32
+    """What numpy calls the numbers of an input; a cache holds floats or their codes, and positions."""
+    return {"tensor(int8)": np.int8, "tensor(int64)": np.int64}.get(value.type, np.float32)
 
 
 def _distance(found: Any, expected: Any) -> float:

@@ -92,6 +92,7 @@ class OnnxEmission:
             "compress-model.onnxruntime": f">={self.runtime.runtime}",
             "compress-model.cache-in-place": "yes" if model.in_place else "no",
             "compress-model.accuracy-level": str(self.accuracy),
+            **({"compress-model.stages": model.stages} if model.stages else {}),
             "compress-model.notes": "; ".join(self.notes),
         }
 

@@ -14,6 +14,7 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.types import Dim
 
 HEAD_STEP = 8  # kernels take widths of heads, and numbers of rotated pairs, that are multiples of it
+SCORING = ("token_scores", "mul")  # what reads the queries and keys of an attention to score tokens
 LIMITS = ("max_position_embeddings", "n_positions", "seq_length")
 
 
@@ -52,11 +53,10 @@ class Fusions:
     positions: int = 0
 
 
-def fusions(graph: Graph, tokens: Dim | None) -> Fusions:
-    """What can be fused in ``graph``; attention only when it is cached along ``tokens``."""
+def fusions(graph: Graph, tokens: Sequence[Dim]) -> Fusions:
+    """What can be fused in ``graph``; attention only when it is cached along one of ``tokens``."""
     found = Fusions(positions=position_limit(graph))
-    if tokens is not None:
-        _find_grouped(graph, tokens, found)
+    _find_grouped(graph, tokens, found)
     order = {node: number for number, node in enumerate(graph.nodes)}
     for norm in graph.nodes_named("rms_norm", "layer_norm"):
         total = _skip(norm, order)
@@ -89,12 +89,12 @@ def _skip(norm: Node, order: dict[Node, int]) -> Node | None:
     return total if alike and total.output.type.rank == 3 and first is norm else None
 
 
-def _find_grouped(graph: Graph, tokens: Dim, found: Fusions) -> None:
+def _find_grouped(graph: Graph, tokens: Sequence[Dim], found: Fusions) -> None:
     shared: dict[Value | None, int] = {}
     for node in graph.nodes_named(*ATTENTION):
         shared[node.input(1)] = shared.get(node.input(1), 0) + 1
     for node in graph.nodes_named("attention"):
-        if node.attr("causal") and node.input(1).shape[2] == tokens and shared[node.input(1)] == 1:
+        if node.attr("causal") and node.input(1).shape[2] in tokens and shared[node.input(1)] == 1:
             made = _grouped(node, found.positions)
             if made is not None:
                 found.grouped[node] = made
@@ -107,7 +107,7 @@ def _grouped(node: Node, positions: int) -> Grouped | None:
     if node.optional_input(3) is not None or node.optional_input(4) is not None:
         return None
     width, depth = node.input(1).shape[3], node.input(2).shape[3]
-    query, key, value = (_operand(node.input(index)) for index in range(3))
+    query, key, value = (_operand(node.input(index), node) for index in range(3))
     if query is None or key is None or value is None or width != depth or not isinstance(width, int):
         return None
     if width % HEAD_STEP or value.norm or value.rope or not _alike(query, key, positions):
@@ -125,7 +125,7 @@ def _alike(query: Operand, key: Operand, positions: int) -> bool:
     if bool(query.rope) != bool(key.rope):
         return False
     if query.rope and key.rope:
-        table = query.rope.input(1).node
+        table = rotary_table_of(query.rope)
         same = query.rope.inputs[1:] == key.rope.inputs[1:] and query.rope.attrs == key.rope.attrs
         if not same or not positions or table is None or not isinstance(table.input(1), Param):
             return False
@@ -134,9 +134,22 @@ def _alike(query: Operand, key: Operand, positions: int) -> bool:
     return True
 
 
-def _operand(value: Value) -> Operand | None:
-    """The chain from heads side by side to ``value``, of operations with no other reader."""
+def rotary_table_of(rope: Node) -> Node | None:
+    """What makes the table that ``rope`` turns by, all of it or some of its rows."""
+    node = rope.input(1).node
+    while node is not None and node.op.name == "token_take":
+        node = node.input(0).node
+    return node if node is not None and node.op.name == "rope_table" else None
+
+
+def _operand(value: Value, attention: Node) -> Operand | None:
+    """The chain from heads side by side to ``value``, of operations with no other reader; but what chooses tokens may
+    read what ``attention`` does."""
     nodes: list[Node] = []
+    if _is_shared(value, attention) and value.node is not None and value.node.op.name == "rope":
+        nodes.append(value.node)
+        split = _taken(value.node.input(0), "split_heads", nodes)
+        return None if split is None else Operand(split.input(0), None, value.node, None, tuple(nodes))
     rounded = _taken(value, "fake_quantize", nodes)
     if rounded is not None and not _is_cached_code(rounded):
         return None
@@ -147,6 +160,12 @@ def _operand(value: Value) -> Operand | None:
     value = norm.input(0) if norm else value
     split = _taken(value, "split_heads", nodes)
     return None if split is None else Operand(split.input(0), norm, rope, rounded, tuple(nodes))
+
+
+def _is_shared(value: Value, attention: Node) -> bool:
+    """Whether more than ``attention`` reads ``value``, all of it to score tokens."""
+    others = [user for user in value.users if user is not attention]
+    return bool(others) and all(user.op.name in SCORING for user in others)
 
 
 def _is_cached_code(node: Node) -> bool:

@@ -12,11 +12,13 @@ from backends.onnx.cache import ATTENTION, TOTAL_AXIS, Cache
 from backends.onnx.emitters import RULES
 from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
+from backends.onnx.stages import Stages, stage_table
 from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param
 from compiler.ir.layers import copy_of
 from compiler.ir.positions import given_positions
+from compiler.ir.stages import named_stages, own_places, restore_windows
 
 TOKENS, MASK, KEPT = "input_ids", "attention_mask", "logits_to_keep"
 SCORED_AXIS = "scored_sequence"
@@ -26,7 +28,7 @@ COUNTING = ("arange", "cumsum")
 @dataclass(frozen=True)
 class Lowered:
     """One ONNX model. ``stored`` are its tensors in files, ``graph`` is what it computes, ``cached`` the names of what
-    it keeps of past tokens."""
+    it keeps of past tokens; ``stages`` says how long that is in which layers, where prompts lose tokens (JSON)."""
 
     graph: Graph
     target: Target
@@ -37,6 +39,7 @@ class Lowered:
     stored: Mapping[str, Stored]
     cached: Sequence[str]
     notes: Mapping[str, int]
+    stages: str = ""
 
     def model(self, metadata: Mapping[str, str]) -> ir.Model:
         """The model, whose stored tensors have their values by now."""
@@ -57,7 +60,8 @@ class Lowered:
     def in_place(self) -> bool:
         """Whether all that is cached can be written where it was read, in buffers that are longer."""
         attends = [node for node in self.nodes if node.op_type == "GroupQueryAttention"]
-        return bool(self.cached) and 2 * len(attends) == len(self.cached)
+        keys = [name for name in self.cached if not name.endswith(".positions")]
+        return bool(keys) and 2 * len(attends) == len(keys)
 
     def operations(self, domain: str) -> list[str]:
         """The operations of ``domain`` that it uses."""
@@ -88,7 +92,7 @@ def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = T
         _go_on_from_cache(build, copy)
         inputs.append(_keep_logits(build, copy))
     if target.contrib:
-        build.fusions = fusions(copy, copy.inputs[TOKENS].shape[1] if causal else None)
+        build.fusions = fusions(copy, (build.cache.tokens, *build.cache.stages) if build.cache else ())
     emit_nodes(build, copy)
     return finished(build, copy, inputs)
 
@@ -125,15 +129,19 @@ def add_mask(build: Builder, graph: Graph, tokens: str, *, cached: bool) -> ir.V
 def _go_on_from_cache(build: Builder, graph: Graph) -> None:
     """Positions follow from the mask; keys and values are joined with those of past tokens."""
     tokens = graph.inputs[TOKENS]
-    for node in graph.nodes_named("token_select", "token_match"):
-        raise TargetError("tokens that are chosen from a whole prompt cannot go on from a cache", where=node.scope)
+    restore_windows(graph)
+    named = named_stages(graph)
     places = given_positions(graph, TOKENS)
     graph.prune()
+    named = own_places(graph, named)
     for node in graph.nodes_named(*COUNTING):
         raise TargetError(f"`{node.op.name}` over tokens cannot go on from a cache", where=node.scope)
-    del graph.inputs[places.name]
-    build.cache = Cache(build, tokens.shape[1])
+    for name in [name for name in graph.inputs if name != TOKENS]:
+        del graph.inputs[name]
+    build.cache = Cache(build, tokens.shape[1], stages=[stage.dim for stage in named])
     build.values[places] = build.masks.query_places()
+    build.stages = Stages(build, {stage.choice: stage for stage in named})
+    build.stages.begin()
 
 
 def _keep_logits(build: Builder, graph: Graph) -> ir.Value:
@@ -201,6 +209,7 @@ def finished(build: Builder, graph: Graph, inputs: Sequence[ir.Value]) -> Lowere
         {stored.name: stored for stored in build.stored.values()},
         list(cache.past) if cache is not None else [],
         build.notes,
+        stage_table(graph, cache, list(build.stages.chosen.values())) if cache and build.stages else "",
     )
 
 

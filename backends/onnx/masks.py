@@ -22,6 +22,17 @@ END = torch.iinfo(torch.int64).max
 LOWEST = torch.finfo(torch.float32).min
 
 
+@dataclass(frozen=True)
+class Staged:
+    """The positions of a stage's tokens: of ``new`` ones [B, K], less than 0 for padding, and as ``turns`` not less; of
+    all ``keys`` [B, S] and whether they ``exists``."""
+
+    new: ir.Value
+    turns: ir.Value
+    keys: ir.Value
+    exists: ir.Value
+
+
 @dataclass
 class Masks:
     """``given`` int64 [B, S] is 1 where there is a token; ``tokens`` is the dim of new tokens, ``cached`` says that
@@ -37,6 +48,7 @@ class Masks:
     kept: dict[Dim, ir.Value] = field(default_factory=dict[Dim, "ir.Value"])
     written: dict[Value, ir.Value] = field(default_factory=dict["Value", "ir.Value"])
     made: dict[object, ir.Value | None] = field(default_factory=dict[object, "ir.Value | None"])
+    staged: dict[Dim, Staged] = field(default_factory=dict[Dim, "Staged"])
 
     def of(self, node: Node) -> ir.Value | None:
         """What is added to the scores [B, H, T, S] of an attention; None when nothing is masked."""
@@ -51,14 +63,17 @@ class Masks:
     def exists_of(self, length: Dim) -> ir.Value | None:
         """Which of so many tokens are there, int64 [B, length]; None when all of them are."""
         if length == self.tokens:
-            return self.given
+            return self.new() if self.cached else self.given
         return self.source if length == self.source_tokens else self.kept.get(length)
 
     def _allowed(self, node: Node, queries: Dim, length: Dim) -> ir.Value | None:
-        given = self.exists_of(length)
         causal, window = node.attr("causal"), node.attr("window")
-        if self.cached and given is self.given and given is not None:
-            return self._between(self.query_places(), self.key_places(), window, causal=True, given=given)
+        if self.cached and length == self.tokens and self.given is not None:
+            return self._between(self.query_places(), self.key_places(), window, causal=True, given=self.given)
+        if length in self.staged:
+            stage = self.staged[length]
+            return self._between(stage.turns, stage.keys, window, causal=True, given=stage.exists)
+        given = self.exists_of(length)
         rows, columns = (self.count(dim) for dim in (queries, length)) if causal or window else (None, None)
         return self._between(rows, columns, window, causal=causal, given=given)
 
@@ -105,6 +120,15 @@ class Masks:
             before = build.op("Sub", counted, build.scalar(1, torch.int64))
             self.made["keys"] = build.op("Max", before, build.scalar(0, torch.int64))
         found = self.made["keys"]
+        assert found is not None  # made above
+        return found
+
+    def new(self) -> ir.Value:
+        """Which of the new tokens are there, int64 [B, T]."""
+        if "new" not in self.made:
+            build, start = self.build, self.build.op("Neg", self.build.dim(self.tokens))
+            self.made["new"] = build.op("Slice", self.given, start, build.ints(END), build.ints(1))
+        found = self.made["new"]
         assert found is not None  # made above
         return found
 

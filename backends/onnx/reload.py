@@ -14,11 +14,13 @@ from torch import Tensor
 from backends.onnx.builder import exactly
 from backends.onnx.check import largest_error
 from backends.onnx.emission import OnnxEmission
+from backends.onnx.lower import is_causal
 from backends.onnx.write import SHARD_BYTES, save_models
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments
 from compiler.ir.rounded import other_codes, rounds_activations, widest, without_rounding
+from compiler.ir.stages import after_prompt
 
 VECTORS, EXACT = "parity.npz", ".exact."
 BATCH, LENGTH, SIZE = 2, 6, 32
@@ -56,13 +58,22 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
         bound = widest(graph)  # products round their inputs in a way of their own
     elif rounds:
         bound = other_codes(graph, outputs, exact)
-    vectors = _vectors(inputs, outputs, bound or tolerance)
+    vectors = _vectors(inputs, outputs, bound or tolerance) | _later(graph, inputs)
     np.savez(directory / VECTORS, allow_pickle=False, **vectors)
     written = largest_error(directory / emission.main, vectors)
     if bound is None:
         return Reloaded(written, tolerance)
-    twin = _exact_error(emission, directory, _vectors(inputs, exact, tolerance), shard_bytes)
+    plain = _vectors(inputs, exact, tolerance) | _later(without_rounding(graph), inputs)
+    twin = _exact_error(emission, directory, plain, shard_bytes)
     return Reloaded(twin, tolerance, written, bound)
+
+
+def _later(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a causal model that drops tokens of prompts gives when only a start is the prompt."""
+    if not is_causal(graph) or not graph.nodes_named("token_select"):
+        return {}
+    start = inputs["input_ids"].shape[1] // 2
+    return {"decoded.logits": run(after_prompt(graph, start), inputs)["logits"].numpy()}
 
 
 def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, Any], shard_bytes: int) -> float:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from backends.onnx.check import PAST, PRESENT, dtype_of, session
+from backends.onnx.check import PAST, PRESENT, empty_cache, session
 from compiler.errors import CheckpointError
 
 ONE = np.ones(1, np.int64)
+POSITIONS = ".positions"  # of a stage's tokens, [B, S]
 IN_PLACE = "compress-model.cache-in-place"
 
 
@@ -74,7 +75,7 @@ class Runner:
         mask = np.ones((1, len(ids) + count), np.int64)
         started = time.perf_counter()
         found, past = self._run(np.array([ids]), mask[:, : len(ids)], self._empty(1))
-        steps = self._steps(past, len(ids), count) if self._in_place else None
+        steps = self._steps(past, count) if self._in_place else None
         for step in range(count):
             token = int(found[0, -1].argmax())
             yield token, time.perf_counter() - started
@@ -92,23 +93,22 @@ class Runner:
         return Timing(seconds[0], seconds[1:])
 
     def _empty(self, batch: int) -> dict[str, Any]:
-        shapes = {value.name: (batch, value.shape[1], 0, value.shape[3]) for value in self._past}
-        kinds = {value.name: dtype_of(value) for value in self._past}
-        return {name: self._value(np.zeros(shape, kinds[name])) for name, shape in shapes.items()}
+        return {name: self._value(array) for name, array in empty_cache(self._session, batch).items()}
 
     def _value(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
-    def _steps(self, past: dict[str, Any], used: int, count: int) -> _Steps:
+    def _steps(self, past: dict[str, Any], count: int) -> _Steps:
         """What runs single tokens, with the cache in buffers that have room for ``count`` more."""
+        grown = {name: value for name, value in past.items() if name.endswith(POSITIONS)}
         roomy: dict[str, Any] = {}
-        for name, value in past.items():
-            array = value.numpy()
-            wide = np.zeros((*array.shape[:2], used + count, array.shape[3]), array.dtype)
-            wide[:, :, :used] = array
+        for name in past.keys() - grown.keys():
+            array = past[name].numpy()
+            wide = np.zeros((*array.shape[:2], array.shape[2] + count, array.shape[3]), array.dtype)
+            wide[:, :, : array.shape[2]] = array
             roomy[name] = self._value(wide)
         width = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")
-        return _Steps(self._session, roomy, np.zeros((1, 1, width), np.float32), self._value)
+        return _Steps(self._session, roomy, grown, np.zeros((1, 1, width), np.float32), self._value)
 
     def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, last: bool = True) -> tuple[Any, dict[str, Any]]:
         """Logits, of the ``last`` token or of all, and what is cached then."""
@@ -122,10 +122,11 @@ class Runner:
 
 
 class _Steps:
-    """Single tokens through a model whose cache is read and written in ``buffers``; all is bound once but the mask."""
+    """Single tokens through a model whose cache is read and written in ``buffers``; all is bound once but the mask, and
+    the few numbers that have ``grown`` by the token before."""
 
-    def __init__(self, model: Any, buffers: dict[str, Any], logits: Any, value: Any) -> None:
-        self._model, self._buffers, self._logits = model, buffers, logits
+    def __init__(self, model: Any, buffers: dict[str, Any], grown: dict[str, Any], logits: Any, value: Any) -> None:
+        self._model, self._buffers, self._grown, self._logits = model, buffers, grown, logits
         self._token, self._binding = np.zeros((1, 1), np.int64), model.io_binding()
         self._held = (value(self._token), value(logits))  # these views live as long as their binding
         self._binding.bind_ortvalue_input("input_ids", self._held[0])
@@ -133,13 +134,20 @@ class _Steps:
         for name, buffer in buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
             self._binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), buffer)
+        self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in (*buffers, *grown))]
 
     def run(self, token: int, mask: Any) -> Any:
         """Logits [1, 1, V] after ``token``; ``mask`` [1, S] has it and all before it."""
         self._token[0, 0] = token
         given = np.ascontiguousarray(mask)
         self._binding.bind_cpu_input("attention_mask", given)
+        for name, value in self._grown.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_output(name.replace(PAST, PRESENT, 1))
         self._model.run_with_iobinding(self._binding)
+        if self._grown:
+            found = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+            self._grown = {name: found[name.replace(PAST, PRESENT, 1)] for name in self._grown}
         return self._logits
 
 

@@ -118,6 +118,20 @@ def dim_sum(dims: Iterable[Dim]) -> Dim:
     return canonical_dim("+".join(f"({dim})" for dim in dims))
 
 
+def substituted(dim: Dim, names: Mapping[str, Dim]) -> Dim:
+    """``dim`` with other dims for some of its parts: ``substituted("B*floor(T/2)", {"floor(T/2)": "K"}) == "B*K"``."""
+    if isinstance(dim, int) or not names:
+        return dim
+    return names[dim] if dim in names else _substituted(dim, tuple(names.items()))
+
+
+@lru_cache(maxsize=4096)
+def _substituted(dim: str, names: tuple[tuple[str, Dim], ...]) -> Dim:
+    symbols = _symbols(" ".join([dim, *(f"{old} {new}" for old, new in names)]))
+    pairs = [(_symbolic(old, symbols), _symbolic(str(new), symbols)) for old, new in names]
+    return canonical_dim(str(_symbolic(dim, symbols).subs(pairs)))
+
+
 def resolve_dim(dim: Dim, bindings: Mapping[str, int]) -> int:
     """The integer a dim stands for under ``bindings`` (dim name to size)."""
     if isinstance(dim, int):

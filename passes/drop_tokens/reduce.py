@@ -13,7 +13,7 @@ from compiler.pipeline import Context
 from passes.drop_tokens.counts import counts, paired
 from passes.drop_tokens.follow import Following
 from passes.drop_tokens.places import Place, ends, places
-from passes.drop_tokens.scores import Ops, metric, neighbours, scores
+from passes.drop_tokens.scores import Ops, by_place, metric, neighbours, scores
 
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
@@ -34,7 +34,8 @@ class Chosen:
 
 @dataclass
 class Reduction:
-    """``sizes`` [B, K] is of how many tokens each is the mean by now, and ``sized`` that of an attention's keys."""
+    """``sizes`` [B, K] is of how many tokens each is the mean by now, ``sized`` that of an attention's keys, and
+    ``numbers`` [B, K] are the places that tokens had at first, where scores go by those."""
 
     graph: Graph
     options: DropTokens
@@ -42,6 +43,7 @@ class Reduction:
     suffix: int
     sizes: Value | None = None
     sized: dict[Node, Value] = field(default_factory=dict[Node, Value])
+    numbers: Value | None = None
 
     def drop(self, place: Place, keep: Dim) -> None:
         """Let ``keep`` tokens remain. Raises PassError when something behind ``place`` needs every token."""
@@ -69,9 +71,16 @@ class Reduction:
             first, slots = neighbours(ops, place, self.prefix, int(place.tokens) - fixed, int(keep) - fixed)
             index, rest = ops.all("token_select", first, **own)
             return Chosen(index, rest, ops("token_take", slots, rest))
-        weight = scores(ops, place, self.options)
+        if self.options.score in ("random", "recency") and self.numbers is None:
+            self.numbers = by_place(self._outside(ops, place), place)
+        weight = scores(ops, place, self.options, self.numbers)
         index, rest = ops.all("token_select", weight, **own)
+        self.numbers = self.numbers and self._outside(ops, place)("token_take", self.numbers, index)
         return Chosen(index, rest, None, weight) if merge == "extra" else Chosen(index)
+
+    def _outside(self, ops: Ops, place: Place) -> Ops:
+        """For what layers share."""
+        return Ops(self.graph, place.layer.stack.rpartition(".")[0], ops.anchor)
 
     def _short(self, ops: Ops, stream: Value, chosen: Chosen) -> Value:
         if chosen.rest is None:

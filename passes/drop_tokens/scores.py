@@ -36,8 +36,8 @@ class Ops:
         return self.all(name, *inputs, **attrs)[0]
 
 
-def scores(ops: Ops, place: Place, options: DropTokens) -> Value:
-    """A number [B, T] for each token; those with the largest remain."""
+def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -> Value:
+    """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first."""
     node, kind = place.attention, options.score
     query, key = node.input(0), node.input(1)
     if kind == "class" and node.attr("causal"):
@@ -49,8 +49,16 @@ def scores(ops: Ops, place: Place, options: DropTokens) -> Value:
     if kind == "key-norm":
         squares = ops("sum", ops("mul", key, key), axes=(3,))
         return ops("neg", ops("mean", ops("sqrt", squares), axes=(1,)))
-    number = _numbers(ops, key.shape[2])
-    return _spread(ops, _random(ops, number, options.seed) if kind == "random" else number, place)
+    assert numbers is not None  # of what goes by place
+    number = ops("cast", numbers, dtype=torch.float32)
+    return _random(ops, number, options.seed) if kind == "random" else number
+
+
+def by_place(ops: Ops, place: Place) -> Value:
+    """0, 1, 2, ... for the tokens of every sample, int64 [B, T]."""
+    batch, tokens = place.stream.shape[:2]
+    row = ops("reshape", ops("arange", stop=tokens), shape=(1, tokens))
+    return ops("expand", row, shape=(batch, tokens))
 
 
 def _numbers(ops: Ops, tokens: Dim) -> Value:

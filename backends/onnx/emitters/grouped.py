@@ -12,12 +12,14 @@ import onnx_ir as ir
 import torch
 
 from backends.onnx.builder import Builder, dense
+from backends.onnx.cache import PAST_AXIS
 from backends.onnx.emitters.linear import linear_map
 from backends.onnx.emitters.norms import rms_scale
-from backends.onnx.fusion import Grouped, Operand
+from backends.onnx.fusion import Grouped, Operand, rotary_table_of
 from backends.onnx.quantised import joined
 from backends.onnx.target import CONTRIB
 from compiler.ir.graph import Node, Param, Value
+from compiler.ir.types import Dim
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import concat
 from compiler.weights.ops.rotary import rotary_table
@@ -32,13 +34,15 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
     heads, groups, width = (int(dim) for dim in (node.input(0).shape[1], *node.input(1).shape[1::2]))
     names = [cache.name(node, what) for what in ("key", "value")]
     codes = _codes(build, parts)
-    past = [cache.entry(name, groups, width, ir.DataType.INT8 if codes else ir.DataType.FLOAT) for name in names]
+    kind, axis = ir.DataType.INT8 if codes else ir.DataType.FLOAT, cache.axis(cache.new(node), PAST_AXIS)
+    apart = cache.new(node) in cache.stages or _scored(node)
+    past = [cache.entry(name, groups, width, kind, past=axis) for name in names]
     outputs = build.ops(
         "GroupQueryAttention",
-        *_projected(build, parts),
+        *(_turned(build, node, parts) if apart else _projected(build, parts)),
         *past,
-        *_lengths(build),
-        *_tables(build, parts.query.rope),
+        *_lengths(build, cache.new(node)),
+        *_tables(build, None if apart else parts.query.rope),
         build.masks.of(node),
         build.optional(node, 5),
         *codes,
@@ -47,7 +51,7 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
         num_heads=heads,
         kv_num_heads=groups,
         scale=node.attr("scale"),
-        **_attributes(node, parts),
+        **_attributes(node, None if apart else parts),
         **(CODED if codes else {}),
     )
     for name, value in zip(names, outputs[1:], strict=True):
@@ -63,10 +67,10 @@ def _codes(build: Builder, parts: Grouped) -> tuple[ir.Value, ...]:
     return tuple(build.constant(torch.tensor([node.attr("scale")], dtype=torch.float32)) for node in rounded)
 
 
-def _attributes(node: Node, parts: Grouped) -> dict[str, int | float]:
-    """Only those that differ from the defaults."""
+def _attributes(node: Node, parts: Grouped | None) -> dict[str, int | float]:
+    """Only those that differ from the defaults; without ``parts`` queries and keys are turned already."""
     found: dict[str, int | float] = {}
-    if parts.query.rope is not None:
+    if parts is not None and parts.query.rope is not None:
         found |= {"do_rotary": 1, "rotary_interleaved": int(parts.query.rope.attr("layout") != "half")}
     return found | ({"softcap": node.attr("softcap")} if node.attr("softcap") else {})
 
@@ -101,35 +105,81 @@ def _stacked(build: Builder, values: Sequence[Value]) -> Param:
     return Param(name, expr.type.with_dtype(params[0].type.dtype), expr=expr, storage=expr.dtype)
 
 
-def _lengths(build: Builder) -> tuple[ir.Value, ir.Value]:
-    """How many tokens there are: for every sample one less, and in all."""
-    given = build.masks.given
-    assert given is not None and given.shape is not None  # a cached model has a mask
-    if "lengths" not in build.shared:
+def _lengths(build: Builder, tokens: Dim) -> tuple[ir.Value, ir.Value]:
+    """How many tokens there are where so many ``tokens`` are new: for every sample one less, and in all."""
+    stage, name = build.masks.staged.get(tokens), f"lengths of {tokens}"
+    given = build.masks.given if stage is None else stage.keys
+    if name not in build.shared:
         total = build.op("Cast", build.op("Shape", given, start=1, end=2), to=ir.DataType.INT32)
         last = build.op("Sub", total, build.constant(torch.tensor([1], dtype=torch.int32)))
         batch = build.op("Shape", given, start=0, end=1)
-        build.shared["lengths"] = (build.op("Expand", last, batch), total)
-    found = build.shared["lengths"]
+        build.shared[name] = (build.op("Expand", last, batch), total)
+    found = build.shared[name]
     return found[0], found[1]
 
 
 def _tables(build: Builder, rope: Node | None) -> Sequence[ir.Value | None]:
     """Cosines, sines and the positions to look up."""
-    if rope is None:
-        return [None, None, None]
-    table = rope.input(1).node
+    return [None, None, None] if rope is None else [*_sines(build, rope), _turns(build)]
+
+
+def _sines(build: Builder, rope: Node) -> list[ir.Value]:
+    """Cosines and sines of all positions."""
+    table = rotary_table_of(rope)
     assert table is not None  # a fused rope has one
     frequencies = table.input(1)
     assert isinstance(frequencies, Param)  # a fused rope's are
-    made = [
+    return [
         build.store(
             f"{frequencies.name}.{function}",
             rotary_table(dense(frequencies), function, build.fusions.positions, table.attr("scale")),
         )
         for function in ("cos", "sin")
     ]
-    return [*made, _turns(build)]
+
+
+def _scored(node: Node) -> bool:
+    """Whether what chooses tokens reads the queries or keys of ``node``."""
+    return any(len(value.users) > 1 for value in node.inputs[:2] if value is not None)
+
+
+def _turned(build: Builder, node: Node, parts: Grouped) -> Sequence[ir.Value]:
+    """Query, key and value, turned one by one: positions in a stage have gaps, and others read what is turned."""
+    made: list[ir.Value] = []
+    for value, operand in zip(node.inputs[:3], (parts.query, parts.key, parts.value), strict=True):
+        flat = _apart(build, operand)
+        made.append(flat if operand.rope is None else _rotated(build, flat, operand.rope))
+        if value is not None and len(value.users) > 1:
+            heads, width = (int(dim) for dim in value.shape[1::2])
+            split = build.op("Reshape", made[-1], build.ints(0, 0, heads, width))
+            build.values[value] = build.op("Transpose", split, perm=(0, 2, 1, 3))
+    return made
+
+
+def _apart(build: Builder, operand: Operand) -> ir.Value:
+    """``_flat``, with the projection that fusion took."""
+    made = operand.flat.node
+    if made is None or made not in build.fusions.absorbed or operand.flat in build.values:
+        return _flat(build, operand)
+    weight, bias = made.input(1), made.optional_input(2)
+    assert isinstance(weight, Param) and (bias is None or isinstance(bias, Param))  # projections' are
+    return linear_map(build, build.arg(made, 0), weight, bias)
+
+
+def _rotated(build: Builder, flat: ir.Value, rope: Node) -> ir.Value:
+    heads, tokens, width = rope.input(0).shape[1:]
+    stage = build.masks.staged.get(tokens)
+    turned = 2 * int(rope.input(1).shape[-1])
+    partial = {"rotary_embedding_dim": turned} if turned != width else {}
+    return build.contrib(
+        "RotaryEmbedding",
+        flat,
+        build.masks.query_places() if stage is None else stage.turns,
+        *_sines(build, rope),
+        num_heads=int(heads),
+        interleaved=int(rope.attr("layout") != "half"),
+        **partial,
+    )
 
 
 def _turns(build: Builder) -> ir.Value:

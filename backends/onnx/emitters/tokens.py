@@ -90,7 +90,7 @@ def token_select(build: Builder, node: Node) -> Sequence[ir.Value]:
     first, gone = (order, order) if not with_rest else _cut(build, order, keep)
     index, places = build.ops("TopK", first, build.dim(keep), count=2, largest=0)
     if exists is not None:
-        _pad(build, node, keep, exists, places)
+        _pad(build, node, keep, exists, index, places)
     if not with_rest:
         return index, index  # nobody reads the second
     return index, build.ops("TopK", gone, build.dim(node.outputs[1].shape[1]), count=2, largest=0)[0]
@@ -102,15 +102,22 @@ def _cut(build: Builder, order: ir.Value, keep: Dim) -> tuple[ir.Value, ir.Value
     return build.op("Slice", order, nothing, count, axis), build.op("Slice", order, count, end, axis)
 
 
-def _pad(build: Builder, node: Node, keep: Dim, exists: ir.Value, places: ir.Value) -> None:
-    """Call what a sample keeps beyond its own part padding. ``places`` [B, K] are ranks by score."""
-    masks = build.masks
-    assert masks.given is not None  # there is no padding without
-    whole = _total(build, masks.given)
-    own = build.op("Min", build.computed(keep, {str(masks.tokens): whole}), _total(build, exists))
+def _pad(build: Builder, node: Node, keep: Dim, exists: ir.Value, index: ir.Value, places: ir.Value) -> None:
+    """Call what a sample keeps beyond its own part padding. ``places`` [B, K] are ranks by score of the tokens at
+    ``index``."""
+    masks, there = build.masks, _total(build, exists)
+    came = masks.exists_of(masks.tokens)
+    assert came is not None  # there is no padding without
+    stage, whole = build.stages and build.stages.chosen[node], _total(build, came)
+    if build.stages and stage:
+        own = build.stages.own(stage, whole, there)
+    else:
+        own = build.op("Min", build.computed(keep, {str(masks.tokens): whole}), there)
     flags = build.op("Cast", build.op("Less", places, own), to=ir.DataType.INT64)
     masks.kept[keep] = flags
     masks.written[node.outputs[0]] = flags
+    if build.stages and stage:
+        build.stages.enter(stage, index, flags)
 
 
 def _protected(build: Builder, node: Node, exists: ir.Value | None) -> ir.Value:
