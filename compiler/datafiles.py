@@ -1,4 +1,5 @@
-"""Data that recipes name: a text file, or recordings of speech (a ``.wav`` file or a directory of them)."""
+"""Data that recipes name: a text file, recordings of speech (a ``.wav`` file or a directory of them), or a directory of
+labelled pictures in idx files."""
 
 from __future__ import annotations
 
@@ -9,23 +10,27 @@ from pathlib import Path
 from compiler.errors import DataError
 
 SUFFIX = ".wav"
-TAKES = {"input_ids": "text", "input_features": "speech"}
+TAKES = {"input_ids": "text", "input_features": "speech", "pixel_values": "pictures"}
 INSTEAD = {
     "text": "name a text file",
     "speech": "name a directory of recordings (.wav)",
+    "pictures": "name a directory of labelled pictures (train-images-idx3-ubyte and the like)",
     "": "leave it out: there is no data for this kind of model",
 }
+PARTS = ("train", "t10k")
 
 
-def is_speech(data: Path) -> bool:
-    """Whether ``data`` stands for recordings and not for a text."""
-    return data.is_dir() or data.suffix.lower() == SUFFIX
+def kind_of(data: Path) -> str:
+    """``speech``, ``pictures`` or ``text``: what ``data`` stands for."""
+    if has_pictures(data):
+        return "pictures"
+    return "speech" if data.is_dir() or data.suffix.lower() == SUFFIX else "text"
 
 
 def check_kind(inputs: Iterable[str], data: Path, model: str) -> None:
     """Raises DataError when ``data`` is not of the kind that a model takes whose inputs have these names."""
     takes = next((TAKES[name] for name in inputs if name in TAKES), "")
-    given = "speech" if is_speech(data) else "text"
+    given = kind_of(data)
     if takes != given:
         raise DataError(f"a {model} takes no {given}, which `{data.name}` is", remedy=INSTEAD[takes])
 
@@ -37,13 +42,29 @@ def recordings(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.suffix.lower() == SUFFIX and path.is_file())
 
 
+def has_pictures(data: Path) -> bool:
+    """Whether ``data`` is a directory of pictures in idx files."""
+    return data.is_dir() and any(path.is_file() for part in PARTS for path in picture_files(data, part))
+
+
+def picture_files(data: Path, part: str) -> tuple[Path, Path]:
+    """The idx files of a part's pictures and labels, compressed (``.gz``) where only that is there."""
+    plain = (data / f"{part}-images-idx3-ubyte", data / f"{part}-labels-idx1-ubyte")
+    images, labels = (path if path.is_file() else path.with_name(f"{path.name}.gz") for path in plain)
+    return images, labels
+
+
 def fingerprint(data: Path) -> str:
-    """The sha256 of a file's bytes; of recordings in a directory that of their paths in it and their own sha256s."""
+    """The sha256 of a file's bytes; of files in a directory that of their paths in it and their own sha256s."""
     if not data.is_dir():
-        return _sha256(data.read_bytes())
-    lines = [f"{path.relative_to(data).as_posix()} {_sha256(path.read_bytes())}\n" for path in recordings(data)]
-    return _sha256("".join(lines).encode())
+        return _sha256(data)
+    files = recordings(data)
+    if has_pictures(data):
+        files = sorted(path for part in PARTS for path in picture_files(data, part) if path.is_file())
+    lines = [f"{path.relative_to(data).as_posix()} {_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,8 +22,9 @@ from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
+from compiler.datafiles import has_pictures
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
-from compiler.evaluate.parity import Verification, verify_by_reload, verify_onnx
+from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
 from compiler.ir.graph import Graph
@@ -35,15 +36,17 @@ from compiler.recipe.schema import Calibration
 from compiler.report.lock import job_key, make_lock
 from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
-from compiler.target import checkpoint_for, onnx_for
+from compiler.target import checkpoint_for, gguf_for, onnx_for
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.writer import BUDGET, explained
 
 if TYPE_CHECKING:
+    from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
 
 SMALLEST_BUDGET = 64 << 20
 ONNX_FOLDER = "onnx"
+GGUF_FOLDER = "gguf"
 
 
 @dataclass
@@ -80,10 +83,13 @@ class _Run:
 
     def _batches(self, graph: Graph, wanted: Calibration) -> Sequence[Mapping[str, Tensor]]:
         from compiler.evaluate.data import data_windows
+        from compiler.evaluate.images import picture_batches
         from compiler.evaluate.loading import load_model, load_tokenizer
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
+        if has_pictures(wanted.data):
+            return picture_batches(graph, wanted.data, wanted.samples)
         if len(graph.inputs) == 1:
             tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             batches = token_batches(graph, data.windows(tokenizer))
@@ -205,6 +211,7 @@ class _Passed:
     report: Report
     emission: Emission | None
     onnx: OnnxEmission | None
+    gguf: GgufEmission | None
 
 
 def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
@@ -221,7 +228,7 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
         bytes_of=bytes_in_file(recipe.compact),
         calibration=no_calibration if run.recipe.calibration is None else run.calibration,
     )
-    return _Passed(graph, report, checkpoint_for(graph, recipe), onnx_for(graph, recipe))
+    return _Passed(graph, report, checkpoint_for(graph, recipe), onnx_for(graph, recipe), gguf_for(graph, recipe))
 
 
 def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:
@@ -233,14 +240,17 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
         _write(run, passed.emission, graph, output, budget)
     if passed.onnx is not None:
         _write_onnx(run, passed.onnx, output, budget)
+    if passed.gguf is not None:
+        _write_gguf(run, passed.gguf, graph, output, budget)
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     own_code = bool(passed.emission and passed.emission.files)
     with run.step("verify"):
         verification, reloaded = _verify(run, passed, output, own_code)
+        of_gguf = _verify_gguf(run, passed, output)
     evaluation = _evaluate(run, output, own_code)
     findings = Findings(
-        passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded
+        passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded, passed.gguf, of_gguf
     )
     document = write_reports(findings, output.files)
     output.commit()
@@ -271,6 +281,25 @@ def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, budg
         emit(emission, emission.graph.sources, folder, journal=journal, budget=budget, on_progress=advance)
 
 
+def _write_gguf(run: _Run, emission: GgufEmission, graph: Graph, output: OutputDirectory, budget: int) -> None:
+    from backends.gguf import emit
+
+    folder = output.files / GGUF_FOLDER
+    folder.mkdir(exist_ok=True)
+    with run.step("write gguf"), run.console.progress("write gguf") as advance:
+        journal = output.state / "gguf-journal"
+        emit(emission, graph.sources, folder, journal=journal, budget=budget, on_progress=advance)
+
+
+def _verify_gguf(run: _Run, passed: _Passed, output: OutputDirectory) -> Verification | None:
+    """What transformers' reader of GGUF files gave; None when none is written."""
+    from backends.gguf import FILE_NAME
+
+    if passed.gguf is None:
+        return None
+    return verify_gguf(passed.graph, output.files / GGUF_FOLDER / FILE_NAME, memory=memory_to_use(run.recipe))
+
+
 def _verify(
     run: _Run, passed: _Passed, output: OutputDirectory, own_code: bool
 ) -> tuple[Verification | None, Verification | None]:
@@ -293,14 +322,17 @@ def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:
     """The comparison with the original that the recipe asks for; None when it asks for none."""
     from compiler.evaluate import evaluate_model
 
-    wanted = run.recipe.evaluate
+    from backends.gguf import FILE_NAME
+
+    wanted, checkpoint = run.recipe.evaluate, run.recipe.checkpoint
     if wanted is None:
         return None
     with run.step("evaluate"), run.console.progress("evaluate") as advance:
         return evaluate_model(
-            output.files,
+            output.files / GGUF_FOLDER / FILE_NAME if checkpoint is None else output.files,
             against=run.recipe.model,
             data=wanted.data,
+            items=wanted.items,
             metrics=wanted.metrics,
             samples=wanted.samples,
             length=wanted.length,

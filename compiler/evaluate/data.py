@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compiler.datafiles import check_kind
+from compiler.datafiles import check_kind, has_pictures
+from compiler.evaluate.images import model_pictures, read_pictures
 from compiler.evaluate.inputs import Window, is_paired, text_windows
 from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
 from compiler.evaluate.pairs import written_window
@@ -15,15 +16,20 @@ from compiler.evaluate.speech import speech_features
 from compiler.evaluate.texts import TextData
 
 
-def data_windows(model: Any, path: str | Path, data: TextData, *, trust_remote_code: bool = False) -> list[Window]:
+def data_windows(
+    model: Any, path: str | Path, data: TextData, *, tokenizer: Any = None, trust_remote_code: bool = False
+) -> list[Window]:
     """``data`` as calls of ``model``, which is loaded from ``path``. What the decoder of an encoder-decoder is fed, the
-    model writes itself.
+    model writes itself. ``tokenizer`` is that of the model, loaded where it is not given.
 
     Raises DataError when the model takes other data, or the data is unfit.
     """
     check_kind([model.main_input_name], data.data, type(model).__name__)
+    if has_pictures(data.data):
+        pixels = read_pictures(data.data, "t10k", data.samples).pixels
+        return [Window({"pixel_values": each}) for each in model_pictures(model, path, pixels)]
     if not is_paired(model):
-        return text_windows(model, load_tokenizer(path, trust_remote_code=trust_remote_code), data)
+        return text_windows(model, tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code), data)
     with quiet():
         return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
 

@@ -22,6 +22,10 @@ class Window:
     ids: Tensor | None = None
     text_bytes: int = 0
 
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The arguments, those of floats in ``dtype``."""
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.arguments.items()}
+
 
 def is_causal(model: Any) -> bool:
     """Whether a loaded model continues token sequences."""

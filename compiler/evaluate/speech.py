@@ -38,6 +38,11 @@ def _clips(path: Path, extractor: Any) -> list[Any]:
     return [wave[start : start + most] for start in range(0, len(wave), most)]
 
 
+def clip_features(extractor: Any, path: Path) -> list[Tensor]:
+    """Audio features [1, bands, frames] of a recording, of each of the clips that it is cut into."""
+    return [_features(extractor, clip) for clip in _clips(path, extractor)]
+
+
 def _features(extractor: Any, clip: Any) -> Tensor:
     return extractor(clip, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
 

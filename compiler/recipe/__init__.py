@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compiler.datafiles import recordings
+from compiler.datafiles import has_pictures, recordings
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
 from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Onnx, Run, Safetensors, build
@@ -20,6 +20,7 @@ from compiler.recipe.yamltree import Tree, read_tree
 from passes import pass_class, pass_names
 
 INCLUDED = "included"
+FILES = ("data", "items")
 
 
 @dataclass(frozen=True)
@@ -294,14 +295,16 @@ class _Checker:
         if tree is None:
             return None
         section = build(SECTIONS[name], tree, name)
-        data = tree.items.get("data")
-        return replace(section, data=self._data(data)) if data is not None else section
+        read = {"data": self._data, "items": self._file}
+        found = {key: read[key](tree.items[key]) for key in FILES if key in tree.items}
+        return replace(section, **found) if found else section
 
     def _data(self, tree: Tree) -> Path:
         path = self._resolve(tree)
-        if path.is_dir() and not recordings(path):
-            cause = f"the directory `{tree.value}` has no recordings"
-            raise RecipeError(cause, span=tree.span, remedy="name a text file, or a directory of .wav files")
+        if path.is_dir() and not recordings(path) and not has_pictures(path):
+            cause = f"the directory `{tree.value}` has no recordings and no pictures"
+            remedy = "name a text file, or a directory of .wav or of idx files"
+            raise RecipeError(cause, span=tree.span, remedy=remedy)
         if not path.exists():
             raise RecipeError(
                 f"there is no file `{tree.value}`",
@@ -350,7 +353,7 @@ class _Checker:
             return relative(tree, self._path)
         plain = tree.plain()
         if key in ("calibration", "evaluate"):
-            plain["data"] = relative(tree.items["data"], self._path)
+            plain |= {name: relative(tree.items[name], self._path) for name in FILES if name in tree.items}
         return plain
 
 

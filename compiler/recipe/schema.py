@@ -46,6 +46,11 @@ def format_memory(count: int) -> str:
 Memory = Annotated[int, BeforeValidator(parse_memory), WithJsonSchema({"type": "string", "pattern": f"^{MEMORY}$"})]
 SMALLEST_SHARD = 10**6
 Count = Annotated[int, Field(ge=1)]
+MetricName = Literal[
+    "perplexity", "bits-per-byte", "calibration-error", "kl", "agreement", "perplexity-by-position", "kl-by-position",
+    "agreement-by-position", "generation", "needle", "conversation", "choices", "cosine", "relative-error",
+    "similarity", "ratings", "neighbours", "probe", "word-errors",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +70,14 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """The text that the result is compared with the original on, and what is measured."""
+    """What the result is compared with the original on, and what is measured; ``items`` are questions and the like."""
 
     data: Path
+    items: Path | None = None
     samples: Count = 16
     length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
-    metrics: tuple[Literal["perplexity", "bits-per-byte", "kl", "agreement", "cosine", "relative-error"], ...] = (
-        "perplexity",
-        "kl",
-        "agreement",
-    )
+    metrics: tuple[MetricName, ...] = ("perplexity", "kl", "agreement")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,9 +92,9 @@ def plain(value: Any) -> Any:
 
 
 def _options(section: Any, written: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a section; the path of its data as the recipe writes it."""
-    options = plain(spell(section))
-    return {**options, "data": without_folder(written["data"])} if "data" in written else options
+    """The options of a section; the paths of its files as the recipe writes them."""
+    options = {name: value for name, value in plain(spell(section)).items() if (name, value) != ("items", None)}
+    return options | {name: without_folder(written[name]) for name in ("data", "items") if name in written}
 
 
 def without_folder(path: str) -> str:
@@ -130,6 +130,8 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if section is not None:
             inputs[name] = {"sha256": fingerprint(section.data)}
+            items = getattr(section, "items", None)
+            inputs[name] |= {"items": fingerprint(items)} if items is not None else {}
     for number, step in enumerate(recipe.passes, 1):
         files = {name: value for name, value in step.options().items() if isinstance(value, Path)}
         inputs |= {f"{number}-{name}": {"sha256": fingerprint(path)} for name, path in files.items()}

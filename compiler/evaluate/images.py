@@ -1,0 +1,106 @@
+"""Labelled pictures in idx files (the format of MNIST), checked, as what a model of pictures takes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compiler.datafiles import picture_files
+from compiler.errors import DataError
+from compiler.frontend.sizes import image_shape
+from compiler.ir.graph import Graph
+
+MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BYTES = 8  # the code of the type uint8
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """``pixels`` uint8 [count, height, width], and ``labels`` int64 [count]."""
+
+    pixels: Pixels
+    labels: Tensor
+
+
+def read_pictures(folder: Path, part: str, count: int) -> Pictures:
+    """The first ``count`` pictures of a part (``train`` or ``t10k``) of ``folder``, ``.gz`` or not.
+
+    Raises DataError when a file is missing, is no idx file of bytes, or holds fewer.
+    """
+    images, labels = picture_files(folder, part)
+    pixels, named = read_idx(images, 3, count), read_idx(labels, 1, count)
+    return Pictures(pixels, torch.from_numpy(named.astype(np.int64)))
+
+
+def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
+    """The first ``count`` entries of an idx file of bytes, [count, ...]; only these are read.
+
+    Raises DataError when it is none of so many ``dimensions``, or has fewer entries.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            magic = file.read(4)
+            if magic != bytes([0, 0, BYTES, dimensions]):
+                raise DataError(f"is no idx file of bytes with {dimensions} dimensions", where=str(path))
+            shape = np.frombuffer(file.read(4 * dimensions), ">u4").astype(int).tolist()
+            if len(shape) < dimensions or shape[0] < count:
+                raise DataError(
+                    f"there are {(shape or [0])[0]} entries where {count} are asked for",
+                    where=str(path),
+                    remedy="ask for fewer samples",
+                )
+            size = count * int(np.prod(shape[1:]))
+            data = file.read(size)
+    except (OSError, EOFError, gzip.BadGzipFile) as reason:
+        raise DataError(f"cannot read the pictures: {reason}", where=str(path)) from reason
+    if len(data) < size:
+        raise DataError(f"the file ends {size - len(data)} bytes early", where=str(path))
+    return np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+def picture_tensors(pixels: Pixels, side: int, mean: Sequence[float], spread: Sequence[float]) -> Iterator[Tensor]:
+    """Grey ``pixels`` [count, height, width] one by one, enlarged to ``side``, as [1, 3, side, side]."""
+    centre, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(spread).view(1, 3, 1, 1)
+    for grey in pixels:
+        one = torch.from_numpy(grey.astype(np.float32))[None, None] / 255
+        large = functional.interpolate(one, size=(side, side), mode="bicubic").expand(-1, 3, -1, -1)
+        yield (large - centre) / scale
+
+
+def model_pictures(model: Any, path: str | Path, pixels: Pixels) -> Iterator[Tensor]:
+    """``pixels`` as the model in ``path`` takes them: the size, mean and spread of its ``preprocessor_config.json``.
+
+    Without that file the size of its config and the mean and spread of ImageNet.
+    """
+    found = _preprocessor(Path(path))
+    side = _side(found.get("crop_size") or found.get("size")) or image_shape(model.config)[-1]
+    return picture_tensors(pixels, side, found.get("image_mean", MEAN), found.get("image_std", SPREAD))
+
+
+def picture_batches(graph: Graph, folder: Path, samples: int) -> list[dict[str, Tensor]]:
+    """The first ``samples`` training pictures as inputs of ``graph``, of the size that it takes."""
+    side = int(graph.inputs["pixel_values"].type.shape[-1])
+    pixels = read_pictures(folder, "train", samples).pixels
+    return [{"pixel_values": each} for each in picture_tensors(pixels, side, MEAN, SPREAD)]
+
+
+def _preprocessor(path: Path) -> dict[str, Any]:
+    file = path / "preprocessor_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        sides: dict[str, int] = size
+        return sides.get("height") or sides.get("shortest_edge")
+    return size

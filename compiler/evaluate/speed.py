@@ -1,0 +1,50 @@
+"""Tokens per second of two models, in turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from compiler.evaluate.decode import timed
+from compiler.evaluate.loading import load_model
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of two models, timed in turns; only their ratio means anything beyond this machine."""
+
+    prefill: float
+    decode: float
+    reference_prefill: float
+    reference_decode: float
+
+    @property
+    def prefill_ratio(self) -> float:
+        return self.prefill / self.reference_prefill
+
+    @property
+    def decode_ratio(self) -> float:
+        return self.decode / self.reference_decode
+
+
+def compare_speed(
+    path: str | Path,
+    against: str | Path,
+    *,
+    length: int = 256,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> Speed:
+    """Tokens per second of reading ``length`` random tokens and of writing ``new_tokens`` more, medians over rounds.
+
+    Both models are in memory and take turns, after one round that does not count.
+    """
+    models = [load_model(each, dtype=dtype, trust_remote_code=trust_remote_code) for each in (path, against)]
+    timings = [[timed(model, length, new_tokens) for model in models] for _ in range(rounds + 1)][1:]
+    (prefill, decode), (their_prefill, their_decode) = (
+        [median(turn[which][phase] for turn in timings) for phase in (0, 1)] for which in (0, 1)
+    )
+    return Speed(length / prefill, new_tokens / decode, length / their_prefill, new_tokens / their_decode)
