@@ -77,6 +77,7 @@ class Builder:
     head: Node | None = None
     kept: ir.Value | None = None
     stages: Stages | None = None
+    last: ir.Value | None = None
     shared: dict[str, Sequence[ir.Value]] = field(default_factory=dict[str, Sequence[ir.Value]])
 
     def __post_init__(self) -> None:

@@ -70,18 +70,23 @@ def _decoded(model: Any, ids: Any, logits: Any, beside: Arrays, later: Any = Non
     inputs that are the same in each step. ``later`` are the logits where only the start is a prompt, if they differ."""
     batch, length = ids.shape
     ones = np.ones((batch, length + PADDING), np.int64)
-    errors = [_distance(_step(model, ids, ones[:, :length], beside)[0], logits)]
+    errors = [_apart(_step(model, ids, ones[:, :length], beside)[0], logits)]
     start = length // 2
     steps = logits if later is None else later
     found, past = _step(model, ids[:, :start], ones[:, :start], beside)
-    errors.append(_distance(found, steps[:, :start]))
+    errors.append(_apart(found, steps[:, :start]))
     for place in range(start, length):
         found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], {**beside, **past})
         errors.append(_distance(found, steps[:, place : place + 1]))
     padded = np.concatenate((np.zeros((batch, PADDING), np.int64), ids), 1)
     ones[:, :PADDING] = 0
-    errors.append(_distance(_step(model, padded, ones, beside)[0][:, PADDING:], logits))
+    errors.append(_apart(_step(model, padded, ones, beside)[0][:, -length:], logits))
     return errors
+
+
+def _apart(found: Any, logits: Any) -> float:
+    """The error of the last tokens; some models score the last one only."""
+    return _distance(found, logits[:, -found.shape[1] :])
 
 
 def _step(model: Any, ids: Any, mask: Any, given: Arrays) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from backends.onnx.genai import require_generation
 from backends.onnx.lower import Lowered, is_causal, lowered
 from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
 from backends.onnx.target import CONTRIB, OPSET, TARGETS, Target
@@ -51,7 +52,9 @@ class OnnxEmission:
     def loads_in(self) -> tuple[str, ...]:
         """Where it runs, and what the user should know."""
         opsets = f"opset {OPSET}" + (" and its own operations" if self.runtime.contrib else "")
-        return (f"ONNX Runtime {self.runtime.runtime} or later ({opsets})", *(f"but: {note}" for note in self.notes))
+        loop = "onnxruntime-genai, and " if self.runtime.genai else ""
+        where = f"{loop}ONNX Runtime {self.runtime.runtime} or later ({opsets})"
+        return (where, *(f"but: {note}" for note in self.notes))
 
     def exact(self) -> OnnxEmission:
         """The same tensors, with nothing that is computed rounded to codes: neither inputs nor activations."""
@@ -113,8 +116,13 @@ def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4, rounds:
     """
     wanted = target_named(target)
     if is_pair(graph):
+        if wanted.genai:
+            require_generation(OnnxEmission(graph, wanted, "pair", {}, accuracy))
         encoder = lowered_encoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         decoder = lowered_decoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         return OnnxEmission(graph, wanted, "pair", {ENCODER: encoder, MAIN[1]: decoder}, accuracy)
     made = lowered(graph, wanted, accuracy=accuracy, rounds=rounds)
-    return OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {MAIN[0]: made}, accuracy)
+    found = OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {MAIN[0]: made}, accuracy)
+    if wanted.genai:
+        require_generation(found)
+    return found

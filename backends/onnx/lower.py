@@ -90,7 +90,7 @@ def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = T
         inputs.append(add_mask(build, copy, TOKENS, cached=causal))
     if causal:
         _go_on_from_cache(build, copy)
-        inputs.append(_keep_logits(build, copy))
+        inputs += _keep_logits(build, copy)
     if target.contrib:
         build.fusions = fusions(copy, (build.cache.tokens, *build.cache.stages) if build.cache else ())
     emit_nodes(build, copy)
@@ -144,14 +144,18 @@ def _go_on_from_cache(build: Builder, graph: Graph) -> None:
     build.stages.begin()
 
 
-def _keep_logits(build: Builder, graph: Graph) -> ir.Value:
-    """How many of the last tokens are scored, an input with a default: 0 is all of them."""
+def _keep_logits(build: Builder, graph: Graph) -> Sequence[ir.Value]:
+    """How many of the last tokens are scored, an input with a default: 0 is all of them. Where it is known that only
+    the last token of each sample is wanted, that is taken, and there is no input."""
+    heads = [node for node in graph.nodes if node.op.name == "linear" and _ends(node)]
+    build.head = heads[-1] if heads else None
+    if build.target.genai:
+        build.last = build.masks.last_tokens()
+        return []
     default = ir.tensor([0], dtype=ir.DataType.INT64, name=KEPT)
     shape, kind = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
     build.kept = ir.Value(name=KEPT, const_value=default, shape=shape, type=kind)
-    heads = [node for node in graph.nodes if node.op.name == "linear" and _ends(node)]
-    build.head = heads[-1] if heads else None
-    return build.kept
+    return [build.kept]
 
 
 def _ends(node: Node) -> bool:

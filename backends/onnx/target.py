@@ -13,14 +13,22 @@ CONTRIB_VERSION = 1
 
 @dataclass(frozen=True)
 class Target:
-    """``contrib``: ONNX Runtime's own operations may be used. ``runtime`` is the oldest ONNX Runtime that has all."""
+    """``contrib``: ONNX Runtime's own operations may be used. ``genai``: onnxruntime-genai runs it. ``runtime`` is the
+    oldest ONNX Runtime that has all."""
 
     name: str
     contrib: bool
+    genai: bool = False
     runtime: str = "1.23"
 
 
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (Target("ort-cpu", contrib=True), Target("onnx", contrib=False))
+    target.name: target
+    for target in (
+        Target("ort-cpu", contrib=True),
+        Target("genai", contrib=True, genai=True),
+        Target("onnx", contrib=False),
+    )
 }
-"""``ort-cpu`` is fast on a CPU by what ONNX Runtime has beyond the standard; ``onnx`` runs wherever opset 23 does."""
+"""``ort-cpu`` is fast on a CPU by what ONNX Runtime has beyond the standard, ``genai`` is the same for
+onnxruntime-genai; ``onnx`` runs wherever opset 23 does."""

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from backends.onnx import check
 from backends.onnx.emission import OnnxEmission
+from backends.onnx.genai import save_genai_config
 from backends.onnx.lower import Lowered
 from compiler.weights.layout import SHARD_BYTES, layout
 from compiler.weights.source import Source
@@ -44,6 +45,8 @@ def emit(
     (directory / "check.py").write_text(Path(check.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     config = json.dumps(dict(emission.config), indent=2, default=str) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
+    if emission.runtime.genai:
+        save_genai_config(emission, directory)
     save_models(emission, directory, shard_bytes)
     write(emission.tensors, sources, directory, shard_bytes=shard_bytes, on_progress=on_progress, **options)
 

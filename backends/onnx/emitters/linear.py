@@ -17,9 +17,16 @@ from compiler.weights.ops.basic import cast
 @rule("linear")
 def linear(build: Builder, node: Node) -> ir.Value:
     x = build.arg(node, 0)
-    if node is build.head and build.kept is not None:
-        x = build.op("Slice", x, build.op("Neg", build.kept), build.ints(END), build.ints(1))
-    return linear_map(build, x, node.input(1), node.optional_input(2))
+    return linear_map(build, _scored(build, x) if node is build.head else x, node.input(1), node.optional_input(2))
+
+
+def _scored(build: Builder, x: ir.Value) -> ir.Value:
+    """The tokens of ``x`` [B, T, n] whose logits are wanted."""
+    if build.last is not None:
+        return build.op("GatherND", x, build.last, batch_dims=1)
+    if build.kept is None:
+        return x
+    return build.op("Slice", x, build.op("Neg", build.kept), build.ints(END), build.ints(1))
 
 
 def linear_map(build: Builder, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
