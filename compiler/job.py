@@ -23,6 +23,7 @@ from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
 from compiler.datafiles import has_pictures
+from compiler.datafiles import has_pictures
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
@@ -88,6 +89,8 @@ class _Run:
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
+        if has_pictures(wanted.data):
+            return picture_batches(graph, wanted.data, wanted.samples)
         if has_pictures(wanted.data):
             return picture_batches(graph, wanted.data, wanted.samples)
         if len(graph.inputs) == 1:
