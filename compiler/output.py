@@ -13,7 +13,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from compiler.errors import OutputError
 
@@ -36,7 +35,7 @@ class OutputDirectory:
         self._work = self.path.parent / f".{self.path.name}.{job[:16]}.partial"
         self.files = self._work / "files"
         self.state = self._work / "state"
-        self._lock: IO[str] | None = None
+        self._lock: _Lock | None = None
 
     @property
     def finished(self) -> bool:
@@ -54,6 +53,7 @@ class OutputDirectory:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             self._check_target()
+            self._check_work()
             self.files.mkdir(parents=True, exist_ok=True)
             self.state.mkdir(exist_ok=True)
         except OutputError:
@@ -98,6 +98,16 @@ class OutputDirectory:
             self._remove_work()
         self._release()
 
+    def _check_work(self) -> None:
+        """What an earlier run has left must lie where it is written: a link would lead out of it."""
+        for path in (self._work, *self._work.rglob("*")):
+            if path.is_symlink():
+                raise OutputError(
+                    f"{path.name} in the work directory is a link",
+                    where=str(path),
+                    remedy="remove the work directory and run again",
+                )
+
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
             return
@@ -122,10 +132,10 @@ class OutputDirectory:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _acquire(self) -> None:
-        lock = (self.path.parent / f".{self.path.name}.lock").open("w")
+        lock = _Lock(self.path.parent / f".{self.path.name}.lock")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.path.samestat(os.fstat(lock.descriptor), lock.path.lstat())
         except (BlockingIOError, FileNotFoundError):
             current = False  # locked by another run, or removed by one that ended this instant
         if not current:
@@ -138,9 +148,20 @@ class OutputDirectory:
     def _release(self) -> None:
         if self._lock is None:
             return
-        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.path.unlink(missing_ok=True)
         self._lock.close()
         self._lock = None
+
+
+class _Lock:
+    """An open file that marks a run. A link in its place is not followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 def _sync_tree(directory: Path) -> None:

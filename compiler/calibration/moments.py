@@ -68,6 +68,10 @@ class Statistics:
     def __contains__(self, param: Param) -> bool:
         return param in self._inputs
 
+    @property
+    def params(self) -> list[Param]:
+        return list(self._inputs)
+
     def of(self, param: Param) -> Moments:
         """The moments of ``param``, over all the products with it."""
         gradient = self._store.load(self._gradients[param])["gradient"] if param in self._gradients else None
@@ -86,7 +90,7 @@ class Store:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._progress.save(name, tensors)
-        if self._progress.load(name) is None:
+        if not self._progress.keeps:
             self._memory[name] = dict(tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
@@ -160,7 +164,8 @@ def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradie
         digest.update(f"{param.name} {param.expr.key} {param in nodes}\n".encode())
     for batch in (*batches, *gradients):
         for name, tensor in batch.items():
-            digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())}".encode())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from compiler.errors import CheckpointError, DataError
+from compiler.errors import CheckpointError, DataError, first_line
 from compiler.evaluate.inputs import feature_shape
+from compiler.weights.plausible import check_counts
+from compiler.weights.tensorfile import parse_json, read_document
 
 NO_EXTRACTOR = "nothing says how audio features are made for the model"
 EXTRACTOR = "put the preprocessor_config.json of the model beside it"
@@ -23,6 +25,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
 
     location, arguments = location_of(path)
     arguments["trust_remote_code"] = trust_remote_code
+    _check_config(Path(location) / "config.json")
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(location, **arguments)
@@ -31,8 +34,18 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
             wanted = "auto" if quantised else getattr(torch, dtype)
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
             return _dense(model, getattr(torch, dtype)) if quantised else model
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SyntaxError) as reason:
-        raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from reason
+    except Exception as reason:  # each class stumbles over a wrong config or file in its own way
+        raise CheckpointError(
+            f"transformers cannot load the model: {first_line(reason)}",
+            where=str(path),
+            remedy="load it with transformers alone, and correct what it names",
+        ) from reason
+
+
+def _check_config(file: Path) -> None:
+    """Raises CheckpointError for a config that transformers would choke on; a hub id has no file yet."""
+    if file.exists():
+        check_counts(parse_json(read_document(file), file), file)
 
 
 def _dense(model: Any, dtype: torch.dtype) -> Any:
@@ -52,8 +65,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(location, **arguments)
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise CheckpointError(f"transformers finds no tokenizer: {reason}", where=str(path)) from reason
+    except Exception as reason:  # files of a tokenizer are read by many classes, and by a library in Rust
+        raise CheckpointError(
+            f"transformers finds no tokenizer: {first_line(reason)}",
+            where=str(path),
+            remedy="put the tokenizer's own files beside the model",
+        ) from reason
 
 
 def load_extractor(path: str | Path, config: Any) -> Any:
@@ -65,7 +82,9 @@ def load_extractor(path: str | Path, config: Any) -> Any:
 
     location, arguments = location_of(path)
     try:
-        extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(location, **arguments)
+        extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(
+            location, trust_remote_code=False, **arguments
+        )
     except (OSError, ValueError, KeyError):
         kinds: Any = transformers.FEATURE_EXTRACTOR_MAPPING
         if type(config) not in kinds:

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compiler.errors import DataError
+from compiler.errors import DataError, first_line
 
 CHARACTERS_PER_TOKEN = 8  # more than any language model's average on prose: a first guess at how much to tokenise
+
+REMEDY = "name a text file in UTF-8"
 
 
 class Tokenizer(Protocol):
@@ -41,11 +43,11 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as reason:
-        raise DataError(f"cannot read the text: {reason.strerror}", where=str(path)) from reason
+        raise DataError(f"cannot read the text: {reason.strerror}", where=str(path), remedy=REMEDY) from reason
     except UnicodeDecodeError as reason:
-        raise DataError(f"is no UTF-8 text: byte {reason.start} is not", where=str(path)) from reason
+        raise DataError(f"is no UTF-8 text: byte {reason.start} is not", where=str(path), remedy=REMEDY) from reason
     if not text.strip():
-        raise DataError("the text is empty", where=str(path))
+        raise DataError("the text is empty", where=str(path), remedy=REMEDY)
     return text
 
 
@@ -80,7 +82,11 @@ def _window(stretch: str, tokenizer: Tokenizer, length: int, place: random.Rando
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as reason:  # settings of a tokenizer are used unchecked
+        cause = f"the tokenizer cannot cut the text: {first_line(reason)}"
+        raise DataError(cause, remedy="correct the settings in tokenizer_config.json") from reason
 
 
 def _word_start(text: str, position: int) -> int:

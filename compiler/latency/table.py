@@ -20,7 +20,8 @@ SHOWN = 3
 def _seconds(task: str, microseconds: float) -> float:
     """Raises PassError for what no operation can take."""
     if not math.isfinite(microseconds) or microseconds < 0:
-        raise PassError(f"the table of latencies says that {task} takes {microseconds} microseconds", option="latency")
+        cause = f"the table of latencies says that {task} takes {microseconds} microseconds"
+        raise PassError(cause, option="latency", remedy="measure it again: times are finite and not negative")
     return microseconds * 1e-6
 
 
@@ -53,8 +54,9 @@ class Table:
             found: Mapping[str, Any] = about.pop("microseconds")
             return cls(about, {name: _seconds(name, float(value)) for name, value in found.items()})
         except OSError as reason:
-            raise PassError(f"cannot read {path.name}: {reason.strerror}", option="latency") from reason
-        except (ValueError, LookupError, TypeError, AttributeError) as reason:
+            cause = f"cannot read {path.name}: {reason.strerror}"
+            raise PassError(cause, option="latency", remedy="name a file that may be read") from reason
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as reason:
             raise PassError(
                 f"{path.name} is no table of latencies",
                 option="latency",

@@ -20,7 +20,15 @@ from torch import Tensor
 from compiler.errors import CheckpointError
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint_binding import bind, unbind
-from compiler.weights.tensorfile import Stored, parse_json, read_bytes, read_header, read_rows, read_tensor
+from compiler.weights.tensorfile import (
+    Stored,
+    parse_json,
+    read_bytes,
+    read_document,
+    read_header,
+    read_rows,
+    read_tensor,
+)
 
 __all__ = ["Checkpoint", "DirectoryCheckpoint", "bind", "open_checkpoint", "save_tokenizer", "unbind"]
 
@@ -28,6 +36,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLE = 4096
+_AGAIN = "fetch the index and its shards again"
 _MODEL_FILES = ("config.json", _INDEX)
 _COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config|preprocessor_config|processor_config"
@@ -131,7 +140,7 @@ class DirectoryCheckpoint(Checkpoint):
         for file in self._beside():
             target = directory / file.relative_to(self.path)
             target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
+            target.write_bytes(read_document(file))
             written.append(target)
         return written
 
@@ -166,7 +175,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             local = _download(str(path))
         return _open_local(local)
     except OSError as reason:
-        raise CheckpointError(f"cannot read the checkpoint: {reason.strerror}", where=str(local)) from reason
+        cause = f"cannot read the checkpoint: {reason.strerror}"
+        raise CheckpointError(cause, where=str(local), remedy="check that it is there and may be read") from reason
 
 
 def _open_local(local: Path) -> Checkpoint:
@@ -198,7 +208,8 @@ def _state(files: Iterable[Path]) -> str:
             (file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file in files for status in [file.stat()]
         ]
     except OSError as reason:
-        raise CheckpointError(f"cannot read the checkpoint: {reason.strerror}", where=str(reason.filename)) from reason
+        cause = f"cannot read the checkpoint: {reason.strerror}"
+        raise CheckpointError(cause, where=str(reason.filename), remedy="fetch the missing file") from reason
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
@@ -224,7 +235,7 @@ def _download(hub_id: str) -> Path:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
-        config = parse_json(file.read_bytes(), file)
+        config = parse_json(read_document(file), file)
     except OSError as reason:
         raise CheckpointError(
             f"cannot read config.json: {reason.strerror}",
@@ -255,21 +266,25 @@ def _read_tensors(path: Path) -> dict[str, tuple[Path, Stored]]:
     pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise _pickled(pickles[0])
-    raise CheckpointError(f"the directory holds neither {_SINGLE} nor {_INDEX}", where=str(path))
+    raise CheckpointError(
+        f"the directory holds neither {_SINGLE} nor {_INDEX}",
+        where=str(path),
+        remedy="give the directory that transformers' save_pretrained wrote",
+    )
 
 
 def _read_shards(path: Path) -> dict[str, tuple[Path, Stored]]:
     index = path / _INDEX
-    weight_map = parse_json(index.read_bytes(), index).get("weight_map")
+    weight_map = parse_json(read_document(index), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{_INDEX} has no weight_map", where=str(index))
+        cause = f"{_INDEX} has no weight_map that names a file for every tensor"
+        raise CheckpointError(cause, where=str(index), remedy=_AGAIN)
     tensors: dict[str, tuple[Path, Stored]] = {}
     for file_name in sorted(set(weight_map.values())):
         for name, stored in read_header(_shard(path, file_name)).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"tensor {name} lies in two shards, {tensors[name][0].name} and {file_name}", where=str(path)
-                )
+                cause = f"tensor {name} lies in two shards, {tensors[name][0].name} and {file_name}"
+                raise CheckpointError(cause, where=str(path), remedy=_AGAIN)
             tensors[name] = (path / file_name, stored)
     _check_index(weight_map, tensors, index)
     return tensors
@@ -278,7 +293,8 @@ def _read_shards(path: Path) -> dict[str, tuple[Path, Stored]]:
 def _shard(path: Path, name: str) -> Path:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        raise CheckpointError(f"{_INDEX} names {name!r}, outside the directory", where=str(path))
+        cause = f"{_INDEX} names {name!r}, outside the directory"
+        raise CheckpointError(cause, where=str(path), remedy="an index names files that lie beside it")
     if not os.path.lexists(path / name):
         raise CheckpointError(
             f"{_INDEX} names {name}, which does not exist", where=str(path), remedy="fetch the missing file"
@@ -289,11 +305,11 @@ def _shard(path: Path, name: str) -> Path:
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, tuple[Path, Stored]], index: Path) -> None:
     for name, file_name in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"tensor {name} is missing: {_INDEX} places it in {file_name}", where=str(index))
+            cause = f"tensor {name} is missing: {_INDEX} places it in {file_name}"
+            raise CheckpointError(cause, where=str(index), remedy=_AGAIN)
         if tensors[name][0].name != PurePosixPath(file_name).name:
-            raise CheckpointError(
-                f"{_INDEX} places tensor {name} in {file_name}, it lies in {tensors[name][0].name}", where=str(index)
-            )
+            cause = f"{_INDEX} places tensor {name} in {file_name}, it lies in {tensors[name][0].name}"
+            raise CheckpointError(cause, where=str(index), remedy=_AGAIN)
 
 
 def _pickled(file: Path) -> CheckpointError:

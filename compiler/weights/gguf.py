@@ -23,6 +23,7 @@ from compiler.errors import CheckpointError, first_line
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.gguf_header import Blocks, read_gguf_header
+from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import read_bytes
 
 _SAMPLE = 4096
@@ -36,9 +37,11 @@ class GgufCheckpoint(Checkpoint):
         self.path = path
         self.files = (path,)
         self._header = read_gguf_header(path)
+        check_counts(self._header.metadata, path)
         parts = self._header.metadata.get("split.count", 1)
         if not isinstance(parts, int):
-            raise CheckpointError(f"{path.name} is damaged: its split.count is {parts!r}", where=str(path))
+            cause = f"{path.name} is damaged: its split.count is {parts!r}"
+            raise CheckpointError(cause, where=str(path), remedy="fetch the file again")
         if parts > 1:
             raise CheckpointError(f"{path.name} is one of {parts} parts", where=str(path), remedy="merge them into one")
         self.config = self._read_config()
@@ -130,7 +133,9 @@ class GgufCheckpoint(Checkpoint):
             yield
         except Exception as reason:  # the readers of each architecture fail in their own ways
             raise CheckpointError(
-                f"transformers cannot read {part} of {self.path.name}: {first_line(reason)}", where=str(self.path)
+                f"transformers cannot read {part} of {self.path.name}: {first_line(reason)}",
+                where=str(self.path),
+                remedy="start from the original safetensors checkpoint",
             ) from reason
 
     @cached_property
@@ -185,7 +190,8 @@ class GgufCheckpoint(Checkpoint):
         try:
             return dequantize(rows, GGMLQuantizationType(blocks.format)).reshape(blocks.shape)
         except NotImplementedError as reason:
-            raise CheckpointError(str(reason), where=str(self.path)) from reason
+            remedy = "take one in another quantisation"
+            raise CheckpointError(first_line(reason), where=str(self.path), remedy=remedy) from reason
 
 
 def shortest_floats(value: Any) -> Any:

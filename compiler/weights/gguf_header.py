@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compiler.errors import CheckpointError
+from compiler.weights.tensorfile import open_regular
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
@@ -43,7 +44,7 @@ class GgufHeader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Raises CheckpointError, naming what is wrong, when the file is no GGUF file or claims what it cannot hold."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _Reader(file, path).header()
     except OSError as reason:
         raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
@@ -61,7 +62,9 @@ class _Reader:
         version, tensor_count, entry_count = self._unpack("IQQ")
         if version not in (2, 3):
             raise CheckpointError(
-                f"{self._path.name} is GGUF version {version}; 2 and 3 can be read", where=str(self._path)
+                f"{self._path.name} is GGUF version {version}; 2 and 3 can be read",
+                where=str(self._path),
+                remedy="convert it with a current llama.cpp",
             )
         metadata = dict(self._entry() for _ in range(self._plausible(entry_count)))
         records = [self._record() for _ in range(self._plausible(tensor_count))]
@@ -126,7 +129,9 @@ class _Reader:
             per_block, size = GGML_QUANT_SIZES[GGMLQuantizationType(format)]
         except (ValueError, KeyError) as reason:
             raise CheckpointError(
-                f"tensor {name} has the unknown block format {format}", where=str(self._path)
+                f"tensor {name} has the unknown block format {format}",
+                where=str(self._path),
+                remedy="fetch the file again, or take one in another quantisation",
             ) from reason
         if (shape[-1] if shape else 1) % per_block:
             raise self._damaged(f"tensor {name} of shape {list(shape)} does not divide into blocks of {per_block}")

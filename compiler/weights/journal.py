@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -10,10 +11,10 @@ from typing import Any, cast
 
 
 class Journal:
-    """Names of finished tensors, one JSON list a line, valid for the job called ``key`` only.
+    """Names of finished tensors, a JSON list a line, valid for the job called ``key`` only.
 
-    A journal of another job is started anew. A line that was cut short by a crash is ignored: its tensors are
-    simply written again.
+    A journal of another job is started anew. A line ends in a checksum; one that was cut short by a crash, or damaged,
+    is ignored: its tensors are simply written again.
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
@@ -26,7 +27,7 @@ class Journal:
         self.finished &= frozenset(reusable)
         if self._path is None:
             return
-        lines = [json.dumps({"job": self._key}), json.dumps(sorted(self.finished))]
+        lines = [_line({"job": self._key}), _line(sorted(self.finished))]
         temporary = self._path.with_suffix(".new")
         with temporary.open("w") as file:
             file.write("\n".join(lines) + "\n")
@@ -39,7 +40,7 @@ class Journal:
         if self._path is None:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps(list(names)) + "\n")
+            file.write(_line(list(names)) + "\n")
             file.flush()
             os.fdatasync(file.fileno())
 
@@ -52,8 +53,16 @@ class Journal:
         return [name for line in lines if isinstance(line, list) for name in cast(list[str], line)]
 
 
+def _line(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{text} {_checksum(text)}"
+
+
 def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    """What a line holds; None when it is not what was written."""
+    text, _, checksum = line.rpartition(" ")
+    return json.loads(text) if checksum == _checksum(text) else None
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compiler.errors import CheckpointError
 from compiler.ir.types import TensorType
 from compiler.weights.tensorfile import header_bytes, read_header, read_rows, read_tensor
+
+_DIGEST = "digest of the bundle"
 
 
 class SpillSource:
@@ -71,17 +74,28 @@ class Progress:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is saved can be loaded again."""
+        return self._directory is not None
+
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors``, in place of an earlier bundle called ``name``."""
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
-            _write(self._path(name), {key: tensor.detach().contiguous() for key, tensor in tensors.items()})
+            bundle = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            _write(self._path(name), {**bundle, _DIGEST: _digest(bundle)})
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """The bundle called ``name``; None when there is none. Raises CheckpointError when it is damaged."""
+        """The bundle called ``name``; None when there is none, or it is not what was saved any more."""
         if self._directory is None or not self._path(name).exists():
             return None
-        return {key: read_tensor(self._path(name), stored) for key, stored in read_header(self._path(name)).items()}
+        try:
+            bundle = {key: read_tensor(self._path(name), where) for key, where in read_header(self._path(name)).items()}
+        except CheckpointError:
+            return None
+        digest = bundle.pop(_DIGEST, None)
+        return bundle if digest is not None and torch.equal(digest, _digest(bundle)) else None
 
     def _path(self, name: str) -> Path:
         return Path(self._directory or "", f"{name}.safetensors")
@@ -94,6 +108,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
     partial.rename(path)
+
+
+def _digest(bundle: Mapping[str, Tensor]) -> Tensor:
+    """A hash of a bundle, uint8 [32]."""
+    lines = sorted(f"{key} {_content_hash(tensor)}" for key, tensor in bundle.items())
+    return torch.frombuffer(bytearray(hashlib.sha256("\n".join(lines).encode()).digest()), dtype=torch.uint8)
 
 
 def _content_hash(tensor: Tensor) -> str:

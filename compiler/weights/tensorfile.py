@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000
+DOCUMENT_LIMIT = 500_000_000
+"""Bytes of a JSON file: the largest tokenizers have a tenth of that."""
 _ALIGNMENT = 8
 _READ_CHUNK = 1 << 26
 
@@ -59,7 +62,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     cannot hold.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(file.read(8), size, path)
             text = file.read(length)
@@ -114,6 +117,27 @@ def read_rows(path: Path, stored: Stored, start: int, stop: int) -> Tensor:
     return data.view(stored.type.dtype).reshape(stop - start, *stored.type.static_shape[1:])
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read it. Raises CheckpointError for a pipe or a device, which might wait or go on for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path.name} is no regular file", where=str(path), remedy="put the file itself there")
+    return path.open("rb")
+
+
+def read_document(path: Path, limit: int = DOCUMENT_LIMIT) -> bytes:
+    """The bytes of a small file beside the weights.
+
+    Raises CheckpointError when it is no regular file (a pipe or a device may never end) or larger than ``limit`` bytes,
+    OSError when it cannot be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            cause = f"{path.name} has {size} bytes, more than the {limit} that are allowed"
+            raise CheckpointError(cause, where=str(path), remedy="fetch the file again: no model needs that")
+        return file.read()
+
+
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else, and for a key that stands in it twice."""
     try:
@@ -166,7 +190,8 @@ def _stored(name: str, entry: Any, base: int, path: Path) -> Stored:
     if not all(_is_count(number) for number in (*_as_list(shape, name, path), start, stop)) or start > stop:
         raise _damaged(path, f"tensor {name} has the shape {shape} and the offsets [{start}, {stop}]")
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"tensor {name} has the unsupported dtype {code}", where=str(path))
+        cause = f"tensor {name} has the unsupported dtype {code}"
+        raise CheckpointError(cause, where=str(path), remedy=f"convert it to one of {', '.join(DTYPES)}")
     type = TensorType(DTYPES[code], tuple(shape))
     if type.nbytes != stop - start:
         raise _damaged(path, f"tensor {name} is {type}, {type.nbytes} bytes, but its offsets span {stop - start}")

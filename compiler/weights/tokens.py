@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import CheckpointError
+from compiler.errors import CheckpointError, first_line
 from compiler.weights.checkpoint import Checkpoint
+from compiler.weights.tensorfile import parse_json, read_document
 
 TOKENIZER, SETTINGS = "tokenizer.json", ("tokenizer_config.json", "generation_config.json")
 OTHER_FORMS = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "*.model", "*.spm")
@@ -45,10 +47,24 @@ class Tokens:
 
 def tokens_of(checkpoint: Checkpoint) -> Tokens:
     """The tokens of ``checkpoint``. Raises CheckpointError when its tokenizer cannot be written with fewer."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _explained(checkpoint.path):
         checkpoint.save_tokenizer(Path(folder))
         document = _tokenizer(Path(folder))
         named = {number for name in SETTINGS for number in _numbers(_read(Path(folder) / name))}
+        return _tokens(checkpoint, document, named)
+
+
+@contextmanager
+def _explained(path: Path) -> Generator[None]:
+    """Turn what damaged documents lead to into CheckpointError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as reason:
+        cause = f"the files of the tokenizer do not fit each other, or are damaged: {first_line(reason)}"
+        raise CheckpointError(cause, where=str(path), remedy="fetch the tokenizer again") from reason
+
+
+def _tokens(checkpoint: Checkpoint, document: Document, named: set[int]) -> Tokens:
     model = document["model"]
     numbers = _vocabulary(model)
     added = {entry["id"] for entry in document.get("added_tokens") or []}
@@ -57,7 +73,15 @@ def tokens_of(checkpoint: Checkpoint) -> Tokens:
 
 
 def keep_tokens(directory: Path, kept: Sequence[int]) -> None:
-    """Write the tokenizer in ``directory`` again with the tokens ``kept`` alone, numbered in this order."""
+    """Write the tokenizer in ``directory`` again with the tokens ``kept`` alone, numbered in this order.
+
+    Raises CheckpointError when its files are damaged.
+    """
+    with _explained(directory):
+        _keep_tokens(directory, kept)
+
+
+def _keep_tokens(directory: Path, kept: Sequence[int]) -> None:
     document, new = _tokenizer(directory), {token: number for number, token in enumerate(kept)}
     model = document["model"]
     remaining = {token: new[number] for token, number in _vocabulary(model).items() if number in new}
@@ -173,7 +197,8 @@ def _processor(value: Any, new: Mapping[int, int]) -> Any:
 
 def _tokenizer(directory: Path) -> Document:
     document = _read(directory / TOKENIZER)
-    kind = document.get("model", {}).get("type")
+    model = document.get("model")
+    kind = model.get("type") if _is_document(model) else None
     if kind not in KINDS:
         cause = f"tokens of the kind {kind} cannot be left out" if document else f"there is no {TOKENIZER}"
         raise CheckpointError(cause, where=str(directory), remedy=f"tokenizers of {', '.join(KINDS)} can lose tokens")
@@ -181,7 +206,7 @@ def _tokenizer(directory: Path) -> Document:
 
 
 def _read(path: Path) -> Document:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return parse_json(read_document(path), path) if path.exists() else {}
 
 
 def _write(path: Path, document: Document) -> None:
