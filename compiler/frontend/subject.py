@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from compiler.errors import CaptureError, first_line
 from compiler.frontend.interfaces import register
@@ -26,6 +28,7 @@ from compiler.ir.graph import Origin
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, load
 from compiler.weights.ops.basic import literal
+from compiler.weights.plausible import check_counts
 from compiler.weights.source import MemorySource, Source
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 MODEL = "model"
 _BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
 _MAX_LITERAL = 1 << 22
+_MAX_MODULES = 60_000
 
 
 @dataclass
@@ -177,6 +181,7 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
         near = get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
         remedy = f"did you mean `{near[0]}`?" if near else f"transformers {version} may be too old for it"
         raise CaptureError(f"transformers does not know the model type `{kind}`", remedy=remedy)
+    check_counts(known, "config.json")
     with _accepted():
         return AutoConfig.for_model(kind, **known)
 
@@ -196,13 +201,33 @@ def _accepted() -> Generator[None]:
         ) from reason
 
 
+@contextmanager
+def _bounded() -> Generator[None]:
+    """Raises CaptureError when more modules are made than any model has: even without weights each takes memory."""
+    made = itertools.count(1)
+
+    def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if next(made) > _MAX_MODULES:
+            raise CaptureError(
+                f"the model of this config has more than {_MAX_MODULES} parts",
+                where="config.json",
+                remedy="correct its numbers of layers and experts",
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
     """The model of ``config`` in float32 on the meta device, with our attention and experts implementations."""
     config = copy.deepcopy(config)
     config.use_cache = config.output_hidden_states = config.output_attentions = False
     cls = _model_class(config, architecture)
     storage = config.dtype
-    with _accepted(), torch.device("meta"):
+    with _accepted(), _bounded(), torch.device("meta"):
         model: Any = _with_our_attention(cls, config).eval()
     _select_implementations(model)
     model.config.dtype = storage
@@ -235,7 +260,8 @@ def _model_class(config: PretrainedConfig, architecture: str | None) -> type[Pre
         return cast("type[PreTrainedModel]", mapping[type(config)])
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise CaptureError(f"transformers has no model class `{name}`")
+        remedy = "correct `architectures` in config.json, or let a newer transformers read it"
+        raise CaptureError(f"transformers has no model class `{name}`", remedy=remedy)
     return cls
 
 
@@ -300,6 +326,7 @@ def computed_buffers(model: Any) -> dict[str, Expr]:
     found: dict[str, Expr] = {}
     for path, child, name in list(_transient_buffers(model)):
         meta: Tensor = child._buffers[name]
+        _check_size(path, meta)
         child._buffers[name] = torch.full(meta.shape, _unset(meta.dtype), dtype=meta.dtype)
         with torch.no_grad():
             model._init_weights(child)
@@ -316,9 +343,17 @@ def _unset(dtype: torch.dtype) -> float:
     return torch.nan if dtype.is_floating_point else -1
 
 
-def _literal(path: str, value: Tensor) -> Expr:
+def _check_size(path: str, value: Tensor) -> None:
     if value.numel() > _MAX_LITERAL:
-        raise CaptureError(f"a buffer of {value.numel()} elements is in no checkpoint", where=path)
+        raise CaptureError(
+            f"a buffer of {value.numel()} elements is in no checkpoint",
+            where=path,
+            remedy=f"at most {_MAX_LITERAL} can be; a size in config.json, such as its positions, may be wrong",
+        )
+
+
+def _literal(path: str, value: Tensor) -> Expr:
+    _check_size(path, value)
     return literal(value.flatten().tolist(), value.shape, value.dtype)
 
 
