@@ -96,7 +96,7 @@ def parse(benchmark: Benchmark) -> argparse.Namespace:
         "--keep", type=float, nargs="+", default=benchmark.keep, help="parts of the parameters that remain"
     )
     parser.add_argument("--only", nargs="+", choices=methods, default=methods, metavar="METHOD")
-    parser.add_argument("--ours", type=json.loads, action="append", help="options of the pass, and `written`, as JSON")
+    parser.add_argument("--ours", type=json.loads, action="append", help="options of the pass and the like, as JSON")
     parser.add_argument("--ours-length", type=int, default=512, help="tokens in a calibration window of ours")
     parser.add_argument("--texts", nargs="+", choices=[*TEXTS], default=REPORTED, metavar="TEXT")
     parser.add_argument("--windows", type=int, default=16, help="windows of each text")
@@ -158,16 +158,16 @@ class Run:
                 yield self.our_row({"keep": keep, **own}, seed)
 
     def our_row(self, setting: Row, seed: int) -> Row:
-        """Ours by ``setting``: options of the pass, and `written`, which is one of the calibration."""
+        """Ours by ``setting``: options of the pass, `written` of the calibration, and `then`, passes that follow."""
         options, length = self.options, self.options.ours_length
-        passed = {name: value for name, value in setting.items() if name != "written"}
+        passed = {name: value for name, value in setting.items() if name not in ("written", "then")}
         written = setting.get("written", 0)
         text = self.windows.folder / f"{self.windows.calibration[seed]}.txt"
         samples = fitting(text, self.model, length, options.calibration * options.length // length, seed)
         recipe = {
             "model": str(self.model),
             "calibration": {"data": str(text), "samples": samples, "length": length, "seed": seed, "written": written},
-            "passes": [self.benchmark.entry(passed)],
+            "passes": [self.benchmark.entry(passed), *setting.get("then", [])],
             "emit": ["safetensors"],
         }
         out = self.windows.folder / f"{self.benchmark.name}-{options.name or 'latest'}"

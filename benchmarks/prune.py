@@ -5,10 +5,10 @@ the parameters of its layers' linear maps remain, and scores the results on text
 Calibration: windows of Brown B to F; seed 0 takes the first ones. All methods of a run are calibrated on the same.
 
 Ours is the real thing: the command runs a recipe with `prune`, transformers loads what it wrote. ``--ours`` takes
-options of the pass as JSON, beside `keep`, and `written`, the samples that the model writes itself to be calibrated on
-as well; it may be repeated. ``--only`` picks methods; the files of peers_prune say
-how the published ones are applied. Scores and costs are those of decoders.py. What remains counts every number of the
-result: new biases, shortcut matrices and a head that is no longer tied too.
+options of the pass as JSON, beside `keep`, `written`, the samples that the model writes itself to be calibrated on
+as well, and `then`, a list of passes that follow; it may be repeated. ``--only`` picks methods; the files of
+peers_prune say how the published ones are applied. Scores and costs are those of decoders.py. What remains counts
+every number of the result: new biases, shortcut matrices and a head that is no longer tied too.
 """
 
 from __future__ import annotations
