@@ -138,6 +138,7 @@ OPTIONS = {
     "renumbered": {"keep": 0.5, "positions": "renumber", "site": "layer"},
     "alike": {"keep": 0.6, "merge": "bipartite"},
     "alike, not weighed": {"keep": 0.6, "merge": "bipartite", "proportional": False},
+    "alike in the stream": {"keep": 0.6, "merge": "bipartite", "compare": "stream"},
     "least alike": {"keep": 0.6, "score": "similarity"},
 }
 MERGED = {

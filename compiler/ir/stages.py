@@ -14,7 +14,7 @@ import torch
 
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value
-from compiler.ir.layers import copy_of
+from compiler.ir.layers import copy_of, layer_of
 from compiler.ir.types import Dim, TensorType, resolve_dim, substituted
 
 PLACES = "position_ids_"  # of a stage that counts its tokens anew
@@ -36,11 +36,15 @@ class Stage:
 def named_stages(graph: Graph) -> list[Stage]:
     """Let each stage of ``graph`` have a dim of its own.
 
-    Raises TargetError where tokens are merged, which no cache can go on from.
+    Raises TargetError where tokens are merged or skip an MLP, which no cache can go on from.
     """
     for node in graph.nodes_named("token_match", "token_merge"):
         cause = "tokens that are merged, or matched with others, cannot go on from a cache"
         raise TargetError(cause, where=node.scope, remedy="write `merge: none` and no `score: similarity`")
+    for node in graph.nodes_named("token_restore"):
+        if layer_of(node.scope) is not None:
+            cause = "tokens that skip an MLP are chosen from a whole prompt, which cannot go on from a cache yet"
+            raise TargetError(cause, where=node.scope, remedy="leave out `skip`")
     choices = graph.nodes_named("token_select")
     if not choices:
         return []

@@ -14,7 +14,7 @@ from compiler.pipeline import Context, Pass
 Part = Annotated[float, Field(gt=0, le=1)]
 Number = Annotated[int, Field(ge=1)]
 End = Annotated[int, Field(ge=0)]
-Score = Literal["class", "received", "last", "key-norm", "similarity", "random", "recency"]
+Score = Literal["class", "received", "last", "key-norm", "change", "similarity", "random", "recency", "earliest"]
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,29 @@ class DropTokens(Pass):
     ``layers`` (`3,6-8`; all without it) each drop alike many; a list for ``keep`` says what remains behind each. They
     do so behind their attention, or behind the whole `layer` (``site``). ``score`` says which remain: those that the
     first token (`class`), the `last` one or all queries, or every ``every``-th, attend to most (`received`); with the
-    smallest keys (`key-norm`); least like others (`similarity`, by keys); or, to compare with, `random` (by ``seed``)
-    or `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
+    smallest keys (`key-norm`); moved farthest by their layer (`change`: others halt, arXiv 2506.22396); least like
+    others (`similarity`, by keys); the `earliest` (D3, arXiv 2503.08524); or, to compare, `random` (by ``seed``) or
+    `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
     learnt; of texts the first, and of causal models the last.
 
-    ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like, with attention
-    as if it were still there (ToMe, arXiv 2210.09461; ``proportional``); `extra` makes one token of all that a layer
-    drops, by score (EViT, arXiv 2202.07800); `average` makes means of neighbours, whatever the score. Rotary and other
-    ``positions`` stay with their tokens, or are counted anew (`renumber`).
+    ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
+    the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
+    `extra` makes one token of all that a layer drops, by score (EViT, arXiv 2202.07800); `average` makes means of
+    neighbours, whatever the score. Rotary and other ``positions`` stay with their tokens, or are counted anew
+    (`renumber`).
 
     Behind the last layer every token has its place again: a dropped one as it was then, a merged one as what it became.
+    With ``skip: mlp`` those that do not remain skip only that layer's MLP; ``keep`` is then what each MLP sees.
     Exact with ``keep: 100%``.
     """
 
     layers: str | None = None
     site: Literal["attention", "layer"] = "attention"
+    skip: Literal["layers", "mlp"] = "layers"
     score: Score = "received"
     keep: Part | Number | tuple[Part | Number, ...] = 1.0
     merge: Literal["none", "extra", "bipartite", "average"] = "none"
+    compare: Literal["keys", "stream"] = "keys"
     proportional: bool = True
     positions: Literal["keep", "renumber"] = "keep"
     prefix: End | None = None
@@ -65,6 +70,13 @@ class DropTokens(Pass):
                 option="score",
                 remedy="write `score: class`, `received` or `last`",
             )
+
+        if self.skip == "mlp" and (self.site, self.positions) != ("attention", "keep"):
+            cause = "tokens that skip an MLP alone do so behind attention, and keep their positions"
+            raise PassError(cause, option="skip", remedy="leave out `site` and `positions`")
+        if self.skip == "mlp" and self.merge == "extra":
+            cause = "what an MLP adds to a token more than there are has no place"
+            raise PassError(cause, option="merge", remedy="write `merge: bipartite`, or leave it out")
 
     @property
     def exact(self) -> bool:

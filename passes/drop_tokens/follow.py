@@ -19,7 +19,8 @@ FAR = 1e30
 class Following:
     """``index`` [B, K] are the places of the tokens that remain of ``tokens``; ``renumber`` counts positions anew.
 
-    ``changed`` are the values that have fewer tokens by now, with the axis of these.
+    Every node of the layers in ``stack`` follows, or with ``until`` those before it. ``changed`` are the values that
+    have fewer tokens by now, with the axis of these.
     """
 
     graph: Graph
@@ -27,6 +28,7 @@ class Following:
     tokens: Dim
     index: Value
     renumber: bool
+    until: Node | None = None
     changed: dict[Value, int] = field(default_factory=dict[Value, int])
     taken: dict[tuple[Value, int], Value] = field(default_factory=dict[tuple[Value, int], Value])
     near: dict[int, Value] = field(default_factory=dict[int, Value])
@@ -42,7 +44,7 @@ class Following:
         """Let ``short`` stand for ``stream`` in the layers, from the node ``first`` on. Raises PassError."""
         self.changed[short] = 1
         node: Node | None = first
-        while node is not None and node.op.name != "root":
+        while node is not None and node.op.name != "root" and node is not self.until:
             following = node.following
             if self._inside(node):
                 for place, value in enumerate(node.inputs):
@@ -55,7 +57,11 @@ class Following:
     def exits(self) -> list[Value]:
         """The values that something behind the layers reads, or that are outputs."""
         results = set(self.graph.outputs.values())
-        return [v for v in self.changed if v in results or any(not self._inside(user) for user in v.users)]
+        return [v for v in self.changed if v in results or any(not self._follows(user) for user in v.users)]
+
+    def _follows(self, user: Node) -> bool:
+        """Whether what reads a changed value reads it as one of fewer tokens."""
+        return self._inside(user) if self.until is None else any(v in self.changed for v in user.outputs)
 
     def _inside(self, node: Node) -> bool:
         layer = layer_of(node.scope)

@@ -17,16 +17,37 @@ NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
+class Sum:
+    """An `add` of the stream, its operand at ``place``, and of what a sublayer makes of it."""
+
+    node: Node
+    place: int
+
+    @property
+    def stream(self) -> Value:
+        return self.node.input(self.place)
+
+    @property
+    def made(self) -> Value:
+        return self.node.input(1 - self.place)
+
+
+@dataclass(frozen=True)
 class Place:
-    """A layer with its attention and the stream [B, T, D] behind that or behind the layer."""
+    """A layer, its attention, the stream [B, T, D] behind that or behind the layer, and the sum behind attention."""
 
     layer: Layer
     attention: Node
     stream: Value
+    attended: Sum
 
     @property
     def tokens(self) -> Dim:
         return self.stream.shape[1]
+
+    def mlp(self) -> Sum | None:
+        """The sum behind what the layer makes of the stream, if that is behind attention: its MLP."""
+        return _residual(self.stream, self.layer)
 
 
 def places(graph: Graph, layers: str | None, site: str) -> list[Place]:
@@ -64,22 +85,24 @@ def _place(site: AttentionSite, where: str) -> Place | None:
     layer = layer_of(site.scope)
     if layer is None or not site.attends_itself:
         return None
-    step = _residual(site.node.output, layer)
-    if step is None:
+    attended = _residual(site.node.output, layer)
+    if attended is None:
         return None
-    behind = _residual(step, layer) if where == "layer" else None
-    return Place(layer, site.node, behind or step)
+    stream = _normed(attended.node.output, layer)
+    behind = _residual(stream, layer) if where == "layer" else None
+    return Place(layer, site.node, _normed(behind.node.output, layer) if behind else stream, attended)
 
 
-def _residual(value: Value, layer: Layer) -> Value | None:
-    """The sum in ``layer`` of what comes of ``value`` and what it came of; the norm of it, if only that is read."""
+def _residual(value: Value, layer: Layer) -> Sum | None:
+    """The sum in ``layer`` of what comes of ``value`` and what it came of."""
     before, reached = {value, *_above(value)}, {value}
     node = value.node.following if value.node else None
     while node is not None and layer_of(node.scope) == layer:
         if reached.intersection(v for v in node.inputs if v is not None):
             made = [v for v in node.inputs if v is not None and not isinstance(v, Param)]
-            if node.op.name == "add" and len(made) == 2 and any(v in before for v in made) and _is_stream(node.output):
-                return _normed(node.output, layer)
+            came = [place for place, v in enumerate(made) if v in before]
+            if node.op.name == "add" and len(made) == 2 and came and _is_stream(node.output):
+                return Sum(node, came[0])
             reached.update(node.outputs)
         node = node.following
     return None
@@ -94,6 +117,7 @@ def _above(value: Value) -> set[Value]:
 
 
 def _normed(value: Value, layer: Layer) -> Value:
+    """The norm of ``value``, if only that is read."""
     user = value.single_user()
     norm = user is not None and user.op.name in NORMS and layer_of(user.scope) == layer
     return user.output if user is not None and norm else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from compiler.errors import PassError
@@ -18,6 +18,7 @@ from passes.drop_tokens.scores import Ops, by_place, metric, neighbours, scores
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
 
+BY_PLACE = ("random", "recency", "earliest")
 WORDS = {"none": "dropped", "extra": "merged into one", "bipartite": "merged into others", "average": "merged in runs"}
 
 
@@ -61,17 +62,35 @@ class Reduction:
         for value in following.exits():
             self._restore(stream, value, chosen, place)
 
+    def skip(self, place: Place, keep: Dim) -> None:
+        """Let ``keep`` tokens alone have an MLP. Raises PassError where there is none of its own behind attention."""
+        behind = place.mlp()
+        if behind is None or place.stream.node is None or place.stream.node.following is None:
+            raise PassError(f"{place.layer.scope} has no MLP of its own behind its attention", option="skip")
+        first, whole = place.stream.node.following, place.stream.shape
+        ops = Ops(self.graph, place.layer.scope, first)
+        numbers, chosen = self.numbers, self._chosen(ops, place, keep)
+        short, self.sizes, self.numbers = self._short(ops, place.stream, chosen), None, numbers
+        following = Following(self.graph, place.layer.stack, place.tokens, chosen.index, False, behind.node)
+        following.run(place.stream, short, first)
+        if following.exits() != [behind.made]:
+            raise PassError(f"{place.layer.scope} has no MLP of its own behind its attention", option="skip")
+        ops = Ops(self.graph, place.layer.scope, behind.node)
+        nothing = ops("full", shape=whole, value=0.0)
+        made = ops("token_restore", nothing, behind.made, chosen.index, *self._gone(chosen))
+        self.graph.set_input(behind.node, 1 - behind.place, made)
+
     def _chosen(self, ops: Ops, place: Place, keep: Dim) -> Chosen:
         merge, own = self.options.merge, {"keep": keep, "prefix": self.prefix, "suffix": self.suffix}
         if self.options.alike:
-            index, rest, into = ops.all("token_match", metric(ops, place), **own)
+            index, rest, into = ops.all("token_match", metric(ops, place, self.options), **own)
             return Chosen(index, rest, into) if merge == "bipartite" else Chosen(index)
         if merge == "average":
             fixed = self.prefix + self.suffix
             first, slots = neighbours(ops, place, self.prefix, int(place.tokens) - fixed, int(keep) - fixed)
             index, rest = ops.all("token_select", first, **own)
             return Chosen(index, rest, ops("token_take", slots, rest))
-        if self.options.score in ("random", "recency") and self.numbers is None:
+        if self.options.score in BY_PLACE and self.numbers is None:
             self.numbers = by_place(self._outside(ops, place), place)
         weight = scores(ops, place, self.options, self.numbers)
         index, rest = ops.all("token_select", weight, **own)
@@ -143,19 +162,24 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
         if reason:
             ctx.skipped(place.layer.scope, reason)
             continue
-        reduction.drop(place, keep)
+        (reduction.drop if options.skip == "layers" else reduction.skip)(place, keep)
         numbers = {"before": before, "after": keep} if isinstance(before, int) and isinstance(keep, int) else {}
         if isinstance(keep, int) and isinstance(wanted, int) and keep > wanted:
             ctx.warn(
                 f"{keep} tokens remain behind {place.layer.scope} and not {wanted}: of each two neighbours one can go"
             )
-        what = f"{keep} of {before} tokens remain, others are {WORDS[options.merge]}"
+        remain = "remain" if options.skip == "layers" else "go through its MLP"
+        what = f"{keep} of {before} tokens {remain}, others are {WORDS[options.merge]}"
         ctx.rewrote(place.layer.scope, what, **numbers)
     reduction.weigh()
     graph.prune()
 
 
 def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: int) -> list[Dim]:
+    if options.skip == "mlp":
+        parts = options.keep if isinstance(options.keep, tuple) else (options.keep,) * steps
+        whole = replace(options, skip="layers")
+        return [_counts(tokens, replace(whole, keep=(part,)), 1, prefix, suffix)[0] for part in parts]
     if options.alike and isinstance(tokens, str):
         return paired(tokens, options.keep, steps, prefix, suffix)
     return counts(tokens, options.keep, steps, prefix + suffix + (options.merge == "average"))

@@ -46,12 +46,17 @@ def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -
     if kind in ROWS:
         attrs = {"rows": ROWS[kind], "scale": node.attr("scale"), "causal": node.attr("causal")}
         return ops("token_scores", query, key, **attrs, step=options.every if kind == "received" else 1)
+    if kind == "change":
+        moved = ops("sub", place.stream, place.attended.stream)
+        squares = [ops("mean", ops("mul", value, value), axes=(2,)) for value in (moved, place.stream)]
+        return ops("div", *squares)
     if kind == "key-norm":
         squares = ops("sum", ops("mul", key, key), axes=(3,))
         return ops("neg", ops("mean", ops("sqrt", squares), axes=(1,)))
     assert numbers is not None  # of what goes by place
     number = ops("cast", numbers, dtype=torch.float32)
-    return _random(ops, number, options.seed) if kind == "random" else number
+    rows = {"random": lambda: _random(ops, number, options.seed), "earliest": lambda: ops("neg", number)}
+    return rows[kind]() if kind in rows else number
 
 
 def by_place(ops: Ops, place: Place) -> Value:
@@ -77,8 +82,10 @@ def _random(ops: Ops, number: Value, seed: int) -> Value:
     return ops("sin", phase)
 
 
-def metric(ops: Ops, place: Place) -> Value:
-    """What tokens are compared by, [B, T, d]: their keys, the mean over heads."""
+def metric(ops: Ops, place: Place, options: DropTokens) -> Value:
+    """What tokens are compared by, [B, T, d]: their keys, the mean over heads, or the stream."""
+    if options.compare == "stream":
+        return place.stream
     return ops("mean", place.attention.input(1), axes=(1,))
 
 
