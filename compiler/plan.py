@@ -158,9 +158,9 @@ def _kind(param: Param) -> Any:
 def open_recipe_model(recipe: Recipe) -> Graph:
     """The graph of the recipe's model, which takes the recipe's data; errors point at the recipe."""
     try:
-        graph = open_model(recipe.model)
+        graph = open_model(recipe.model, recipe.inputs.image)
     except CompressError as error:
-        place = recipe.places.get("model")
+        place = recipe.places.get("inputs" if recipe.inputs.image else "model")
         error.span = error.span or (place.span if place is not None else None)
         raise
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
@@ -177,12 +177,15 @@ def _check_data(recipe: Recipe, section: str, data: Path, graph: Graph) -> None:
         raise
 
 
-def open_model(model: str) -> Graph:
-    """The graph of a checkpoint, or of a config alone (a directory without weights, or a ``config.json``)."""
+def open_model(model: str, image: int | None = None) -> Graph:
+    """The graph of a checkpoint, or of a config alone (a directory without weights, or a ``config.json``).
+
+    Pictures are ``image`` pixels high and wide, by default as the config says.
+    """
     from compiler.frontend.capture import capture
 
     config = _config_alone(Path(model))
-    return capture(model) if config is None else _from_config(config)
+    return capture(model, image=image) if config is None else _from_config(config, image)
 
 
 def _config_alone(path: Path) -> Path | None:
@@ -200,7 +203,7 @@ def _has_weights(path: Path) -> bool:
     )
 
 
-def _from_config(file: Path) -> Graph:
+def _from_config(file: Path, image: int | None) -> Graph:
     from compiler.frontend.capture import capture
     from compiler.frontend.subject import config_from_dict
 
@@ -208,7 +211,7 @@ def _from_config(file: Path) -> Graph:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as reason:
         raise CheckpointError(f"the config cannot be read: {reason}", where=str(file)) from reason
-    return capture(config_from_dict(values))
+    return capture(config_from_dict(values), image=image)
 
 
 def graph_of(model: str, *, after: str | None = None) -> Graph:

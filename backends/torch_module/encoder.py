@@ -11,6 +11,7 @@ from backends.torch_module.model_code import TopWriter
 from backends.torch_module.program import ATTENTION, Extras
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
+from compiler.frontend.sizes import image_size
 from compiler.ir.graph import Graph, Value
 
 OUTPUTS = {
@@ -26,7 +27,7 @@ LOSSES = {
     "ForSequenceClassification": "self.loss_function(labels=labels, pooled_logits=logits, config=self.config)",
     "ForImageClassification": "self.loss_function(labels=labels, pooled_logits=logits, config=self.config)",
 }
-KEPT = ("id2label", "label2id", "problem_type", "image_size", "num_channels")
+KEPT = ("id2label", "label2id", "problem_type", "num_channels")
 
 
 def ending(graph: Graph) -> str:
@@ -59,7 +60,7 @@ class EncoderAssembly(Assembly):
 
     def own_config(self) -> dict[str, Any]:
         source = self.graph.origin.config or {}
-        return {name: source[name] for name in KEPT if source.get(name) is not None}
+        return {name: source[name] for name in KEPT if source.get(name) is not None} | image_size(self.graph)
 
     def top(self) -> str:
         masks, prefix = self.model.extras.masks, self.model.prefix

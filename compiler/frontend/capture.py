@@ -33,15 +33,17 @@ def capture(
     *,
     inputs: Mapping[str, Tensor] | None = None,
     architecture: str | None = None,
+    image: int | None = None,
 ) -> Graph:
     """The graph of a model, lifted and verified, its weights bound but unread.
 
     ``model`` is a checkpoint (directory, GGUF file or hub id), a config, or a live module in eval mode. ``inputs`` are
     example inputs by name, needed for a module that is no transformers model; only their shapes and dtypes matter.
-    ``architecture`` names a transformers class where the config does not. Raises CaptureError naming what cannot be
+    ``architecture`` names a transformers class where the config does not; pictures are ``image`` pixels high and wide,
+    by default as the config says. Raises CaptureError naming what cannot be
     captured and where it stands.
     """
-    subject = subject_of(model, inputs, architecture)
+    subject = subject_of(model, inputs, architecture, image)
     graph = fold_layers(subject) or trace_all(subject)
     verify(graph)
     return graph

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from compiler.ir.graph import Graph, Param
+from compiler.ir.graph import Graph, Param, Value
 from compiler.weights.expr import Expr
+from compiler.weights.ops.basic import reshape, slice, transpose
+
+_LAYOUT = ("reshape", "transpose", "slice")
 
 
 def rebind(graph: Graph, param: Param, expr: Expr) -> Param:
@@ -24,6 +27,24 @@ def part(graph: Graph, param: Param, index: int, expr: Expr) -> Param:
     if name in graph.params:
         return graph.params[name]
     return graph.add_param(name, expr, param.storage, persistent=param.persistent)
+
+
+def of_parameter(value: Value) -> tuple[Param, Expr] | None:
+    """The stored parameter that ``value`` is, or a part of another shape of it, and ``value`` as an expression."""
+    if isinstance(value, Param):
+        return (value, value.expr) if value.persistent else None
+    node = value.node
+    found = of_parameter(node.input(0)) if node is not None and node.op.name in _LAYOUT else None
+    if node is None or found is None:
+        return None
+    param, expr = found
+    if node.op.name == "reshape":
+        return param, reshape(expr, [int(size) for size in value.shape])
+    if node.op.name == "transpose":
+        return param, transpose(expr, node.attr("perm"))
+    if node.attr("step") != 1:
+        return None
+    return param, slice(expr, node.attr("axis"), node.attr("start"), node.attr("stop"))
 
 
 def constant_values(param: Param) -> Sequence[float] | None:

@@ -64,31 +64,36 @@ def subject_of(
     model: str | Path | nn.Module | PretrainedConfig,
     inputs: Mapping[str, Tensor] | None,
     architecture: str | None,
+    image: int | None = None,
 ) -> Subject:
     """Prepare ``model`` for tracing. Raises CaptureError, or CheckpointError for a damaged checkpoint."""
     if isinstance(model, nn.Module):
         return _from_module(model, inputs)
     if isinstance(model, str | Path):
-        return _from_checkpoint(model, inputs, architecture)
-    return _from_config(model, inputs, architecture)
+        return _from_checkpoint(model, inputs, architecture, image)
+    return _from_config(model, inputs, architecture, image)
 
 
 # --- sources of weights --------------------------------------------------------------------------------------
 
 
-def _from_config(config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
+def _from_config(
+    config: PretrainedConfig, inputs: Mapping[str, Tensor] | None, architecture: str | None, image: int | None
+) -> Subject:
     module = build_on_meta(config, architecture)
     storage = _storage(config, module)
     weights = {
         name: load(MODEL, name, TensorType(storage(name, tensor), tuple(tensor.shape)))
         for name, tensor in _tensors(module)
     }
-    subject = _subject(module, inputs, weights | computed_buffers(module), _origin(module, config))
+    subject = _subject(module, inputs, weights | computed_buffers(module), _origin(module, config), image)
     subject.stock = True
     return subject
 
 
-def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None) -> Subject:
+def _from_checkpoint(
+    path: str | Path, inputs: Mapping[str, Tensor] | None, architecture: str | None, image: int | None
+) -> Subject:
     from compiler.weights.checkpoint import open_checkpoint
     from compiler.weights.checkpoint_binding import bind
 
@@ -96,7 +101,7 @@ def _from_checkpoint(path: str | Path, inputs: Mapping[str, Tensor] | None, arch
     config = config_from_dict(checkpoint.config)
     module = build_on_meta(config, architecture or checkpoint.architecture)
     weights = dict(bind(checkpoint, module)) | computed_buffers(module)
-    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)))
+    subject = _subject(module, inputs, weights, _origin(module, config, str(checkpoint.path)), image)
     subject.sources[MODEL], subject.stock = checkpoint, True
     return subject
 
@@ -123,10 +128,14 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
 
 
 def _subject(
-    module: nn.Module, inputs: Mapping[str, Tensor] | None, weights: dict[str, Expr], origin: Origin
+    module: nn.Module,
+    inputs: Mapping[str, Tensor] | None,
+    weights: dict[str, Expr],
+    origin: Origin,
+    image: int | None = None,
 ) -> Subject:
     _settle_frequencies(module)
-    examples = _default_inputs(module) if inputs is None else _shaped_like(inputs)
+    examples = _default_inputs(module, image) if inputs is None else _shaped_like(inputs)
     names = _first_names(module)
     return Subject(
         module=module,
@@ -374,25 +383,28 @@ def _storage(config: PretrainedConfig, model: Any) -> Callable[[str, Tensor], to
 # --- example inputs ------------------------------------------------------------------------------------------
 
 
-def _default_inputs(module: nn.Module) -> dict[str, Tensor]:
+def _default_inputs(module: nn.Module, image: int | None) -> dict[str, Tensor]:
     main = getattr(module, "main_input_name", None)
     config = getattr(module, "config", None)
     if not isinstance(main, str) or config is None:
         raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
-    inputs = {main: _example(main, config)}
+    inputs = {main: _example(main, config, image)}
     if main == "input_ids" and hasattr(config, "vision_config") and not cast(Any, module).can_generate():
-        inputs["pixel_values"] = _example("pixel_values", config)
+        inputs["pixel_values"] = _example("pixel_values", config, image)
+    if image is not None and "pixel_values" not in inputs:
+        raise CaptureError(f"a {type(module).__name__} takes no pictures", remedy="leave out the size of pictures")
     takes_decoder_ids = "decoder_input_ids" in inspect.signature(module.forward).parameters
     if takes_decoder_ids and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _tokens(_DECODER_TOKENS)
     return inputs
 
 
-def _example(name: str, config: Any) -> Tensor:
+def _example(name: str, config: Any, image: int | None) -> Tensor:
     if name == "input_ids":
         return _tokens(_TOKENS)
     if name == "pixel_values":
-        return torch.zeros(_BATCH, *image_shape(config), device="meta")
+        channels, height, width = image_shape(config)
+        return torch.zeros(_BATCH, channels, image or height, image or width, device="meta")
     if name == "input_features":
         return torch.zeros(_BATCH, config.num_mel_bins, 2 * config.max_source_positions, device="meta")
     raise CaptureError(f"no example of the input `{name}` is known", remedy="pass inputs=")

@@ -15,7 +15,18 @@ from typing import Any
 from compiler.datafiles import has_pictures, recordings
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
-from compiler.recipe.schema import EMITTERS, KEYS, SECTIONS, Calibration, Evaluate, Onnx, Run, Safetensors, build
+from compiler.recipe.schema import (
+    EMITTERS,
+    KEYS,
+    SECTIONS,
+    Calibration,
+    Evaluate,
+    Inputs,
+    Onnx,
+    Run,
+    Safetensors,
+    build,
+)
 from compiler.recipe.yamltree import Tree, read_tree
 from passes import pass_class, pass_names
 
@@ -34,6 +45,7 @@ class Recipe:
     model: str
     passes: tuple[Pass, ...] = ()
     emit: tuple[Any, ...] = ()
+    inputs: Inputs = field(default_factory=Inputs)
     calibration: Calibration | None = None
     evaluate: Evaluate | None = None
     run: Run = field(default_factory=Run)
@@ -190,6 +202,7 @@ class _Checker:
             model=model or self._model(entries),
             passes=passes,
             emit=self._emit(entries),
+            inputs=self._section(entries, "inputs") or Inputs(),
             calibration=calibration,
             evaluate=self._section(entries, "evaluate"),
             run=self._section(entries, "run") or Run(),

@@ -81,6 +81,13 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the model is for: pictures ``image`` pixels high and wide, by default as its config says."""
+
+    image: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Where to compute, and how much memory to use."""
 
@@ -138,8 +145,8 @@ class Onnx:
 
 
 EMITTERS: Mapping[str, type] = {"safetensors": Safetensors, "onnx": Onnx}
-SECTIONS: Mapping[str, type] = {"calibration": Calibration, "evaluate": Evaluate, "run": Run}
-KEYS = ("model", "calibration", "passes", "emit", "evaluate", "run", "include")
+SECTIONS: Mapping[str, type] = {"inputs": Inputs, "calibration": Calibration, "evaluate": Evaluate, "run": Run}
+KEYS = ("model", "inputs", "calibration", "passes", "emit", "evaluate", "run", "include")
 
 
 def option_names(cls: type) -> list[str]:

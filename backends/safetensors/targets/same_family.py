@@ -9,6 +9,7 @@ from backends.safetensors.emission import Proposal, Refusal, missing_names
 from backends.safetensors.targets.sizes import smaller_config
 from backends.safetensors.targets.target import Target
 from backends.safetensors.unify import Mismatch
+from compiler.frontend.sizes import image_size
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint, bind
@@ -76,6 +77,7 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
         for name, value in config.items()
         if name not in RUNTIME and not name.removeprefix("_").startswith("attn_implementation")
     }
+    config |= {name: size for name, size in image_size(graph).items() if name in config}
     tied = (graph.origin.config or config).get("tie_word_embeddings")
     if tied and not shares_embedding(graph) and _has_head(config, graph.origin.architecture):
         config["tie_word_embeddings"] = False

@@ -6,10 +6,10 @@ the result's type from ``importer.out`` where ATen leaves it to inference, and e
 
 from __future__ import annotations
 
-from compiler.frontend.aten import elementwise, shape, whole
+from compiler.frontend.aten import elementwise, resize, shape, whole
 from compiler.frontend.aten.shared import Complex, Handler
 
-HANDLERS: dict[str, Handler] = {**elementwise.HANDLERS, **shape.HANDLERS, **whole.HANDLERS}
+HANDLERS: dict[str, Handler] = {**elementwise.HANDLERS, **resize.HANDLERS, **shape.HANDLERS, **whole.HANDLERS}
 
 TAKES_COMPLEX: frozenset[str] = frozenset({"mul", "view_as_real"})
 

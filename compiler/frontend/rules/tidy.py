@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from compiler.frontend.params import constant_values, part
+from compiler.frontend.params import constant_values, of_parameter, part
 from compiler.ir.graph import Node, Param, Value
 from compiler.rewrite.pattern import Match, attr, op, rule, var
 from compiler.rewrite.site import Refused, Rule, Site, made_by
-from compiler.weights.ops.basic import slice
+from compiler.weights.ops.basic import cast, concat, slice
 
 
 def merge_reshapes(site: Site) -> Value | None:
@@ -186,6 +186,16 @@ def parts_of_parameter(site: Site) -> Value | None:
     return None
 
 
+def table_of_parts(site: Site) -> Value | None:
+    """Parts of parameters, joined, are a parameter: a table that was taken apart to be resized."""
+    found = [of_parameter(value) for value in site.node.inputs if value is not None]
+    parts = [each for each in found if each is not None]
+    if len(parts) < len(site.node.inputs) or len(parts) < 2:
+        return None
+    whole, axis = parts[0][0], site.node.attr("axis")
+    return part(site.graph, whole, 1, concat([cast(expr, whole.type.dtype) for _, expr in parts], axis))
+
+
 def _takes_rows(node: Node) -> bool:
     if node.op.name != "slice" or node.attr("axis") != 0 or node.attr("step") != 1:
         return False
@@ -209,7 +219,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "reshape": (merge_reshapes, select_of_pairs, linear_under_reshape, unflattened_rows),
     "transpose": (merge_transposes,),
     "slice": (slice_of_concat, slice_of_split_axis, counted_positions, parts_of_parameter),
-    "concat": (drop_empty_parts,),
+    "concat": (drop_empty_parts, table_of_parts),
     "mul": (fold_constant, gelu_by_tanh, fold_expand),
     "add": (fold_constant, fold_expand),
     "sub": (fold_constant, fold_expand),
