@@ -92,7 +92,7 @@ def _score(ours: Sequence[Heard], theirs: Sequence[Heard] | None) -> Mapping[str
     found: dict[str, Array] = {}
     if all(one.said is not None for one in ours):
         found["to what was said"] = _rows([(one.written, one.said or "") for one in ours])
-    if theirs is not None:
+    if theirs is not None and any(words(other.written) for other in theirs):
         pairs = zip(ours, theirs, strict=True)
         found["to the original's words"] = _rows([(one.written, other.written) for one, other in pairs])
     return found
