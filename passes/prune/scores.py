@@ -31,6 +31,7 @@ class Scores:
         self._slopes = slopes or {}
         self._score = score
         self._statistics = statistics
+        self._measured = {param.name: param for param in statistics.params} if statistics else {}
 
     def readers(self, place: Place) -> list[Reader]:
         """The matrices that read ``place``: those of a stack one by one. By slopes, one for each input is enough."""
@@ -41,10 +42,13 @@ class Scores:
         return next(iter(member.param.users)).input(0) if member.param in self._slopes else member
 
     def split(self, place: Place, member: Member) -> list[Reader]:
-        """The matrices of one reader: of experts there are several. With a bias, the mean of inputs costs nothing."""
+        """The matrices of one reader: of experts there are several. With a bias, the mean of inputs costs nothing.
+
+        ``place`` may be of a copy of the graph that was measured.
+        """
         weight, columns = self._ctx.read(member.param), place.columns(member)
-        known = self._statistics is not None and member.param in self._statistics
-        moments = self._statistics.of(member.param) if known and self._statistics else None
+        known = self._measured.get(member.param.name)
+        moments = self._statistics.of(known) if known is not None and self._statistics else None
         if not any(node.op.name == "experts" for node in member.param.users):
             if moments is not None and bias_of(member.param) is not None:
                 moments = replace(moments, second=moments.second - torch.outer(moments.mean, moments.mean))
