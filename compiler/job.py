@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
-from compiler.datafiles import has_pictures
 from compiler.datafiles import has_pictures
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
@@ -89,8 +88,6 @@ class _Run:
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
-        if has_pictures(wanted.data):
-            return picture_batches(graph, wanted.data, wanted.samples)
         if has_pictures(wanted.data):
             return picture_batches(graph, wanted.data, wanted.samples)
         if len(graph.inputs) == 1:
@@ -253,8 +250,9 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
         of_gguf = _verify_gguf(run, passed, output)
     evaluation = _evaluate(run, output, own_code)
     findings = Findings(
-        passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded, passed.gguf, of_gguf
+        passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded
     )
+    findings = replace(findings, gguf=passed.gguf, gguf_verification=of_gguf)
     document = write_reports(findings, output.files)
     output.commit()
     return Result(output.path, document, passed.report)
@@ -323,9 +321,8 @@ def _verify(
 
 def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:
     """The comparison with the original that the recipe asks for; None when it asks for none."""
-    from compiler.evaluate import evaluate_model
-
     from backends.gguf import FILE_NAME
+    from compiler.evaluate import evaluate_model
 
     wanted, checkpoint = run.recipe.evaluate, run.recipe.checkpoint
     if wanted is None:

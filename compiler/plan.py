@@ -20,6 +20,7 @@ from compiler.pipeline import Calibration, Observer, PassReport, Pipeline, Repor
 from compiler.recipe import Recipe
 
 if TYPE_CHECKING:
+    from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
     from backends.safetensors import Emission
     from compiler.weights.expr import Expr
@@ -236,21 +237,21 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
-    from compiler.target import checkpoint_for, onnx_for
+    from compiler.target import checkpoint_for, gguf_for, onnx_for
     from compiler.weights.layout import SHARD_BYTES, layout
 
-    checkpoint, onnx = checkpoint_for(graph, recipe), onnx_for(graph, recipe)
+    checkpoint, onnx, gguf = (make(graph, recipe) for make in (checkpoint_for, onnx_for, gguf_for))
     shard = recipe.checkpoint.shard if recipe.checkpoint else SHARD_BYTES
-    written = [emission for emission in (checkpoint, onnx) if emission is not None]
-    files: dict[str, int] = {}
-    for emission in written:
+    written = [emission for emission in (checkpoint, onnx, gguf) if emission is not None]
+    files: dict[str, int] = {} if gguf is None else {"gguf/model.gguf": gguf.nbytes}
+    for emission in [emission for emission in written if emission is not gguf]:
         folder = "onnx/" if emission is onnx else ""
         files |= {f"{folder}{part.name}": part.tensor_bytes for part in layout(emission.tensors, shard)}
     output = Output(written[0].architecture, files, tuple(line for emission in written for line in loads_in(emission)))
     return output, peak_rss() + THREADS * max(_largest_step(emission.tensors) for emission in written)
 
 
-def loads_in(emission: Emission | OnnxEmission) -> tuple[str, ...]:
+def loads_in(emission: Emission | OnnxEmission | GgufEmission) -> tuple[str, ...]:
     """Where it loads, and where it does not."""
     from backends.safetensors import Emission
 

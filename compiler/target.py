@@ -19,6 +19,7 @@ from compiler.weights.ops.sparse import as_scatter
 from compiler.weights.tokens import renumbered
 
 if TYPE_CHECKING:
+    from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
     from compiler.recipe import Recipe
 
@@ -35,6 +36,7 @@ def emission_of(
     ``cache_bits`` 8 or 4 rounds what attention caches, ``compact`` stores sparse weights as bits and values;
     stock classes can neither. Raises TargetError when there is no such checkpoint.
     """
+    _check_no_blocks(graph)
     return replace(_emission(graph, model_class, cache_bits, compact), tokens=graph.tokens)
 
 
@@ -68,6 +70,7 @@ def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
 
 def gptq_emission(graph: Graph, version: Version) -> Emission:
     """The GPTQ checkpoint of ``graph``. Raises TargetError when the layout, or no stock class, holds it."""
+    _check_no_blocks(graph)
     found = propose(graph, version)
     if isinstance(found, Refusal):
         raise TargetError(f"no GPTQ checkpoint holds this: {found.reason}", remedy="leave out `quantised-as`")
@@ -91,6 +94,31 @@ def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
             remedy="pip install 'compress-model[onnx]'",
         ) from reason
     return propose(graph, wanted.target, accuracy=wanted.accuracy_level)
+
+
+def _check_no_blocks(graph: Graph) -> None:
+    """Raises TargetError when weights are in block formats of GGUF files."""
+    held = [param.name for param in graph.params.values() if param.expr.op == "dequantize_gguf"]
+    if held:
+        raise TargetError(
+            f"{held[0]} is in a block format of GGUF files, and so are {len(held) - 1} more weights",
+            remedy="write `emit: [gguf]`; `type: int` is for safetensors",
+        )
+
+
+def gguf_for(graph: Graph, recipe: Recipe) -> GgufEmission | None:
+    """The GGUF file that ``recipe`` asks for; None when it asks for none."""
+    return None if recipe.gguf is None else gguf_emission(graph)
+
+
+def gguf_emission(graph: Graph) -> GgufEmission:
+    """The GGUF file of ``graph``. Raises TargetError when llama.cpp, or no stock class, holds it."""
+    from backends.gguf import propose as propose_gguf
+
+    found = propose(graph, "whole")
+    if isinstance(found, Refusal):
+        raise TargetError(f"no GGUF file holds this: {found.reason}", remedy="leave `gguf` out of `emit`")
+    return propose_gguf(found.architecture, found.config, found.tensors, tokens=graph.tokens)
 
 
 def _noted(emission: Emission, graph: Graph) -> Emission:

@@ -26,8 +26,8 @@ from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
 from compiler.weights.rows import as_dequantize
 
-Layout = Literal["compressed-tensors", "gptq", "gptq-v2"]
-"""How quantised weights lie in files."""
+Layout = Literal["compressed-tensors", "gptq", "gptq-v2", "whole"]
+"""How quantised weights lie in files; ``whole``: as expressions, for another backend to write."""
 
 
 def missing_names(module: Any, named: Mapping[str, Expr]) -> list[str]:
@@ -183,6 +183,9 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
         return Refusal(target, cache.reason)
     if wanted.layout == "compressed-tensors":
         quantised, parts_of = quantization_config(named, stored, module, activations, cache), stored_parts
+    elif wanted.layout == "whole":
+        quantised = Mismatch("activations are rounded") if activations or cache else None
+        parts_of = _as_it_is
     else:
         rounds = bool(activations or cache)
         quantised, parts_of = gptq_config(stored, module, rounds, wanted.layout), gptq_parts_of(wanted.layout)
@@ -198,6 +201,10 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
     }
     tensors |= cache.tensors if cache else {}
     return Emission(target, proposal.architecture, written, tensors, notes)
+
+
+def _as_it_is(key: str, expr: Expr) -> dict[str, Expr]:
+    return {key: expr}
 
 
 def _captured(config: Any, architecture: str, graph: Graph) -> Graph:

@@ -20,6 +20,8 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
     value = as_dequantize(expr)
     if value is None:
         return {key: expr}
+    if value.op == "dequantize_gguf":
+        return {key: value.args[0]}
     storage = format_of(scheme_of(value), expert=bool(EXPERT.search(key)))
     return {key.removesuffix("weight") + suffix: part for suffix, part in storage.parts(value).items()}
 

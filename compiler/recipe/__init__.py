@@ -21,6 +21,7 @@ from compiler.recipe.schema import (
     SECTIONS,
     Calibration,
     Evaluate,
+    Gguf,
     Inputs,
     Onnx,
     Run,
@@ -78,6 +79,11 @@ class Recipe:
     def onnx(self) -> Onnx | None:
         """How ONNX models are written; None when none are."""
         return next((wanted for wanted in self.emit if isinstance(wanted, Onnx)), None)
+
+    @property
+    def gguf(self) -> Gguf | None:
+        """How a GGUF file is written; None when none is."""
+        return next((wanted for wanted in self.emit if isinstance(wanted, Gguf)), None)
 
     def locate(self) -> Observer:
         """An observer that makes errors of passes point at the recipe."""
@@ -295,7 +301,7 @@ class _Checker:
                 span=entries["emit"].place,
                 remedy="write `emit: [safetensors]`, or leave `emit` out",
             )
-        if "evaluate" in entries and "safetensors" not in chosen:
+        if "evaluate" in entries and not {"safetensors", "gguf"} & chosen.keys():
             raise RecipeError(
                 "`evaluate` measures a checkpoint, and none is written",
                 span=entries["emit"].place,

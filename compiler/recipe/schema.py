@@ -144,7 +144,12 @@ class Onnx:
     accuracy_level: Literal[4, 0] = 4
 
 
-EMITTERS: Mapping[str, type] = {"safetensors": Safetensors, "onnx": Onnx}
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """A GGUF file for llama.cpp in the folder ``gguf``. Weights have the block formats that ``quantize`` gave them."""
+
+
+EMITTERS: Mapping[str, type] = {"safetensors": Safetensors, "onnx": Onnx, "gguf": Gguf}
 SECTIONS: Mapping[str, type] = {"inputs": Inputs, "calibration": Calibration, "evaluate": Evaluate, "run": Run}
 KEYS = ("model", "inputs", "calibration", "passes", "emit", "evaluate", "run", "include")
 

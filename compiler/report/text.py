@@ -8,19 +8,9 @@ from typing import Any
 
 from compiler.console import human_bytes, human_count, table
 from compiler.recipe.schema import spell_value
+from compiler.report.quality import Row, measured_rows
 
 Document = Mapping[str, Any]
-Row = tuple[str, str, str, str]
-
-METRIC_NAMES = {
-    "perplexity": "perplexity",
-    "bits-per-byte": "bits per byte of text",
-    "kl": "KL to the original (nats a token)",
-    "agreement": "same most likely token",
-    "cosine": "cosine to the original's output",
-    "relative-error": "relative error of the output",
-}
-
 
 def summary(document: Document, path: Path) -> str:
     """What the command prints when it is done."""
@@ -31,21 +21,22 @@ def summary(document: Document, path: Path) -> str:
         f"{path}: {output['architecture']}, {human_bytes(output['tensor_bytes'])}",
         *(f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(output["loads_in"])),
         f"  {verification_sentence(document)}",
-        *_onnx_lines(document, path),
+        *_lines_beside(document, path, "onnx"),
+        *_lines_beside(document, path, "gguf"),
         f"  more: {path / 'compress' / 'report.html'}",
     ]
     return "\n".join(lines)
 
 
-def _onnx_lines(document: Document, path: Path) -> list[str]:
-    """What an ONNX model beside a checkpoint is, and whether it was reloaded."""
-    found = document.get("onnx")
+def _lines_beside(document: Document, path: Path, kind: str) -> list[str]:
+    """What an ONNX model or a GGUF file beside a checkpoint is, and whether it was reloaded."""
+    found = document.get(kind)
     if found is None or document["output"]["target"] == found["target"]:
         return []
     sentence = verification_sentence({"verification": found["verification"], "output": {"target": found["target"]}})
     places = (f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(found["loads_in"]))
     size = human_bytes(found["tensor_bytes"])
-    return [f"{path / 'onnx'}: {found['target']}, {size}", *places, f"  {sentence}"]
+    return [f"{path / kind}: {found['target']}, {size}", *places, f"  {sentence}"]
 
 
 def comparison(document: Document) -> list[Row]:
@@ -58,47 +49,16 @@ def comparison(document: Document) -> list[Row]:
         _row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count),
         _row("cache bytes a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes),
     ]
-    return [*rows, *_measured(document["evaluation"])]
+    return [*rows, *measured_rows(document["evaluation"])]
 
 
 def _row(name: str, before: float, after: float, show: Any) -> Row:
     return name, show(before), show(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
-def _measured(found: Mapping[str, Any] | None) -> list[Row]:
-    """Rows of what an evaluation measured; empty cells where there is no reference."""
-    if found is None:
-        return []
-    rows = [_metric(name, found["reference"].get(name), estimate) for name, estimate in found["metrics"].items()]
-    if found["cache"] is None:
-        return rows
-    theirs, ours = found["reference_cache"] or {}, found["cache"]
-    names = {
-        "values_per_token": "cached values a token, live",
-        "bytes_per_token": f"cached bytes a token, live, in {found['dtype']}",
-    }
-    return [*((name, _count(theirs.get(key)), _count(ours[key]), "") for key, name in names.items()), *rows]
-
-
-def _metric(name: str, before: Mapping[str, float] | None, after: Mapping[str, float]) -> Row:
-    change = f"{100 * (after['value'] / before['value'] - 1):+.2f} %" if before else ""
-    return METRIC_NAMES.get(name, name), _estimate(before), _estimate(after), change
-
-
-def _estimate(found: Mapping[str, float] | None) -> str:
-    """A value with its 95 % interval."""
-    if found is None:
-        return ""
-    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
-
-
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
 def evaluation_text(found: Mapping[str, Any]) -> str:
     """What ``compress-model eval`` prints."""
-    rows = _measured(found)
+    rows = measured_rows(found)
     speed = found.get("speed")
     if speed is not None:
         rows += [

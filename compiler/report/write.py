@@ -18,6 +18,7 @@ from compiler.report.lock import lock_text, plain
 from compiler.report.page import page
 
 if TYPE_CHECKING:
+    from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
 
 SCHEMA = 1
@@ -35,11 +36,13 @@ class Findings:
     seconds: dict[str, float]
     onnx: OnnxEmission | None = None
     onnx_verification: Verification | None = None
+    gguf: GgufEmission | None = None
+    gguf_verification: Verification | None = None
 
     @property
-    def main(self) -> Emission | OnnxEmission:
-        """The checkpoint, or where none is written the ONNX model."""
-        found = self.emission or self.onnx
+    def main(self) -> Emission | OnnxEmission | GgufEmission:
+        """The checkpoint, or where none is written the ONNX model or the GGUF file."""
+        found = self.emission or self.onnx or self.gguf
         assert found is not None  # a recipe that writes nothing is refused
         return found
 
@@ -72,7 +75,8 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
     """What report.json holds. Keys are only ever added; ``schema`` grows when one changes its meaning."""
     report, lock = findings.report, findings.lock
     files = weight_files(directory)
-    main, verification = findings.main, findings.verification or findings.onnx_verification
+    main, verifications = findings.main, (findings.verification, findings.onnx_verification, findings.gguf_verification)
+    verification = next((found for found in verifications if found is not None), None)
     assert verification is not None  # what is written is verified, or said to be not
     return {
         "schema": SCHEMA,
@@ -95,13 +99,15 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
         "layers": {"before": dict(report.layers_before), "after": dict(report.layers_after)},
         "verification": asdict(verification),
         "onnx": _onnx(findings, directory),
+        "gguf": _gguf(findings, directory),
         "evaluation": _evaluation(findings.evaluation),
     }
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that tensors lie in: those of the checkpoint, or where there is none those of the ONNX models."""
-    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))
+    """The files that tensors lie in: those of the checkpoint, or where there is none those of the other models."""
+    found = (sorted(directory.glob(pattern)) for pattern in ("*.safetensors", "*/*.safetensors", "*/*.gguf"))
+    return next((files for files in found if files), [])
 
 
 def _onnx(findings: Findings, directory: Path) -> dict[str, Any] | None:
@@ -115,6 +121,18 @@ def _onnx(findings: Findings, directory: Path) -> dict[str, Any] | None:
         "tensor_bytes": findings.onnx.nbytes,
         "files": {file.name: file.stat().st_size for file in files},
         "verification": asdict(findings.onnx_verification),
+    }
+
+
+def _gguf(findings: Findings, directory: Path) -> dict[str, Any] | None:
+    if findings.gguf is None or findings.gguf_verification is None:
+        return None
+    return {
+        "target": findings.gguf.target,
+        "loads_in": list(findings.gguf.loads_in),
+        "tensor_bytes": findings.gguf.nbytes,
+        "files": {file.name: file.stat().st_size for file in sorted((directory / "gguf").iterdir())},
+        "verification": asdict(findings.gguf_verification),
     }
 
 

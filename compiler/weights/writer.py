@@ -54,9 +54,11 @@ def write(
     threads: int = 2,
     safe_bytes: int = SAFE_BYTES,
     on_progress: Progress | None = None,
+    shards: Sequence[Shard] | None = None,
 ) -> list[WrittenFile]:
     """Compute every tensor and write model.safetensors, or shards with an index, into ``directory``.
 
+    ``shards`` are files of another format that together hold all ``tensors``.
     ``budget`` bounds the bytes that all ``threads`` together hold, as far as single rows allow. ``journal`` (a file
     outside ``directory``) records what is done, every ``safe_bytes``: a later call with the same tensors and sources
     goes on from there.
@@ -65,7 +67,7 @@ def write(
     Raises CheckpointError when a source is damaged or holds NaN or infinite values, OutputError when a result is
     not finite or the files cannot be written; what is finished stays and is reused.
     """
-    shards = layout(tensors, shard_bytes)
+    shards = layout(tensors, shard_bytes) if shards is None else shards
     record = Journal(journal, _job_key(shards, sources))
     with explained(directory):
         files = [_File(shard, directory) for shard in shards]

@@ -1,0 +1,141 @@
+"""What llama.cpp calls the architecture of a transformers config, and the sizes that its files carry.
+
+An architecture is code in llama.cpp: what a config says beyond these keys must be what that code does, or the file
+would compute something else. ``fixed`` lists such entries with the values that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backends.gguf.header import Metadata
+
+Config = Mapping[str, Any]
+
+SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``interleaved``: rotary pairs lie side by side, so rows of queries and keys are permuted. ``shifted``: gains of
+    norms are stored plus one. ``more`` are further entries, ``reason`` says why a config does not fit ("": it does)."""
+
+    name: str
+    interleaved: bool = False
+    shifted: bool = False
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+    more: Callable[[Config], Metadata] = lambda config: {}
+    reason: Callable[[Config], str] = lambda config: ""
+
+
+COMMON = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+EXPERTS = {
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+}
+FLOATS = ("attention.layer_norm_rms_epsilon",)
+
+
+def head_width(config: Config) -> int:
+    """Elements of a head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def metadata_of(architecture: Architecture, config: Config) -> Metadata:
+    """The entries of the header that say what sizes the model has."""
+    found: dict[str, Any] = {name: config[key] for name, key in COMMON.items() if config.get(key) is not None}
+    found |= {name: float(found[name]) for name in FLOATS if name in found}
+    for name, keys in EXPERTS.items():
+        given = [config[key] for key in keys if config.get(key) is not None]
+        found |= {name: given[0]} if given else {}
+    found |= {"attention.key_length": head_width(config), "attention.value_length": head_width(config)}
+    found |= {"rope.dimension_count": head_width(config), **_rotary(config), **architecture.more(config)}
+    return {f"{architecture.name}.{name}": value for name, value in found.items()}
+
+
+def refusal(architecture: Architecture, config: Config) -> str:
+    """Why the architecture does not compute what ``config`` says; "" where it does."""
+    for key, values in architecture.fixed.items():
+        if config.get(key) is not None and config[key] not in values:
+            return f"its architecture {architecture.name} has no `{key}: {config[key]}`"
+    kind = _rotary_of(config).get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        return f"rotary embedding of the type {kind} is not written yet"
+    if float(_rotary_of(config).get("partial_rotary_factor") or 1.0) != 1.0:
+        return "rotary embedding of a part of a head is not written yet"
+    return architecture.reason(config)
+
+
+def _rotary_of(config: Config) -> Mapping[str, Any]:
+    """The rotary entries that layers with full attention have."""
+    found = config.get("rope_parameters") or {}
+    return found.get("full_attention", found)
+
+
+def _rotary(config: Config) -> dict[str, Any]:
+    own = _rotary_of(config)
+    found: dict[str, Any] = {"rope.freq_base": float(own.get("rope_theta") or config.get("rope_theta") or 10000.0)}
+    if own.get("rope_type") == "linear":
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(own["factor"])}
+    return found
+
+
+def _capped(config: Config) -> dict[str, Any]:
+    """Sliding windows and caps of scores, as Gemma has them."""
+    found: dict[str, Any] = {"attention.sliding_window": config["sliding_window"]}
+    caps = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+    return found | {name: float(config[key]) for name, key in caps.items() if config.get(key)}
+
+
+def _kinds(config: Config, period: int) -> Sequence[str]:
+    """The kinds of attention of layers where every ``period``-th is full."""
+    count = range(1, config["num_hidden_layers"] + 1)
+    return ["sliding_attention" if index % period else "full_attention" for index in count]
+
+
+def _gemma(period: int, local: float | None) -> Callable[[Config], str]:
+    def reason(config: Config) -> str:
+        if list(config.get("layer_types") or _kinds(config, period)) != _kinds(config, period):
+            return f"its layers do not have full attention in every {period}th"
+        if config.get("query_pre_attn_scalar", head_width(config)) != head_width(config):
+            return "its scores are scaled by something else than a head's width"
+        own = (config.get("rope_parameters") or {}).get("sliding_attention", {})
+        if local is not None and float(own.get("rope_theta", local)) != local:
+            return f"its layers with windows have another rotary base than {local:g}"
+        return ""
+
+    return reason
+
+
+def _dense(config: Config) -> str:
+    sparse = config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")
+    return "some of its layers have no experts" if sparse else ""
+
+
+_LLAMA = {"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)}
+_QWEN3 = {"hidden_act": SILU, "attention_bias": (False,)}
+_GEMMA = {"hidden_activation": GELU_TANH, "attention_bias": (False,), "use_bidirectional_attention": (False,)}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", interleaved=True, fixed=_LLAMA),
+    "mistral": Architecture("llama", interleaved=True, fixed=_LLAMA),
+    "mixtral": Architecture("llama", interleaved=True, fixed=_LLAMA),
+    "qwen2": Architecture("qwen2", fixed={"hidden_act": SILU}),
+    "qwen3": Architecture("qwen3", fixed=_QWEN3),
+    "qwen3_moe": Architecture("qwen3moe", fixed={**_QWEN3, "norm_topk_prob": (True,)}, reason=_dense),
+    "gemma2": Architecture("gemma2", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(2, None)),
+    "gemma3_text": Architecture("gemma3", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(6, 10000.0)),
+}
+"""By the ``model_type`` of a config."""

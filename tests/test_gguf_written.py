@@ -1,0 +1,110 @@
+"""GGUF files that are written: readers find the graph's weights, and the model computes what the graph computes."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+
+from backends.gguf import emit
+from compiler.errors import TargetError
+from compiler.evaluate.parity import verify_gguf
+from compiler.frontend import capture
+from compiler.ir.execute import read_param, run
+from compiler.pipeline import Pipeline
+from compiler.target import emission_of, gguf_emission
+from compiler.weights.gguf_header import read_gguf_header
+from passes import Quantize
+from tests.captures import saved
+from tests.families import FAMILIES
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96}
+GEMMA = {"query_pre_attn_scalar": 256, "head_dim": 256}  # what transformers' reader takes for granted
+FAMILY_OPTIONS = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 128},
+    "gemma2": GEMMA,
+    "gemma3": {**GEMMA, "layer_types": ["sliding_attention"] * 2},
+}
+
+
+def written(name, directory, passes=(), **changes):
+    """A family's graph after ``passes``, and the file that is written for it."""
+    _, graph = saved(name, **{**WIDTHS, **changes})
+    Pipeline(passes).run(graph)
+    emission = gguf_emission(graph)
+    emit(emission, graph.sources, directory)
+    return graph, directory / "model.gguf", emission
+
+
+@pytest.mark.parametrize("name", FAMILY_OPTIONS)
+def test_the_file_is_the_graph(name, tmp_path):
+    graph, file, _ = written(name, tmp_path, [Quantize(type="q5_1")], **FAMILY_OPTIONS[name])
+    inputs = FAMILIES[name].inputs()
+    ours, again = run(graph, inputs), run(capture(file), inputs)
+    for key, value in ours.items():
+        scale = value.abs().max()
+        assert (again[key] - value).abs().max() <= 32 * torch.finfo(torch.float32).eps * scale
+
+
+def test_transformers_loads_it(tmp_path):
+    graph, file, _ = written("llama", tmp_path, [Quantize(type="q4_0")])
+    found = verify_gguf(graph, file, memory=1 << 30)
+    assert found.performed and found.error <= found.tolerance
+
+
+def test_its_owner_reads_it(tmp_path):
+    graph, file, emission = written(
+        "llama", tmp_path, [Quantize(where="mlp", type="q4_0"), Quantize(where="attention", type="q8_0")]
+    )
+    reader = gguf.GGUFReader(file)
+    assert {tensor.name for tensor in reader.tensors} == set(emission.tensors)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_0" and kinds["blk.1.attn_k.weight"] == "Q8_0"
+    assert kinds["token_embd.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+    assert all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
+    header = read_gguf_header(file)
+    assert header.metadata["llama.block_count"] == 2
+    assert header.metadata["tokenizer.ggml.model"] == "none"
+    up = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    values = torch.from_numpy(gguf.quants.dequantize(up.data, up.tensor_type))
+    param = next(param for key, param in graph.params.items() if key.endswith("layers.0.mlp.up_proj.weight"))
+    assert torch.equal(values, read_param(graph, param))
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_dense_weights_keep_their_type(dtype, kind, tmp_path):
+    _, file, _ = written("llama", tmp_path, dtype=dtype)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.attn_q.weight"] == kind and kinds["output_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    "name, changes, reason",
+    [
+        ("bert", {}, "GGUF files of `bert` are not written"),
+        ("llama", {"hidden_act": "relu"}, "has no `hidden_act: relu`"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "scaled by something else"),
+        ("gemma3", GEMMA, "full attention in every 6th"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "has no `norm_topk_prob: False`"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(name, changes, reason, tmp_path):
+    with pytest.raises(TargetError, match=reason):
+        written(name, tmp_path, **changes)
+
+
+def test_other_codes_and_other_files_are_refused(tmp_path):
+    with pytest.raises(TargetError, match="quantised in a way that is no block format"):
+        written("llama", tmp_path, [Quantize(bits=4, group=16)])
+    graph, _, _ = written("llama", tmp_path, [Quantize(type="q4_0")])
+    with pytest.raises(TargetError, match=r"block format of GGUF files"):
+        emission_of(graph)
+
+
+def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path):
+    _, _, emission = written("mistral", tmp_path, sliding_window=5)
+    assert "a window of 5" in emission.loads_in[1]
