@@ -8,9 +8,19 @@ from typing import Any
 
 from compiler.console import human_bytes, human_count, table
 from compiler.recipe.schema import spell_value
-from compiler.report.quality import Row, measured_rows
 
 Document = Mapping[str, Any]
+Row = tuple[str, str, str, str]
+
+METRIC_NAMES = {
+    "perplexity": "perplexity",
+    "bits-per-byte": "bits per byte of text",
+    "kl": "KL to the original (nats a token)",
+    "agreement": "same most likely token",
+    "cosine": "cosine to the original's output",
+    "relative-error": "relative error of the output",
+}
+
 
 def summary(document: Document, path: Path) -> str:
     """What the command prints when it is done."""
@@ -49,16 +59,47 @@ def comparison(document: Document) -> list[Row]:
         _row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count),
         _row("cache bytes a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes),
     ]
-    return [*rows, *measured_rows(document["evaluation"])]
+    return [*rows, *_measured(document["evaluation"])]
 
 
 def _row(name: str, before: float, after: float, show: Any) -> Row:
     return name, show(before), show(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
+def _measured(found: Mapping[str, Any] | None) -> list[Row]:
+    """Rows of what an evaluation measured; empty cells where there is no reference."""
+    if found is None:
+        return []
+    rows = [_metric(name, found["reference"].get(name), estimate) for name, estimate in found["metrics"].items()]
+    if found["cache"] is None:
+        return rows
+    theirs, ours = found["reference_cache"] or {}, found["cache"]
+    names = {
+        "values_per_token": "cached values a token, live",
+        "bytes_per_token": f"cached bytes a token, live, in {found['dtype']}",
+    }
+    return [*((name, _count(theirs.get(key)), _count(ours[key]), "") for key, name in names.items()), *rows]
+
+
+def _metric(name: str, before: Mapping[str, float] | None, after: Mapping[str, float]) -> Row:
+    change = f"{100 * (after['value'] / before['value'] - 1):+.2f} %" if before else ""
+    return METRIC_NAMES.get(name, name), _estimate(before), _estimate(after), change
+
+
+def _estimate(found: Mapping[str, float] | None) -> str:
+    """A value with its 95 % interval."""
+    if found is None:
+        return ""
+    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
 def evaluation_text(found: Mapping[str, Any]) -> str:
     """What ``compress-model eval`` prints."""
-    rows = measured_rows(found)
+    rows = _measured(found)
     speed = found.get("speed")
     if speed is not None:
         rows += [
