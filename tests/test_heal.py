@@ -19,6 +19,7 @@ from compiler.ir.layers import copy_of
 from compiler.ir.select import Selector
 from compiler.pipeline import Pass, Pipeline
 from compiler.weights.spill import Progress
+from passes.drop_tokens import DropTokens
 from passes.gqa_to_mla import GqaToMla
 from passes.heal import Heal
 from passes.heal.loss import divergence
@@ -154,6 +155,29 @@ def test_latent_attention_is_healed_shrunk_rows_and_all(name):
         if weight.endswith("kv_down.weight") and weight.removesuffix(".self_attn.kv_down.weight") in scopes:
             moved = (new - before[weight]).norm(dim=1) / before[weight].norm(dim=1)
             assert (moved > 1e-3).all() and (moved < 1).all()
+
+
+TOKENS = {
+    "dropped": {"keep": 0.5, "score": "key-norm"},
+    "without an MLP": {"keep": 0.4, "skip": "mlp"},
+}
+
+
+@pytest.mark.parametrize("options", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("of", ["tokens", "means"])
+def test_a_model_of_fewer_tokens_is_healed(of, options):
+    heal = Heal(**{**ENDS, "tokens": 3 * 1024, "rate": 2e-3}, where="linear", of=of)
+    graph, entry = healed("siglip_text", DropTokens(**options), heal, data=windows("siglip_text", count=40))
+    before, after = (trial.distance for trial in entry.trials)
+    held = divide(windows("siglip_text", count=40)).held
+    own = Fidelity(graph_of("siglip_text"), held, means=of == "means").distance(graph)
+    assert after < before
+    assert own == pytest.approx(after, rel=1e-5)
+
+
+def test_means_are_of_vectors():
+    with pytest.raises(PassError, match="logits"):
+        healed("llama", Damage(), Heal(**QUICK, of="means"))
 
 
 def test_what_is_tied_stays_tied():

@@ -13,15 +13,19 @@ POSITIONS = 128  # of each sample, evenly spaced: distributions over a vocabular
 
 
 class Fidelity:
-    """The original's outputs on ``batches`` (inputs by name), and the distance of other graphs from them."""
+    """The original's outputs on ``batches`` (inputs by name), and the distance of other graphs from them.
 
-    def __init__(self, graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    With ``means``, of outputs that are no logits, means over all tokens are compared.
+    """
+
+    def __init__(self, graph: Graph, batches: Sequence[Mapping[str, Tensor]], *, means: bool = False) -> None:
         self._batches = batches
-        self._reference = list(_outputs(graph, batches))
+        self._means = means
+        self._reference = list(_outputs(graph, batches, means))
 
     def distance(self, graph: Graph) -> float:
         """Of logits the mean KL divergence in nats, of other outputs the mean square error relative to their energy."""
-        pairs = zip(self._reference, _outputs(graph, self._batches), strict=True)
+        pairs = zip(self._reference, _outputs(graph, self._batches, self._means), strict=True)
         over, under = (sum(part) for part in zip(*(_distance(*pair) for pair in pairs), strict=True))
         return over / under
 
@@ -34,14 +38,22 @@ def _distance(reference: tuple[bool, Tensor], found: tuple[bool, Tensor]) -> tup
     return float((wanted.exp() * (wanted - got)).sum()), float(wanted[..., 0].numel())
 
 
-def _outputs(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[bool, Tensor]]:
-    """Per batch, whether the output is logits, and its values [.., positions, width] in float32."""
+def _outputs(
+    graph: Graph, batches: Sequence[Mapping[str, Tensor]], means: bool = False
+) -> Iterator[tuple[bool, Tensor]]:
+    """Per batch, whether the output is logits, and its values [.., positions, width] in float32, or their means."""
     name, value = next(iter(graph.outputs.items()))
     for stage in sweep(graph, batches):
         if value.node in stage.nodes:
             for values in stage.values([value]):
-                yield name == "logits", _thinned(values[value].float())
+                output = values[value].float()
+                yield name == "logits", of_samples(output) if means and name != "logits" else _thinned(output)
             return
+
+
+def of_samples(output: Tensor) -> Tensor:
+    """The mean [B, width] over the tokens of [B, T, width]; other outputs as they are."""
+    return output.mean(1) if output.ndim == 3 else output
 
 
 def _thinned(output: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ class Heal(Pass):
     if they changed none. A step moves a number by about ``layer-rate``, and end to end by ``rate``, of the
     root mean square of its row.
 
+    ``of: means`` compares, end to end, the mean over all tokens of each sample instead of every token's vector: what an
+    encoder of sentences is used for.
+
     Some windows are not trained on. A stage whose result is no nearer to the original on them is undone. An
     interrupted run, repeated, goes on and ends in the same bytes.
     """
@@ -39,6 +42,7 @@ class Heal(Pass):
     adapters: Annotated[int, Field(ge=1)] = 16
     layer_rate: Rate = 5e-3
     rate: Rate = 1e-3
+    of: Literal["tokens", "means"] = "tokens"
     seed: Count = 0
 
     exact_when: ClassVar = None

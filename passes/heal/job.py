@@ -13,7 +13,10 @@ from passes.heal.windows import Windows
 
 @dataclass(frozen=True)
 class Job:
-    """Heal ``params`` of ``graph`` so that it computes what ``original`` does. ``key`` names this very work."""
+    """Heal ``params`` of ``graph`` so that it computes what ``original`` does. ``key`` names this very work.
+
+    ``means``: what is compared end to end are means over tokens.
+    """
 
     graph: Graph
     original: Graph
@@ -23,6 +26,7 @@ class Job:
     rate: float
     seed: int
     key: str
+    means: bool = False
 
 
 def key_of(params: Sequence[Param], *options: object) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from compiler.calibration.fidelity import Fidelity
+from compiler.errors import PassError
 from compiler.instrument import peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
@@ -25,7 +26,11 @@ def heal(
 ) -> None:
     """Heal ``params`` of ``graph`` as ``options`` say. Raises PassError when ``batches`` are too few."""
     windows = divide(batches)
-    fidelity = Fidelity(ctx.original, windows.held)
+    means = options.of == "means"
+    if means and next(iter(graph.outputs)) == "logits":
+        cause = "the model gives logits, whose means over tokens nobody reads"
+        raise PassError(cause, option="of", remedy="leave it out")
+    fidelity = Fidelity(ctx.original, windows.held, means=means)
     best = fidelity.distance(graph)
     ctx.tried("as it came", best, False)
 
@@ -33,7 +38,7 @@ def heal(
         nonlocal best
         before = [param.expr for param in params]
         key = key_of(params, what, options)
-        stage(Job(graph, ctx.original, ctx, params, windows, rate, options.seed, key))
+        stage(Job(graph, ctx.original, ctx, params, windows, rate, options.seed, key, means))
         distance = fidelity.distance(graph)
         ctx.tried(what, distance, distance < best)
         if distance >= best:

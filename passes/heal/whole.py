@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compiler.calibration.fidelity import of_samples
 from compiler.calibration.sweep import differentiable, quick_products
 from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Param, Value
@@ -66,7 +67,8 @@ class _Pair:
             with quick_products():
                 with torch.no_grad():
                     wanted = differentiable(self._job.original, batch, self._theirs)
-                _backward(differentiable(self._job.graph, batch, weights), wanted, len(batches))
+                found = differentiable(self._job.graph, batch, weights)
+                _backward(found, wanted, len(batches), self._job.means)
         return [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
 
 
@@ -81,8 +83,8 @@ def _weights(graph: Graph, read: dict[str, Tensor], without: set[Param] | None =
     return found
 
 
-def _backward(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], count: int) -> None:
-    """Add the gradients of a batch's loss, of which ``count`` are averaged."""
+def _backward(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], count: int, means: bool) -> None:
+    """Add the gradients of a batch's loss, of which ``count`` are averaged; with ``means``, of means over tokens."""
     for name, output in found.items():
         if not output.requires_grad:
             continue
@@ -90,7 +92,8 @@ def _backward(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], count: 
             _, gradient = divergence(output, wanted[name])
             output.backward(gradient / count, retain_graph=len(found) > 1)
         else:
-            (relative_error(output, wanted[name]) / count).backward(retain_graph=len(found) > 1)
+            pair = [of_samples(each) if means else each for each in (output, wanted[name])]
+            (relative_error(*pair) / count).backward(retain_graph=len(found) > 1)
 
 
 def _save(job: Job, adam: Adam, seconds: float) -> None:
