@@ -137,8 +137,12 @@ class Builder:
         """Let ``made`` stand for ``value``, and have its type."""
         self.values[value] = made
         if made.type is None:
-            made.type = ir.TensorType(DTYPES[value.type.dtype])
+            made.type = ir.TensorType(self.kind(value.type.dtype))
             made.shape = self.named_shape(value.type)
+
+    def kind(self, dtype: torch.dtype) -> ir.DataType:
+        """What numbers of a graph's ``dtype`` are here: float32 is what the target computes in."""
+        return DTYPES[self.target.real if dtype == torch.float32 else dtype]
 
     def named_shape(self, type: TensorType) -> ir.Shape:
         """The shape of ``type``, with the names that its symbolic dims have in the file."""
@@ -146,8 +150,12 @@ class Builder:
 
     # --- constants and weights -----------------------------------------------------------------------------------
 
-    def constant(self, tensor: Tensor) -> ir.Value:
-        """A small tensor in the model file itself; equal ones are one."""
+    def constant(self, tensor: Tensor, *, exact: bool = False) -> ir.Value:
+        """A small tensor in the model file itself; equal ones are one. Of float32 it becomes what the target computes
+        in, unless ``exact``."""
+        if tensor.dtype == torch.float32 and not exact:
+            limits = torch.finfo(self.target.real)
+            tensor = tensor.clamp(limits.min, limits.max).to(self.target.real)
         array = tensor.detach().contiguous().numpy()
         key = (tensor.dtype, tuple(tensor.shape), array.tobytes())
         if key not in self.constants:
@@ -178,7 +186,10 @@ class Builder:
     def store(
         self, name: str, expr: Expr, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
-        """A tensor in a file, made from ``expr`` when it is written; its bytes may be read as another type."""
+        """A tensor in a file, made from ``expr`` when it is written; its bytes may be read as another type. One of
+        float32 becomes what the target computes in, unless a type is given."""
+        if dtype is None and expr.dtype == torch.float32:
+            expr = cast(expr, self.target.real)
         kind, sizes = dtype or DTYPES[expr.dtype], tuple(expr.shape if shape is None else shape)
         key = (expr.key, kind, sizes)
         if key not in self.stored:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+import torch
 
 from compiler.ir.graph import Node, Value
 from compiler.ir.types import Dim
@@ -67,10 +68,10 @@ class Cache:
         return f"{self.slots.setdefault(key, len(self.slots))}{self.part}.{what}"
 
     def entry(
-        self, name: str, heads: Dim, width: Dim, kind: ir.DataType = ir.DataType.FLOAT, *, past: str = PAST_AXIS
+        self, name: str, heads: Dim, width: Dim, kind: ir.DataType | None = None, *, past: str = PAST_AXIS
     ) -> ir.Value:
         """The input [B, heads, past tokens, width] of numbers of ``kind`` for past tokens, whose axis is ``past``."""
-        return self._entry(name, ["batch", heads, past, width], kind)
+        return self._entry(name, ["batch", heads, past, width], kind or self.build.kind(torch.float32))
 
     def _entry(self, name: str, shape: Sequence[Dim], kind: ir.DataType) -> ir.Value:
         if name not in self.past:

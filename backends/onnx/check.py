@@ -78,9 +78,13 @@ def _decoded(model: Any, ids: Any, logits: Any, beside: Arrays, later: Any = Non
     for place in range(start, length):
         found, past = _step(model, ids[:, place : place + 1], ones[:, : place + 1], {**beside, **past})
         errors.append(_distance(found, steps[:, place : place + 1]))
-    padded = np.concatenate((np.zeros((batch, PADDING), np.int64), ids), 1)
-    ones[:, :PADDING] = 0
-    errors.append(_apart(_step(model, padded, ones, beside)[0][:, -length:], logits))
+    right = model.get_modelmeta().custom_metadata_map.get("compress-model.padding") == "right"
+    nothing, place = np.zeros((batch, PADDING), np.int64), slice(0, length) if right else slice(PADDING, None)
+    padded = np.concatenate((ids, nothing) if right else (nothing, ids), 1)
+    mask = np.zeros_like(ones)
+    mask[:, place] = 1
+    found = _step(model, padded, mask, beside)[0]
+    errors.append(_apart(found[:, place] if found.shape[1] > 1 else found, logits))
     return errors
 
 
@@ -109,7 +113,8 @@ def _without_past(shape: Any, batch: int) -> list[int]:
 
 def dtype_of(value: Any) -> Any:
     """What numpy calls the numbers of an input; a cache holds floats or their codes, and positions."""
-    return {"tensor(int8)": np.int8, "tensor(int64)": np.int64}.get(value.type, np.float32)
+    kinds = {"tensor(int8)": np.int8, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
+    return kinds.get(value.type, np.float32)
 
 
 def _distance(found: Any, expected: Any) -> float:

@@ -94,6 +94,7 @@ class OnnxEmission:
             "compress-model.contrib-operations": ", ".join(used),
             "compress-model.onnxruntime": f">={self.runtime.runtime}",
             "compress-model.cache-in-place": "yes" if model.in_place else "no",
+            "compress-model.padding": "right" if self.runtime.right else "either side",
             "compress-model.accuracy-level": str(self.accuracy),
             **({"compress-model.stages": model.stages} if model.stages else {}),
             "compress-model.notes": "; ".join(self.notes),

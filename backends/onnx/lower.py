@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 
 from backends.onnx.builder import DTYPES, Builder, Stored
 from backends.onnx.cache import ATTENTION, TOTAL_AXIS, Cache
@@ -15,7 +16,7 @@ from backends.onnx.masks import Masks
 from backends.onnx.stages import Stages, stage_table
 from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
 from compiler.errors import TargetError
-from compiler.ir.graph import Graph, Node, Param
+from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
 from compiler.ir.positions import given_positions
 from compiler.ir.stages import named_stages, own_places, restore_windows
@@ -114,7 +115,16 @@ def add_inputs(build: Builder, graph: Graph) -> list[ir.Value]:
         build.fresh(name)
         shape = build.named_shape(value.type)
         build.values[value] = ir.Value(name=name, type=ir.TensorType(DTYPES[value.type.dtype]), shape=shape)
-    return [build.values[value] for value in graph.inputs.values()]
+    made = [build.values[value] for value in graph.inputs.values()]
+    for value in graph.inputs.values():
+        build.values[value] = in_target(build, build.values[value], value.type.dtype)
+    return made
+
+
+def in_target(build: Builder, given: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """``given`` of the graph's ``dtype`` in what the target computes in."""
+    kind = build.kind(dtype)
+    return given if kind == DTYPES[dtype] else build.op("Cast", given, to=kind)
 
 
 def add_mask(build: Builder, graph: Graph, tokens: str, *, cached: bool) -> ir.Value:
@@ -197,7 +207,7 @@ def _bind(build: Builder, node: Node, made: ir.Value | Sequence[ir.Value]) -> No
 
 def finished(build: Builder, graph: Graph, inputs: Sequence[ir.Value]) -> Lowered:
     """The model of all that was appended, with the graph's outputs and the cache under their names."""
-    outputs = [_output(build, name, build.value(value)) for name, value in graph.outputs.items()]
+    outputs = [_output(build, name, _as_in_graph(build, value)) for name, value in graph.outputs.items()]
     if build.head is not None:
         logits = graph.outputs["logits"].type
         outputs[0].shape = ir.Shape([build.axes[str(logits.shape[0])], SCORED_AXIS, logits.shape[2]])
@@ -215,6 +225,16 @@ def finished(build: Builder, graph: Graph, inputs: Sequence[ir.Value]) -> Lowere
         build.notes,
         stage_table(graph, cache, list(build.stages.chosen.values())) if cache and build.stages else "",
     )
+
+
+def _as_in_graph(build: Builder, value: Value) -> ir.Value:
+    """An output in the dtype that the graph gives it."""
+    made, dtype = build.value(value), value.type.dtype
+    if build.kind(dtype) == DTYPES[dtype]:
+        return made
+    cast = build.op("Cast", made, to=DTYPES[dtype])
+    cast.type, cast.shape = ir.TensorType(DTYPES[dtype]), made.shape
+    return cast
 
 
 def _output(build: Builder, name: str, value: ir.Value) -> ir.Value:

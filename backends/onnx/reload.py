@@ -52,7 +52,7 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
     outputs = run(graph, inputs)
     rounds = rounds_activations(graph)
     exact = run(without_rounding(graph), inputs) if rounds else outputs
-    tolerance = 16 * torch.finfo(torch.float32).eps * max(1, len(segments(graph)))
+    tolerance = 16 * torch.finfo(emission.runtime.real).eps * max(1, len(segments(graph)))
     bound = None
     if emission.rounds_inputs:
         bound = widest(graph)  # products round their inputs in a way of their own

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 OPSET = 23
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
@@ -13,12 +15,15 @@ CONTRIB_VERSION = 1
 
 @dataclass(frozen=True)
 class Target:
-    """``contrib``: ONNX Runtime's own operations may be used. ``genai``: onnxruntime-genai runs it. ``runtime`` is the
-    oldest ONNX Runtime that has all."""
+    """``contrib``: ONNX Runtime's own operations may be used. ``genai``: onnxruntime-genai runs it. ``real`` is what it
+    computes in. ``right``: padding lies on the right of each sample, never before its tokens. ``runtime`` is the oldest
+    ONNX Runtime that has all."""
 
     name: str
     contrib: bool
     genai: bool = False
+    real: torch.dtype = torch.float32
+    right: bool = False
     runtime: str = "1.23"
 
 
@@ -27,8 +32,10 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         Target("ort-cpu", contrib=True),
         Target("genai", contrib=True, genai=True),
+        Target("ort-cuda", contrib=True, real=torch.float16, right=True),
         Target("onnx", contrib=False),
     )
 }
 """``ort-cpu`` is fast on a CPU by what ONNX Runtime has beyond the standard, ``genai`` is the same for
-onnxruntime-genai; ``onnx`` runs wherever opset 23 does."""
+onnxruntime-genai; ``ort-cuda`` is in half precision for a GPU, whose grouped attention is given neither masks nor
+positions; ``onnx`` runs wherever opset 23 does."""

@@ -136,11 +136,11 @@ class Onnx:
     """ONNX models in the folder ``onnx``, with their tensors, a cache for decoding, and a script that checks them.
 
     ``target`` ``ort-cpu`` uses what is fast in ONNX Runtime on a CPU, ``genai`` is that for onnxruntime-genai with its
-    config, ``onnx`` only standard operations.
+    config, ``ort-cuda`` in half precision for a GPU, ``onnx`` only standard operations.
     ``accuracy-level`` 4 rounds the inputs of quantised weights to int8, 0 does not and is much slower.
     """
 
-    target: Literal["ort-cpu", "genai", "onnx"] = "ort-cpu"
+    target: Literal["ort-cpu", "genai", "ort-cuda", "onnx"] = "ort-cpu"
     accuracy_level: Literal[4, 0] = 4
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 
-from backends.onnx.builder import DTYPES, Builder
+from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule, simple
 from compiler.ir.graph import Node
 
@@ -26,7 +26,7 @@ def _operands(build: Builder, node: Node) -> tuple[ir.Value, ir.Value]:
 
 
 def _as(build: Builder, value: ir.Value, dtype: torch.dtype, wanted: torch.dtype) -> ir.Value:
-    return value if dtype == wanted else build.op("Cast", value, to=DTYPES[wanted])
+    return value if dtype == wanted else build.op("Cast", value, to=build.kind(wanted))
 
 
 def _binary(op: str, name: str) -> Rule:
@@ -62,7 +62,7 @@ def gelu(build: Builder, node: Node) -> ir.Value:
 
 @rule("cast", "dtype")
 def cast(build: Builder, node: Node) -> ir.Value:
-    return build.op("Cast", build.arg(node, 0), to=DTYPES[node.attr("dtype")])
+    return build.op("Cast", build.arg(node, 0), to=build.kind(node.attr("dtype")))
 
 
 @rule("compare", "relation", "scalar")
@@ -83,7 +83,7 @@ def fake_quantize(build: Builder, node: Node) -> ir.Value:
     scale = build.scalar(node.attr("scale"), dtype) if node.attr("scale") else _own_scale(build, x, dtype, high - low)
     codes = build.op("Clip", build.op("Div", x, scale), build.scalar(low, dtype), build.scalar(high, dtype))
     if fp8:
-        codes = build.op("Cast", build.op("Cast", codes, to=ir.DataType.FLOAT8E4M3FN), to=DTYPES[dtype])
+        codes = build.op("Cast", build.op("Cast", codes, to=ir.DataType.FLOAT8E4M3FN), to=build.kind(dtype))
     return build.op("Mul", codes if fp8 else build.op("Round", codes), scale)
 
 

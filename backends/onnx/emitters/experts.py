@@ -18,12 +18,18 @@ def experts(build: Builder, node: Node) -> ir.Value:
     x, indices, weights = (build.arg(node, index) for index in range(3))
     stacks = {name: build.optional(node, index) for index, name in enumerate(SCANNED, 3)}
     given = {name: value for name, value in stacks.items() if value is not None}
-    zeros = build.op("Expand", build.scalar(0.0), build.op("Shape", x))
+    zeros = build.op("Expand", build.constant(torch.tensor(0.0), exact=True), build.op("Shape", x))
     first = node.input(3).shape[0]
     assert isinstance(first, int)  # weights have whole numbers of experts
     numbers = build.constant(torch.arange(first))
     body = _body(build, node, x, indices, weights, list(given))
-    return build.op("Scan", zeros, numbers, *given.values(), body=body, num_scan_inputs=1 + len(given))
+    total = build.op("Scan", zeros, numbers, *given.values(), body=body, num_scan_inputs=1 + len(given))
+    return _cast(build, total, build.kind(torch.float32))
+
+
+def _cast(build: Builder, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    """What experts give is summed in float32, whatever else is computed in."""
+    return value if build.target.real == torch.float32 else build.op("Cast", value, to=kind)
 
 
 def _body(outer: Builder, node: Node, x: ir.Value, indices: ir.Value, weights: ir.Value, names: list[str]) -> ir.Graph:
@@ -31,7 +37,7 @@ def _body(outer: Builder, node: Node, x: ir.Value, indices: ir.Value, weights: i
     build = outer.inner()
     total = ir.Value(name=build.fresh("total"), type=ir.TensorType(ir.DataType.FLOAT))
     number = ir.Value(name=build.fresh("expert"), type=ir.TensorType(ir.DataType.INT64))
-    scanned = {name: ir.Value(name=build.fresh(name), type=ir.TensorType(ir.DataType.FLOAT)) for name in names}
+    scanned = {name: ir.Value(name=build.fresh(name), type=ir.TensorType(build.kind(torch.float32))) for name in names}
     chosen = build.op("Equal", indices, number)
     share = build.op("ReduceSum", build.op("Where", chosen, weights, build.scalar(0.0)), build.ints(1), keepdims=1)
     hits = build.op("ReduceMax", build.op("Cast", chosen, to=ir.DataType.INT32), build.ints(1), keepdims=0)
@@ -39,7 +45,7 @@ def _body(outer: Builder, node: Node, x: ir.Value, indices: ir.Value, weights: i
     inner = _linear(build, build.op("Gather", x, rows, axis=0), scanned["gate_up"], scanned.get("gate_up_bias"))
     inner = _gated(build, node, inner)
     result = _linear(build, inner, scanned["down"], scanned.get("down_bias"))
-    weighted = build.op("Mul", result, build.op("Gather", share, rows, axis=0))
+    weighted = _cast(build, build.op("Mul", result, build.op("Gather", share, rows, axis=0)), ir.DataType.FLOAT)
     places = build.op("Unsqueeze", rows, build.ints(1))
     summed = build.op("ScatterND", total, places, weighted, reduction="add")
     summed.type, summed.shape = ir.TensorType(ir.DataType.FLOAT), None

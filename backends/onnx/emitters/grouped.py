@@ -34,16 +34,17 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
     heads, groups, width = (int(dim) for dim in (node.input(0).shape[1], *node.input(1).shape[1::2]))
     names = [cache.name(node, what) for what in ("key", "value")]
     codes = _codes(build, parts)
-    kind, axis = ir.DataType.INT8 if codes else ir.DataType.FLOAT, cache.axis(cache.new(node), PAST_AXIS)
+    kind, axis = ir.DataType.INT8 if codes else build.kind(torch.float32), cache.axis(cache.new(node), PAST_AXIS)
     apart = cache.new(node) in cache.stages or _scored(node)
+    own = build.target.right and not apart
     past = [cache.entry(name, groups, width, kind, past=axis) for name in names]
     outputs = build.ops(
         "GroupQueryAttention",
         *(_turned(build, node, parts) if apart else _projected(build, parts)),
         *past,
-        *_lengths(build, cache.new(node)),
-        *_tables(build, None if apart else parts.query.rope),
-        build.masks.of(node),
+        *(_counted(build) if own else _lengths(build, cache.new(node))),
+        *_tables(build, None if apart else parts.query.rope, given=not own),
+        None if own else build.masks.of(node),
         build.optional(node, 5),
         *codes,
         count=3,
@@ -52,6 +53,7 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
         kv_num_heads=groups,
         scale=node.attr("scale"),
         **_attributes(node, None if apart else parts),
+        **({"local_window_size": node.attr("window")} if own and node.attr("window") else {}),
         **(CODED if codes else {}),
     )
     for name, value in zip(names, outputs[1:], strict=True):
@@ -64,7 +66,7 @@ def _codes(build: Builder, parts: Grouped) -> tuple[ir.Value, ...]:
     rounded = [part.rounded for part in (parts.key, parts.value) if part.rounded is not None]
     if not build.rounds:
         return ()
-    return tuple(build.constant(torch.tensor([node.attr("scale")], dtype=torch.float32)) for node in rounded)
+    return tuple(build.constant(torch.tensor([node.attr("scale")]), exact=True) for node in rounded)
 
 
 def _attributes(node: Node, parts: Grouped | None) -> dict[str, int | float]:
@@ -118,9 +120,21 @@ def _lengths(build: Builder, tokens: Dim) -> tuple[ir.Value, ir.Value]:
     return found[0], found[1]
 
 
-def _tables(build: Builder, rope: Node | None) -> Sequence[ir.Value | None]:
-    """Cosines, sines and the positions to look up."""
-    return [None, None, None] if rope is None else [*_sines(build, rope), _turns(build)]
+def _counted(build: Builder) -> tuple[ir.Value, ir.Value]:
+    """``_lengths`` of samples that are padded on the right: from how many tokens each has, all else follows."""
+    given = build.masks.given
+    if "counted" not in build.shared:
+        total = build.op("Cast", build.op("Shape", given, start=1, end=2), to=ir.DataType.INT32)
+        count = build.op("Cast", build.op("ReduceSum", given, build.ints(1), keepdims=0), to=ir.DataType.INT32)
+        last = build.op("Sub", count, build.constant(torch.tensor([1], dtype=torch.int32)))
+        build.shared["counted"] = (last, total)
+    found = build.shared["counted"]
+    return found[0], found[1]
+
+
+def _tables(build: Builder, rope: Node | None, *, given: bool) -> Sequence[ir.Value | None]:
+    """Cosines, sines and, where they are ``given``, the positions to look up."""
+    return [None, None, None] if rope is None else [*_sines(build, rope), _turns(build) if given else None]
 
 
 def _sines(build: Builder, rope: Node) -> list[ir.Value]:

@@ -51,7 +51,7 @@ def embedding(build: Builder, node: Node) -> ir.Value:
         return gathered(build, form, ids)
     if isinstance(table, Param) and _narrow(table):
         rows = build.op("Gather", build.store(table.name, cast(table.expr, table.storage)), ids, axis=0)
-        return build.op("Cast", rows, to=ir.DataType.FLOAT)
+        return build.op("Cast", rows, to=build.kind(torch.float32))
     return build.op("Gather", build.value(table), ids, axis=0)
 
 

@@ -5,18 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+import torch
 
 from backends.onnx.builder import DTYPES, Builder
 from backends.onnx.emitters.rule import Rule, rule
-from compiler.ir.graph import Node
+from compiler.ir.graph import Node, Param
 
 
 @rule("rope_table", "scale")
 def rope_table(build: Builder, node: Node) -> Sequence[ir.Value]:
-    places = build.op("Cast", build.arg(node, 0), to=DTYPES[node.input(1).type.dtype])
-    angles = build.op("Mul", build.op("Unsqueeze", places, build.ints(-1)), build.arg(node, 1))
-    scale, tables = node.attr("scale"), [build.op(name, angles) for name in ("Cos", "Sin")]
+    """Angles are never in half precision: it has no whole numbers beyond 2,048."""
+    dtype = node.input(1).type.dtype
+    places = build.op("Cast", build.arg(node, 0), to=DTYPES[dtype])
+    angles = build.op("Mul", build.op("Unsqueeze", places, build.ints(-1)), _frequencies(build, node, dtype))
+    scale, tables = node.attr("scale"), [_narrowed(build, build.op(name, angles), dtype) for name in ("Cos", "Sin")]
     return tables if scale == 1.0 else [build.op("Mul", table, build.scalar(scale)) for table in tables]
+
+
+def _frequencies(build: Builder, node: Node, dtype: torch.dtype) -> ir.Value:
+    value = node.input(1)
+    if isinstance(value, Param):
+        return build.store(value.name, build.dense(value), DTYPES[dtype])
+    return build.op("Cast", build.value(value), to=DTYPES[dtype]) if _is_narrow(build, dtype) else build.value(value)
+
+
+def _narrowed(build: Builder, table: ir.Value, dtype: torch.dtype) -> ir.Value:
+    return build.op("Cast", table, to=build.kind(dtype)) if _is_narrow(build, dtype) else table
+
+
+def _is_narrow(build: Builder, dtype: torch.dtype) -> bool:
+    return build.kind(dtype) != DTYPES[dtype]
 
 
 @rule("rope", "layout")

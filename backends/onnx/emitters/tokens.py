@@ -48,7 +48,7 @@ def _rows(build: Builder, node: Node, query: ir.Value, exists: ir.Value | None) 
         return build.op("Slice", query, start, stop, axis)
     wanted = build.scalar(1, torch.int64) if node.attr("rows") == "first" else _total(build, exists)
     counted = build.op("Mul", build.op("CumSum", exists, build.scalar(1, torch.int64)), exists)
-    picked = build.op("Cast", build.op("Equal", counted, wanted), to=ir.DataType.FLOAT)
+    picked = build.op("Cast", build.op("Equal", counted, wanted), to=build.kind(torch.float32))
     return build.op("MatMul", build.op("Unsqueeze", picked, build.ints(1, 2)), query)
 
 
@@ -69,7 +69,7 @@ def _mean(build: Builder, node: Node, weights: ir.Value, exists: ir.Value | None
         return build.op("ReduceMean", weights, axes, keepdims=0)
     end, step = build.ints(END), build.ints(node.attr("step"))
     own = build.op("Slice", exists, build.ints(0), end, build.ints(1), step)
-    shares = build.op("Cast", build.op("Unsqueeze", own, build.ints(1, 3)), to=ir.DataType.FLOAT)
+    shares = build.op("Cast", build.op("Unsqueeze", own, build.ints(1, 3)), to=build.kind(torch.float32))
     summed = build.op("ReduceSum", build.op("Mul", weights, shares), axes, keepdims=0)
     heads = build.scalar(float(node.input(0).shape[1]))
     count = build.op("ReduceSum", shares, build.ints(1, 2, 3), keepdims=0)
@@ -235,13 +235,13 @@ def token_merge(build: Builder, node: Node) -> Sequence[ir.Value]:
     x, weight, index, rest = (build.arg(node, i) for i in range(4))
     exists = build.masks.exists_of(node.input(0).shape[1])
     if exists is not None:  # padding counts for nothing
-        weight = build.op("Mul", weight, build.op("Cast", exists, to=ir.DataType.FLOAT))
+        weight = build.op("Mul", weight, build.op("Cast", exists, to=build.kind(torch.float32)))
     into, kept = build.optional(node, 4), rows(build, weight, index)
     shares = build.op("Unsqueeze", rows(build, weight, rest), build.ints(1))
     if into is not None:
         slots = build.op("Unsqueeze", build.masks.count(node.input(2).shape[1]), build.ints(2))
         met = build.op("Equal", slots, build.op("Unsqueeze", into, build.ints(1)))
-        shares = build.op("Mul", build.op("Cast", met, to=ir.DataType.FLOAT), shares)
+        shares = build.op("Mul", build.op("Cast", met, to=build.kind(torch.float32)), shares)
     added = build.op("MatMul", shares, rows(build, x, rest))
     weights = build.op("ReduceSum", shares, build.ints(2), keepdims=0)
     own = build.op("Mul", rows(build, x, index), build.op("Unsqueeze", kept, build.ints(2)))
