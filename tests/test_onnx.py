@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backends.onnx import emit, propose, verify
-from backends.onnx.check import empty_cache
+from backends.onnx.check import buffers, empty_cache, with_room
 from backends.onnx.emitters import RULES
 from compiler.errors import TargetError
 from compiler.ir.execute import run
@@ -59,7 +59,9 @@ class Session:
 
     def step(self, ids: torch.Tensor, mask: torch.Tensor, past: dict | None = None) -> tuple[torch.Tensor, dict]:
         """Logits for ``ids`` after ``past``, and what is past then."""
-        found = self.run(input_ids=ids, attention_mask=mask, **(past or self.empty(len(ids))))
+        past = past or self.empty(len(ids))
+        past |= {name: with_room(np.asarray(past[name]), mask.shape[1]) for name in buffers(self.session)}
+        found = self.run(input_ids=ids, attention_mask=mask, **past)
         kept = {
             name.replace("present", "past_key_values"): x for name, x in found.items() if name.startswith("present")
         }
@@ -235,6 +237,7 @@ def test_latent_attention_caches_latents(kind, tmp_path):
         for index, (rank, count) in enumerate(zip(ranks, pairs, strict=True)):
             if rank >= 0:
                 assert widths[f"past_key_values.{index}.latent"] == rank + 2 * count
+                assert (f"past_key_values.{index}.latent" in buffers(model.session)) == (target == "ort-cpu")
 
 
 def test_what_has_no_rule_is_refused_with_its_scope(monkeypatch, captured):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from backends.onnx.target import SCATTER
 from compiler.ir.graph import Node, Value
 from compiler.ir.types import Dim
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("attention", "latent_attention")
 PAST, PRESENT = "past_key_values", "present"
-PAST_AXIS, TOTAL_AXIS = "past_sequence", "total_sequence"
+PAST_AXIS, TOTAL_AXIS, ROOM_AXIS = "past_sequence", "total_sequence", "capacity"
 
 
 def stage_name(number: int) -> str:
@@ -98,6 +99,20 @@ class Cache:
         if name not in self.present:
             past = self.entry(name, heads, width, past=self.axis(self.new(node), PAST_AXIS))
             self.leave(name, self.build.op("Concat", past, new, axis=2))
+        return self.present[name]
+
+    def written(self, node: Node, what: str, new: ir.Value, width: Dim) -> ir.Value:
+        """A buffer [B, 1, capacity, width] with new tokens' tensors behind past tokens'. There is room for all of them;
+        what lies behind is masked."""
+        name, build = self.name(node, what), self.build
+        if name not in self.present:
+            past = self.entry(name, 1, width, past=ROOM_AXIS)
+            if build.masks.room is None:
+                build.masks.room = build.op("Shape", past, start=2, end=3)
+            if "first" not in build.shared:
+                batch = build.op("Shape", build.masks.given, start=0, end=1)
+                build.shared["first"] = (build.op("Expand", build.masks.first_column(), batch),)
+            self.leave(name, build.op(SCATTER, past, new, build.shared["first"][0], axis=2))
         return self.present[name]
 
     @property

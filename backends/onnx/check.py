@@ -96,6 +96,7 @@ def _apart(found: Any, logits: Any) -> float:
 def _step(model: Any, ids: Any, mask: Any, given: Arrays) -> tuple[Any, dict[str, Any]]:
     tokens = next(value.name for value in model.get_inputs() if value.name.endswith("input_ids"))
     feeds = {tokens: ids, "attention_mask": mask, **empty_cache(model, len(ids)), **given}
+    feeds |= {name: with_room(feeds[name], mask.shape[1]) for name in buffers(model)}
     found = _run(model, feeds)
     kept = {name.replace(PRESENT, PAST, 1): value for name, value in found.items() if name.startswith(PRESENT)}
     return found["logits"], kept
@@ -105,6 +106,17 @@ def empty_cache(model: Any, batch: int) -> dict[str, Any]:
     """A cache of no tokens."""
     inputs = [v for v in model.get_inputs() if v.name.startswith(PAST) and ".encoder." not in v.name]
     return {value.name: np.zeros(_without_past(value.shape, batch), dtype_of(value)) for value in inputs}
+
+
+def buffers(model: Any) -> list[str]:
+    """The inputs into which new tokens are written, behind past ones: they have room for all there are."""
+    return [value.name for value in model.get_inputs() if value.name.startswith(PAST) and "capacity" in value.shape]
+
+
+def with_room(array: Any, count: int) -> Any:
+    """A buffer [B, 1, capacity, width] for ``count`` tokens or more."""
+    missing = max(0, count - array.shape[2])
+    return np.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
 
 
 def _without_past(shape: Any, batch: int) -> list[int]:

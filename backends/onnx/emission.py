@@ -9,7 +9,7 @@ from functools import cached_property
 from backends.onnx.genai import require_generation
 from backends.onnx.lower import Lowered, is_causal, lowered
 from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
-from backends.onnx.target import CONTRIB, OPSET, TARGETS, Target
+from backends.onnx.target import CONTRIB, TARGETS, Target
 from compiler.errors import TargetError, nearest
 from compiler.ir.graph import Graph
 from compiler.weights.expr import Expr
@@ -51,7 +51,8 @@ class OnnxEmission:
     @property
     def loads_in(self) -> tuple[str, ...]:
         """Where it runs, and what the user should know."""
-        opsets = f"opset {OPSET}" + (" and its own operations" if self.runtime.contrib else "")
+        opset = max(model.opset for model in self.models.values())
+        opsets = f"opset {opset}" + (" and its own operations" if self.runtime.contrib else "")
         loop = "onnxruntime-genai, and " if self.runtime.genai else ""
         where = f"{loop}ONNX Runtime {self.runtime.runtime} or later ({opsets})"
         return (where, *(f"but: {note}" for note in self.notes))
@@ -90,7 +91,7 @@ class OnnxEmission:
             "compress-model.target": self.runtime.name,
             "compress-model.kind": self.kind,
             "compress-model.graph": self.graph.name,
-            "compress-model.opset": str(OPSET),
+            "compress-model.opset": str(model.opset),
             "compress-model.contrib-operations": ", ".join(used),
             "compress-model.onnxruntime": f">={self.runtime.runtime}",
             "compress-model.cache-in-place": "yes" if model.in_place else "no",

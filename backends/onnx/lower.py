@@ -14,7 +14,7 @@ from backends.onnx.emitters import RULES
 from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
 from backends.onnx.stages import Stages, stage_table
-from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, Target
+from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, SCATTER, SCATTER_OPSET, Target
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
@@ -46,7 +46,7 @@ class Lowered:
         """The model, whose stored tensors have their values by now."""
         defaults = [value for value in self.inputs if value.const_value is not None]
         initializers = [*self.constants, *(stored.value for stored in self.stored.values()), *defaults]
-        versions = {"": OPSET, **({CONTRIB: CONTRIB_VERSION} if self.operations(CONTRIB) else {})}
+        versions = {"": self.opset, **({CONTRIB: CONTRIB_VERSION} if self.operations(CONTRIB) else {})}
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -60,9 +60,14 @@ class Lowered:
     @property
     def in_place(self) -> bool:
         """Whether all that is cached can be written where it was read, in buffers that are longer."""
-        attends = [node for node in self.nodes if node.op_type == "GroupQueryAttention"]
+        used = [node.op_type for node in self.nodes]
         keys = [name for name in self.cached if not name.endswith(".positions")]
-        return bool(keys) and 2 * len(attends) == len(keys)
+        return bool(keys) and 2 * used.count("GroupQueryAttention") + used.count(SCATTER) == len(keys)
+
+    @property
+    def opset(self) -> int:
+        """The version of standard operations."""
+        return SCATTER_OPSET if SCATTER in self.operations("") else OPSET
 
     def operations(self, domain: str) -> list[str]:
         """The operations of ``domain`` that it uses."""

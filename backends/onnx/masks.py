@@ -37,7 +37,8 @@ class Staged:
 class Masks:
     """``given`` int64 [B, S] is 1 where there is a token; ``tokens`` is the dim of new tokens, ``cached`` says that
     there may be tokens before them (then S is longer). ``kept`` are masks of fewer tokens by their dim, and ``written``
-    says which of the places that tokens come from are their sample's own."""
+    says which of the places that tokens come from are their sample's own. ``room`` is how many keys the buffers hold that
+    latents are written into."""
 
     build: Builder
     given: ir.Value | None = None
@@ -47,6 +48,7 @@ class Masks:
     source_tokens: Dim = ""
     kept: dict[Dim, ir.Value] = field(default_factory=dict[Dim, "ir.Value"])
     written: dict[Value, ir.Value] = field(default_factory=dict["Value", "ir.Value"])
+    room: ir.Value | None = None
     made: dict[object, ir.Value | None] = field(default_factory=dict[object, "ir.Value | None"])
     staged: dict[Dim, Staged] = field(default_factory=dict[Dim, "Staged"])
 
@@ -54,11 +56,20 @@ class Masks:
         """What is added to the scores [B, H, T, S] of an attention; None when nothing is masked."""
         length = node.input(1).shape[1 if node.op.name == "latent_attention" else 2]
         queries = node.input(0).shape[2]
-        key = (node.attr("causal"), node.attr("window"), length, queries)
+        room = self.room if node.op.name == "latent_attention" else None
+        key = (node.attr("causal"), node.attr("window"), length, queries, room is not None)
         if key not in self.made:
             allowed = self._allowed(node, queries, length)
-            self.made[key] = None if allowed is None else self.additive(allowed)
+            mask = None if allowed is None else self.additive(allowed)
+            self.made[key] = mask if mask is None or room is None else self._beyond(mask, room)
         return self.made[key]
+
+    def _beyond(self, mask: ir.Value, room: ir.Value) -> ir.Value:
+        """``mask`` for ``room`` keys, of which those behind the last token are none."""
+        build = self.build
+        behind = build.op("Sub", room, build.op("Shape", self.given, start=1, end=2))
+        pads = build.op("Concat", build.ints(*[0] * 7), behind, axis=0)
+        return build.op("Pad", mask, pads, build.scalar(LOWEST))
 
     def exists_of(self, length: Dim) -> ir.Value | None:
         """Which of so many tokens are there, int64 [B, length]; None when all of them are."""
@@ -131,6 +142,11 @@ class Masks:
         found = self.made["new"]
         assert found is not None  # made above
         return found
+
+    def first_column(self) -> ir.Value:
+        """The column [1] of the first new token among all S."""
+        total = self.build.op("Shape", self.given, start=1, end=2)
+        return self.build.op("Sub", total, self.build.dim(self.tokens))
 
     def query_columns(self) -> ir.Value:
         """The column [1, T] of every new token among all S."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.onnx.check import PAST, PRESENT, empty_cache, session
+from backends.onnx.check import PAST, PRESENT, buffers, empty_cache, session, with_room
 from compiler.errors import CheckpointError
 
 ONE = np.ones(1, np.int64)
@@ -57,6 +57,7 @@ class Runner:
         except Exception as reason:  # the runtime's own classes of errors share no better base
             raise CheckpointError(f"ONNX Runtime cannot load it: {str(reason)[:200]}", where=str(path)) from reason
         self._past = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
+        self._buffers = buffers(self._session)
         names = {value.name for value in self._session.get_inputs()}
         if not self._past or not {"input_ids", "attention_mask"} <= names:
             raise CheckpointError("it is no language model with a cache", where=str(path))
@@ -110,11 +111,18 @@ class Runner:
         width = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")
         return _Steps(self._session, roomy, grown, np.zeros((1, 1, width), np.float32), self._value)
 
+    def _with_room(self, name: str, value: Any, count: int) -> Any:
+        """A cached tensor; a buffer for ``count`` tokens when new ones are written into it."""
+        if name not in self._buffers or value.shape()[2] >= count:
+            return value
+        return self._value(with_room(value.numpy(), count))
+
     def _run(self, ids: Any, mask: Any, past: dict[str, Any], *, last: bool = True) -> tuple[Any, dict[str, Any]]:
         """Logits, of the ``last`` token or of all, and what is cached then."""
         given = {"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": np.ascontiguousarray(mask)}
         if last and self._scores_last:
             given["logits_to_keep"] = ONE
+        past = {name: self._with_room(name, value, mask.shape[1]) for name, value in past.items()}
         feeds = {**{name: self._value(array) for name, array in given.items()}, **past}
         names = ["logits", *(name.replace(PAST, PRESENT, 1) for name in past)]
         logits, *present = self._session.run_with_ort_values(names, feeds)

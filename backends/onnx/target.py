@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 OPSET = 23
+SCATTER, SCATTER_OPSET = "TensorScatter", 24  # writes tokens into a buffer
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
 CONTRIB_VERSION = 1
@@ -16,13 +17,15 @@ CONTRIB_VERSION = 1
 @dataclass(frozen=True)
 class Target:
     """``contrib``: ONNX Runtime's own operations may be used. ``genai``: onnxruntime-genai runs it. ``real`` is what it
-    computes in. ``right``: padding lies on the right of each sample, never before its tokens. ``runtime`` is the oldest
-    ONNX Runtime that has all."""
+    computes in. ``scatters``: latents are written into buffers, by an operation of opset 24. ``right``: padding lies on
+    the right of each sample, never before its tokens. ``runtime`` is the oldest ONNX Runtime that has all.
+    """
 
     name: str
     contrib: bool
     genai: bool = False
     real: torch.dtype = torch.float32
+    scatters: bool = False
     right: bool = False
     runtime: str = "1.23"
 
@@ -30,7 +33,7 @@ class Target:
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("ort-cpu", contrib=True),
+        Target("ort-cpu", contrib=True, scatters=True),
         Target("genai", contrib=True, genai=True),
         Target("ort-cuda", contrib=True, real=torch.float16, right=True),
         Target("onnx", contrib=False),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from backends.onnx.builder import Builder
+from backends.onnx.cache import Cache
 from backends.onnx.emitters.attention import scaled_product, softmaxed
 from backends.onnx.emitters.rule import Rule, rule
 from compiler.errors import TargetError
@@ -26,7 +27,7 @@ def latent_attention(build: Builder, node: Node) -> ir.Value:
     held = latent if rotary is None else build.op("Concat", latent, rotary, axis=-1)
     held = build.op("Unsqueeze", held, build.ints(1))
     if build.cache is not None and build.cache.holds(node):
-        held = build.cache.extended(node, "latent", held, 1, rank + rotated)
+        held = _kept(build, build.cache, node, held, rank + rotated)
     absorbed = _absorbed(build, query, keys, width - rotated, rotated)
     folded = build.op("Reshape", absorbed, build.ints(0, 1, -1, rank + rotated))
     scores = build.op("Reshape", scaled_product(build, folded, held, node.attr("scale")), build.ints(0, heads, -1, 0))
@@ -35,6 +36,13 @@ def latent_attention(build: Builder, node: Node) -> ir.Value:
     if rotated:
         mixed = build.op("Slice", mixed, build.ints(0), build.ints(rank), build.ints(3))
     return build.op("Transpose", build.op("MatMul", mixed, values), perm=(0, 2, 1, 3))
+
+
+def _kept(build: Builder, cache: Cache, node: Node, new: ir.Value, width: int) -> ir.Value:
+    """Latents of past and new tokens: in a buffer, where the target writes into one and no tokens are dropped."""
+    if build.target.scatters and cache.new(node) == cache.tokens:
+        return cache.written(node, "latent", new, width)
+    return cache.extended(node, "latent", new, 1, width)
 
 
 def _absorbed(build: Builder, query: ir.Value, keys: ir.Value, unrotated: int, rotated: int) -> ir.Value:
