@@ -13,7 +13,7 @@ GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench bench-mla bench-smaller bench-gpu clean
+.PHONY: help demo test lint bench bench-mla bench-smaller bench-gpu torture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -73,6 +73,9 @@ bench-smaller: $(VENV)/.bench $(GGUF) ## compare factorised, pruned and sparse m
 bench-gpu: $(VENV)/.bench ## measure the kernels on this machine's GPU
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/gpu_decode.py
+
+torture: $(VENV)/.dev ## kill, starve and lie to the program some three thousand times: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 clean: ## remove the environment, fetched models and outputs
 	rm -rf $(VENV) models data out

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from compiler.console import Console
-from compiler.errors import CompressError, UsageError
+from compiler.errors import CompressError, UsageError, memory_error, out_of_memory
 
 Handler = Callable[[argparse.Namespace, Console], None]
 
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 0
     except Exception as error:
+        if out_of_memory(error):
+            return _fail(error, str(memory_error()), memory_error().exit_code, arguments, console)
         text = f"error[internal]: {type(error).__name__}: {error}\nhelp: this is a bug; `--debug` shows where"
         return _fail(error, text, 2, arguments, console)
     return 0

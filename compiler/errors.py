@@ -5,6 +5,7 @@ The command prints ``str(error)`` and exits with ``error.exit_code``; nothing el
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -82,6 +83,33 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def first_line(reason: BaseException) -> str:
     """The first line of what another library's error says, or its kind when it says nothing."""
     return next(iter(str(reason).splitlines()), "") or type(reason).__name__
+
+
+def out_of_memory(reason: BaseException | None) -> bool:
+    """Whether ``reason``, or what it came from, says that there is no memory left. PyTorch has no class for it."""
+    if reason is None:
+        return False
+    known = isinstance(reason, MemoryError) or (isinstance(reason, OSError) and reason.errno == errno.ENOMEM)
+    said = any(words in str(reason) for words in _NO_MEMORY)
+    return known or said or out_of_memory(reason.__cause__ or reason.__context__)
+
+
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "Cannot allocate memory", "can't start new thread")
+
+
+def memory_error() -> RunError:
+    """What is said when memory has run out."""
+    return RunError(
+        "there is not enough memory",
+        remedy="free some, or raise the limit that the program runs under; `run: {memory: 4GB}` bounds what it holds",
+    )
+
+
+class RunError(CompressError):
+    """The machine does not give what a run needs."""
+
+    code = "memory"
+    exit_code = 2
 
 
 class UsageError(CompressError):

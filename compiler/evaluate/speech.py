@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def read_wave(path: Path, rate: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of chunks of the file that hold no sound
             found: tuple[int, Any] = wavfile.read(path)
-    except (OSError, ValueError, EOFError, struct.error) as reason:
+    except Exception as reason:  # of a damaged header scipy makes errors of many kinds
         raise DataError(f"cannot read the recording: {reason}", where=str(path), remedy="give .wav files") from reason
     given, wave = found
     if not len(wave):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,16 +18,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from compiler.errors import CaptureError, first_line
+from compiler.errors import CaptureError, CompressError, first_line
 from compiler.frontend.interfaces import register
 from compiler.frontend.sizes import image_shape
 from compiler.ir.graph import Origin
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, load
 from compiler.weights.ops.basic import literal
-from compiler.weights.plausible import check_counts
+from compiler.weights.plausible import bounded_modules, check_counts
 from compiler.weights.source import MemorySource, Source
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 MODEL = "model"
 _BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
 _MAX_LITERAL = 1 << 22
-_MAX_MODULES = 60_000
 
 
 @dataclass
@@ -173,7 +170,9 @@ def _origin(module: nn.Module, config: Any, source: str | None = None) -> Origin
     """Where ``module`` is from; ``config`` as its owner has it, before anything was set for tracing."""
     if not hasattr(config, "to_dict"):
         return Origin(source=source)
-    return Origin(architecture=type(module).__name__, config=config.to_dict(), source=source)
+    with _accepted():
+        values = config.to_dict()
+    return Origin(architecture=type(module).__name__, config=values, source=source)
 
 
 # --- building a module on the meta device --------------------------------------------------------------------
@@ -200,7 +199,7 @@ def _accepted() -> Generator[None]:
     """Turn whatever a class raises over the values of its config into CaptureError."""
     try:
         yield
-    except CaptureError:
+    except CompressError:
         raise
     except Exception as reason:  # each class checks its values, or stumbles over them, in its own way
         raise CaptureError(
@@ -210,33 +209,13 @@ def _accepted() -> Generator[None]:
         ) from reason
 
 
-@contextmanager
-def _bounded() -> Generator[None]:
-    """Raises CaptureError when more modules are made than any model has: even without weights each takes memory."""
-    made = itertools.count(1)
-
-    def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if next(made) > _MAX_MODULES:
-            raise CaptureError(
-                f"the model of this config has more than {_MAX_MODULES} parts",
-                where="config.json",
-                remedy="correct its numbers of layers and experts",
-            )
-
-    hook = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def build_on_meta(config: PretrainedConfig, architecture: str | None = None) -> PreTrainedModel:
     """The model of ``config`` in float32 on the meta device, with our attention and experts implementations."""
     config = copy.deepcopy(config)
     config.use_cache = config.output_hidden_states = config.output_attentions = False
     cls = _model_class(config, architecture)
     storage = config.dtype
-    with _accepted(), _bounded(), torch.device("meta"):
+    with _accepted(), bounded_modules("config.json"), torch.device("meta"):
         model: Any = _with_our_attention(cls, config).eval()
     _select_implementations(model)
     model.config.dtype = storage

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +24,7 @@ from compiler.errors import CheckpointError, first_line
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.gguf_header import Blocks, read_gguf_header
-from compiler.weights.plausible import check_counts
+from compiler.weights.plausible import bounded_modules, check_counts
 from compiler.weights.tensorfile import read_bytes
 
 _SAMPLE = 4096
@@ -53,7 +54,19 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def _types(self) -> dict[str, TensorType]:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        return {name: TensorType(torch.float32, shapes[name]) for name in self._parts}
+        types = {name: TensorType(torch.float32, shapes[name]) for name in self._parts}
+        for name, type in types.items():
+            held = sum(math.prod(self._header.tensors[part].shape) for part in self._parts[name])
+            if held != type.numel:
+                raise self._misfit(name, type.shape, f"{held} elements")
+        return types
+
+    def _misfit(self, name: str, wanted: tuple[Any, ...], held: str) -> CheckpointError:
+        return CheckpointError(
+            f"{name} is {list(wanted)} in the model that the metadata describes, the file has {held}",
+            where=str(self.path),
+            remedy="fetch the file again",
+        )
 
     def read(self, key: str) -> Tensor:
         collected: dict[str, Tensor] = {}
@@ -67,12 +80,14 @@ class GgufCheckpoint(Checkpoint):
             if result.name is not None:
                 collected[key] = torch.from_numpy(np.ascontiguousarray(result.weights))
         value = collected[key]
+        if tuple(value.shape) != self.types[key].shape:
+            raise self._misfit(key, self.types[key].shape, f"{list(value.shape)}")
         return value if value.dtype == torch.float32 else value.float()
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         (name, *others) = self._parts[key]
         blocks = self._header.tensors[name]
-        if others or not self._stored_as_is(name, blocks):
+        if others or blocks.shape != self.types[key].shape or not self._stored_as_is(name, blocks):
             return self.read(key)[start:stop].clone()
         width = (blocks.stop - blocks.start) // blocks.shape[0]
         rows = Blocks(
@@ -131,6 +146,8 @@ class GgufCheckpoint(Checkpoint):
         """Turn whatever transformers raises while it reads the file into CheckpointError."""
         try:
             yield
+        except CheckpointError:
+            raise
         except Exception as reason:  # the readers of each architecture fail in their own ways
             raise CheckpointError(
                 f"transformers cannot read {part} of {self.path.name}: {first_line(reason)}",
@@ -143,7 +160,7 @@ class GgufCheckpoint(Checkpoint):
         """The model class on the meta device: its names and shapes."""
         import transformers
 
-        with torch.device("meta"):
+        with self._explained("the config"), bounded_modules(self.path), torch.device("meta"):
             return getattr(transformers, self.config["architectures"][0])(self._config_object)
 
     @cached_property

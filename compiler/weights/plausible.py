@@ -5,14 +5,20 @@ Classes of configs make lists and tables as long as such numbers say, before any
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from compiler.errors import CheckpointError
 
 LIMIT = 1_000_000
+MODULES = 60_000
 _COUNTS = re.compile(r"(^|_)(num|n)_|layer|depth|expert|head|stage|label|block|_count$")
 
 
@@ -25,6 +31,26 @@ def check_counts(values: Mapping[str, Any], where: Path | str) -> None:
                 where=str(where),
                 remedy="the config is damaged: fetch it again",
             )
+
+
+@contextmanager
+def bounded_modules(where: Path | str) -> Generator[None]:
+    """Raises CheckpointError when more modules are made than any model has: even without weights each takes memory."""
+    made = itertools.count(1)
+
+    def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if next(made) > MODULES:
+            raise CheckpointError(
+                f"the model of this config has more than {MODULES} parts",
+                where=str(where),
+                remedy="correct its numbers of layers and experts",
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -69,7 +69,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     except OSError as reason:
         raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
     entries = parse_json(text, path)
-    entries.pop("__metadata__", None)
+    if not isinstance(entries.pop("__metadata__", {}), dict):
+        raise _damaged(path, "its metadata is not an object")
     base = 8 + length
     stored = {name: _stored(name, entry, base, path) for name, entry in entries.items()}
     ordered = dict(sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)))

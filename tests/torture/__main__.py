@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.torture import inputs, kills, warm
+from tests.torture import command, inputs, kills, places, warm
 from tests.torture.outcomes import Tally
 from tests.torture.subjects import write_subjects
 
@@ -38,13 +38,17 @@ def main() -> int:
 def _run(campaign: str, options: argparse.Namespace, folder: Path, tally: Tally) -> None:
     work = folder / campaign
     work.mkdir()
-    if campaign == "kills":
-        recipes = write_subjects(work)
-        os.environ[warm.PLANNED] = os.pathsep.join(map(str, recipes.values()))
-        kills.PROCESSES.set_forkserver_preload([warm.__name__, kills.__name__])
-        kills.kill_runs(recipes, options.kills, options.seed, tally, work)
     if campaign == "mutations":
         inputs.mutate_inputs(options.mutations, options.seed, tally, work)
+        return
+    recipes = write_subjects(work)
+    os.environ[warm.PLANNED] = os.pathsep.join(map(str, recipes.values()))
+    command.PROCESSES.set_forkserver_preload([warm.__name__, command.__name__])
+    if campaign == "kills":
+        kills.kill_runs(recipes, options.kills, options.seed, tally, work)
+    else:
+        counts = {name: round(count * options.places) for name, count in places.CASES.items()}
+        places.obstruct(recipes, counts, options.seed, tally, work)
 
 
 def _options() -> argparse.Namespace:
@@ -52,9 +56,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="where all chance comes from")
     parser.add_argument("--kills", type=int, default=210, help="runs that are killed (210)")
     parser.add_argument("--mutations", type=int, default=2400, help="damaged inputs (2400)")
-    parser.add_argument(
-        "--only", action="append", choices=CAMPAIGNS, help="this part alone; may be given several times"
-    )
+    parser.add_argument("--places", type=float, default=1.0, help="obstacles, as a part of the usual number (1)")
+    parser.add_argument("--only", action="append", choices=CAMPAIGNS, help="this part alone; may be repeated")
     return parser.parse_args()
 
 
