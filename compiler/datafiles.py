@@ -1,5 +1,5 @@
-"""Data that recipes name: a text file, recordings of speech (a ``.wav`` file or a directory of them), or a directory of
-labelled pictures in idx files."""
+"""Data that recipes name: a text file, recordings of speech (a ``.wav`` file or a directory of them), or pictures: a
+directory of image files, or of labelled ones in idx files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ TAKES = {"input_ids": "text", "input_features": "speech", "pixel_values": "pictu
 INSTEAD = {
     "text": "name a text file",
     "speech": "name a directory of recordings (.wav)",
-    "pictures": "name a directory of labelled pictures (train-images-idx3-ubyte and the like)",
+    "pictures": "name a directory of image files (.png, .jpg)",
     "": "leave it out: there is no data for this kind of model",
 }
 PARTS = ("train", "t10k")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 
 
 def kind_of(data: Path) -> str:
     """``speech``, ``pictures`` or ``text``: what ``data`` stands for."""
-    if has_pictures(data):
+    if has_labelled(data) or image_files(data):
         return "pictures"
     return "speech" if data.is_dir() or data.suffix.lower() == SUFFIX else "text"
 
@@ -42,7 +43,13 @@ def recordings(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.suffix.lower() == SUFFIX and path.is_file())
 
 
-def has_pictures(data: Path) -> bool:
+def image_files(data: Path) -> list[Path]:
+    """The image files that ``data`` stands for, those of a directory and all below it in the order of their paths."""
+    files = data.rglob("*") if data.is_dir() else [data]
+    return sorted(path for path in files if path.suffix.lower() in IMAGES and path.is_file())
+
+
+def has_labelled(data: Path) -> bool:
     """Whether ``data`` is a directory of pictures in idx files."""
     return data.is_dir() and any(path.is_file() for part in PARTS for path in picture_files(data, part))
 
@@ -58,8 +65,8 @@ def fingerprint(data: Path) -> str:
     """The sha256 of a file's bytes; of files in a directory that of their paths in it and their own sha256s."""
     if not data.is_dir():
         return _sha256(data)
-    files = recordings(data)
-    if has_pictures(data):
+    files = recordings(data) or image_files(data)
+    if has_labelled(data):
         files = sorted(path for part in PARTS for path in picture_files(data, part) if path.is_file())
     lines = [f"{path.relative_to(data).as_posix()} {_sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

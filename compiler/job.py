@@ -22,7 +22,7 @@ from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console, human_bytes
-from compiler.datafiles import has_pictures
+from compiler.datafiles import has_labelled, image_files
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
@@ -85,11 +85,16 @@ class _Run:
         from compiler.evaluate.data import data_windows
         from compiler.evaluate.images import picture_batches
         from compiler.evaluate.loading import load_model, load_tokenizer
+        from compiler.evaluate.photographs import photographs
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
-        if has_pictures(wanted.data):
+        if has_labelled(wanted.data):
             return picture_batches(graph, wanted.data, wanted.samples)
+        if image_files(wanted.data):
+            size = graph.inputs["pixel_values"].shape[2:]
+            found = photographs(path, wanted.data, wanted.samples, wanted.seed, (int(size[0]), int(size[1])))
+            return [{"pixel_values": each} for each in found]
         if len(graph.inputs) == 1:
             tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             batches = token_batches(graph, data.windows(tokenizer))
@@ -337,6 +342,7 @@ def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:
             samples=wanted.samples,
             length=wanted.length,
             seed=wanted.seed,
+            image=run.recipe.inputs.image,
             trust_remote_code=run.trust_remote_code,
             own_code=own_code,
             on_progress=advance,

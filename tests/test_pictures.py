@@ -1,17 +1,23 @@
-"""Models of pictures for another size of pictures than their config's, whose table of positions is resized once."""
+"""Models of pictures: other sizes of pictures than their config's, and image files as data."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
 from backends.onnx import OnnxEmission
 from backends.onnx import propose as propose_onnx
 from backends.safetensors import emit, require
-from compiler.errors import CaptureError
+from compiler.cli import main
+from compiler.datafiles import check_kind, fingerprint, image_files, kind_of
+from compiler.errors import CaptureError, DataError
+from compiler.evaluate.photographs import MEAN, SPREAD, photographs
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
@@ -87,3 +93,89 @@ def test_pictures_of_another_size(model, factor, tmp_path):
 def test_a_model_of_text_takes_no_pictures(tmp_path):
     with pytest.raises(CaptureError, match="takes no pictures"):
         of_size(FAMILIES["llama"].build(seed=1), 32, tmp_path)
+
+
+# --- pictures as data ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures of several kinds and shapes, one in a folder of its own, beside what is no picture."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "notes.txt").write_text("no picture")
+    source = torch.Generator().manual_seed(0)
+    for name, mode, shape in (
+        ("0.png", "RGB", (40, 50, 3)),
+        ("1.jpg", "RGB", (30, 30, 3)),
+        ("2.png", "L", (20, 60)),
+        ("3.bmp", "RGB", (33, 32, 3)),
+        ("4.png", "RGBA", (40, 40, 4)),
+        ("more/5.webp", "RGB", (64, 48, 3)),
+    ):
+        pixels = torch.randint(256, shape, generator=source, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels, mode).save(tmp_path / name)
+    return tmp_path
+
+
+def test_image_files_are_pictures(folder):
+    assert kind_of(folder) == "pictures" and [path.name for path in image_files(folder)][-1] == "5.webp"
+    before = fingerprint(folder)
+    (folder / "1.jpg").unlink()
+    assert fingerprint(folder) != before
+    check_kind(["pixel_values"], folder, "ViT")
+    with pytest.raises(DataError, match="takes no pictures"):
+        check_kind(["input_ids"], folder, "Llama")
+
+
+def test_pictures_without_a_preprocessor(folder, tmp_path):
+    """The middle of each, with the mean and spread of ImageNet; the same for the same seed."""
+    found, again, other = (photographs(tmp_path, folder, 4, seed, (24, 32)) for seed in (0, 0, 1))
+    assert all(pixels.shape == (1, 3, 24, 32) for pixels in found)
+    assert all(map(torch.equal, found, again)) and not all(map(torch.equal, found, other))
+    spread = torch.tensor(SPREAD).view(1, 3, 1, 1)
+    assert all(bool(((pixels * spread + torch.tensor(MEAN).view(1, 3, 1, 1)) > -1e-6).all()) for pixels in found)
+
+
+def test_pictures_of_the_models_own_preprocessor(folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    own = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(own))
+    (pixels, *_) = photographs(tmp_path / "model", folder, 6, 0, (16, 16))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    assert torch.equal(pixels, processor(Image.open(folder / "0.png"), return_tensors="pt")["pixel_values"])
+    with pytest.raises(DataError, match=r"16 x 16.*takes 32 x 32") as error:
+        photographs(tmp_path / "model", folder, 1, 0, (32, 32))
+    assert error.value.remedy == "write `inputs: {image: 16}` in the recipe"
+
+
+def test_what_is_no_picture(folder, tmp_path):
+    with pytest.raises(DataError, match="6 pictures where 7 are asked for"):
+        photographs(tmp_path, folder, 7, 0, (8, 8))
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot read the picture"):
+        photographs(tmp_path, folder, 6, 0, (8, 8))
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 100_000
+    with pytest.raises(DataError, match="9000 x 9000 is too large"):
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+
+
+def test_a_job_calibrated_and_measured_on_pictures(model, folder, tmp_path):
+    """Of another size than the config's; a matrix is rounded by what enters it."""
+    size = model.config.image_size // 2
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "recipe.yaml").write_text(f"""
+model: source
+inputs: {{image: {size}}}
+calibration: {{data: {folder}, samples: 6}}
+passes: [quantize: {{bits: 4, method: gptq, group: 16}}]
+evaluate: {{data: {folder}, samples: 4, metrics: [cosine, relative-error]}}
+""")
+    assert main([str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "-q"]) == 0
+    report = json.loads((tmp_path / "out" / "compress" / "report.json").read_text())
+    assert report["evaluation"]["metrics"]["cosine"]["value"] > 0.9
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_size"] == size

@@ -7,27 +7,41 @@ from typing import Any
 
 from torch import Tensor
 
-from compiler.datafiles import check_kind, has_pictures
+from compiler.datafiles import check_kind, has_labelled, image_files
 from compiler.evaluate.images import model_pictures, read_pictures
 from compiler.evaluate.inputs import Window, is_paired, text_windows
 from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
 from compiler.evaluate.pairs import written_window
+from compiler.evaluate.photographs import photographs
 from compiler.evaluate.speech import speech_features
 from compiler.evaluate.texts import TextData
+from compiler.frontend.sizes import image_shape
 
 
 def data_windows(
-    model: Any, path: str | Path, data: TextData, *, tokenizer: Any = None, trust_remote_code: bool = False
+    model: Any,
+    path: str | Path,
+    data: TextData,
+    *,
+    tokenizer: Any = None,
+    image: int | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Window]:
     """``data`` as calls of ``model``, which is loaded from ``path``. What the decoder of an encoder-decoder is fed, the
-    model writes itself. ``tokenizer`` is that of the model, loaded where it is not given.
+    model writes itself. ``tokenizer`` is that of the model, loaded where it is not given; pictures are
+    ``image`` pixels high and wide, by default as the model's config says.
 
     Raises DataError when the model takes other data, or the data is unfit.
     """
     check_kind([model.main_input_name], data.data, type(model).__name__)
-    if has_pictures(data.data):
+    if has_labelled(data.data):
         pixels = read_pictures(data.data, "t10k", data.samples).pixels
-        return [Window({"pixel_values": each}) for each in model_pictures(model, path, pixels)]
+        return [Window({"pixel_values": each}) for each in model_pictures(model, path, pixels, image)]
+    if image_files(data.data):
+        _, *size = image_shape(model.config)
+        size = (image, image) if image else (size[0], size[1])
+        found = photographs(path, data.data, data.samples, data.seed, size)
+        return [Window({"pixel_values": each}) for each in found]
     if not is_paired(model):
         return text_windows(model, tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code), data)
     with quiet():

@@ -77,13 +77,14 @@ def picture_tensors(pixels: Pixels, side: int, mean: Sequence[float], spread: Se
         yield (large - centre) / scale
 
 
-def model_pictures(model: Any, path: str | Path, pixels: Pixels) -> Iterator[Tensor]:
-    """``pixels`` as the model in ``path`` takes them: the size, mean and spread of its ``preprocessor_config.json``.
+def model_pictures(model: Any, path: str | Path, pixels: Pixels, image: int | None = None) -> Iterator[Tensor]:
+    """``pixels`` as the model in ``path`` takes them: the size, mean and spread of its ``preprocessor_config.json``,
+    or ``image`` as their size.
 
     Without that file the size of its config and the mean and spread of ImageNet.
     """
     found = _preprocessor(Path(path))
-    side = _side(found.get("crop_size") or found.get("size")) or image_shape(model.config)[-1]
+    side = image or _side(found.get("crop_size") or found.get("size")) or image_shape(model.config)[-1]
     return picture_tensors(pixels, side, found.get("image_mean", MEAN), found.get("image_std", SPREAD))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from compiler.datafiles import fingerprint, kind_of
 from compiler.errors import DataError
 from compiler.evaluate.data import data_windows
-from compiler.evaluate.estimates import Array, Change, Estimate, change, estimate
+from compiler.evaluate.estimates import Array, Change, Estimate, Statistic, change, estimate
 from compiler.evaluate.inputs import Window, is_causal, is_paired, random_windows
 from compiler.evaluate.live_cache import CacheSize, cache_size
 from compiler.evaluate.loading import load_model, load_tokenizer
@@ -102,6 +102,7 @@ def evaluate_model(
     samples: int = 16,
     length: int = 512,
     seed: int = 0,
+    image: int | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
     own_code: bool = False,
@@ -112,6 +113,7 @@ def evaluate_model(
     A text file ``data`` is cut into ``samples`` windows of ``length`` tokens by the tokenizer of ``against`` (or of
     the model); recordings give ``samples`` clips of speech, idx files ``samples`` pictures. The decoder of an
     encoder-decoder gets what ``against`` itself writes from them. Without ``data`` inputs are random with ``seed``.
+    Pictures are ``image`` pixels high and wide, by default as the config of ``against`` (or of the model) says.
     ``items`` is the JSONL file of the metrics choices, ratings and word-errors. ``metrics`` are names in
     ``metrics.METRICS``; by default those that fit: perplexity of models that write tokens, kl and agreement of models
     that generate, cosine and relative-error of all others. ``own_code`` says that the code beside the model in
@@ -127,7 +129,7 @@ def evaluate_model(
     text = None if data is None else TextData(Path(data), samples, length, seed)
     file_of_items = None if items is None else Path(items)
     names = choose(metrics, _situation(model, against is not None, text, file_of_items is not None))
-    given = _given(model, base, names, text, file_of_items, (samples, length, seed), trust_remote_code)
+    given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
     looks = any(isinstance(METRICS[name], Metric) for name in names)
     steps = (len(given.windows) if looks else 0) + len(_tasks(names))
     tick = _ticker(on_progress, steps * (1 if against is None else 2))
@@ -179,6 +181,7 @@ def _given(
     text: TextData | None,
     items: Path | None,
     sizes: tuple[int, int, int],
+    image: int | None,
     trusted: bool,
 ) -> Given:
     """The windows, where a metric looks at some, and all else that models get."""
@@ -190,9 +193,9 @@ def _given(
         windows = (
             random_windows(model, samples, length, seed)
             if text is None
-            else data_windows(model, base, text, tokenizer=tokenizer, trust_remote_code=trusted)
+            else data_windows(model, base, text, tokenizer=tokenizer, image=image, trust_remote_code=trusted)
         )
-    return Given(windows, base, text.data if text else None, items, samples, length, seed, tokenizer)
+    return Given(windows, base, text.data if text else None, items, samples, length, seed, tokenizer, image)
 
 
 def _inputs(text: TextData | None, items: Path | None, samples: int, length: int, seed: int) -> dict[str, Any]:
@@ -215,6 +218,11 @@ def _token_count(model: Any) -> int | None:
 
 def _tasks(names: Sequence[str]) -> dict[str, Task]:
     return {name: task for name in names if isinstance(task := METRICS[name], Task)}
+
+
+def statistic_of(name: str) -> Statistic:
+    """The statistic that an estimate of this name is of."""
+    return _metric(name).statistic
 
 
 def _metric(name: str) -> Metric | Task:

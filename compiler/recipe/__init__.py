@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compiler.datafiles import has_pictures, recordings
+from compiler.datafiles import has_labelled, image_files, recordings
 from compiler.errors import CompressError, OrderError, RecipeError, Span, nearest
 from compiler.pipeline import Observer, Pass, order_conflicts, order_remedy
 from compiler.recipe.schema import (
@@ -320,9 +320,9 @@ class _Checker:
 
     def _data(self, tree: Tree) -> Path:
         path = self._resolve(tree)
-        if path.is_dir() and not recordings(path) and not has_pictures(path):
+        if path.is_dir() and not (recordings(path) or image_files(path) or has_labelled(path)):
             cause = f"the directory `{tree.value}` has no recordings and no pictures"
-            remedy = "name a text file, or a directory of .wav or of idx files"
+            remedy = "name a text file, or a directory of recordings (.wav) or of image files"
             raise RecipeError(cause, span=tree.span, remedy=remedy)
         if not path.exists():
             raise RecipeError(

@@ -52,6 +52,7 @@ class Given:
     length: int = 512
     seed: int = 0
     tokenizer: Any = None
+    image: int | None = None
 
 
 @dataclass(frozen=True)

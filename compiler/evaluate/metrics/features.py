@@ -44,7 +44,9 @@ def feature(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _features(model: Any, given: Given, pictures: Pictures) -> Tensor:
-    return torch.stack([feature(model, each) for each in model_pictures(model, given.path, pictures.pixels)])
+    return torch.stack(
+        [feature(model, each) for each in model_pictures(model, given.path, pictures.pixels, given.image)]
+    )
 
 
 def _observer(name: Classifier) -> Callable[[Any, Given], list[tuple[int, int]]]:
