@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from backends.onnx import OnnxEmission
 
 SCHEMA = 1
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def write_reports(findings: Findings, directory: Path) -> dict[str, Any]:
     folder = directory / "compress"
     folder.mkdir(exist_ok=True)
     texts = {
-        directory / "README.md": model_card(document),
+        directory / CARD: model_card(document),
         folder / "report.json": _json(document),
         folder / "report.html": page(document),
         folder / "recipe.lock.yaml": lock_text(findings.lock),
@@ -75,6 +76,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
     """What report.json holds. Keys are only ever added; ``schema`` grows when one changes its meaning."""
     report, lock = findings.report, findings.lock
     files = weight_files(directory)
+    known = {*files, directory / CARD}  # an interrupted run may have left the card
     main, verifications = findings.main, (findings.verification, findings.onnx_verification, findings.gguf_verification)
     verification = next((found for found in verifications if found is not None), None)
     assert verification is not None  # what is written is verified, or said to be not
@@ -92,7 +94,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
             "loads_in": list(loads_in(main)),
             "tensor_bytes": main.nbytes,
             "files": {file.relative_to(directory).as_posix(): file.stat().st_size for file in files},
-            "other_files": sorted(file.name for file in directory.iterdir() if file.is_file() and file not in files),
+            "other_files": sorted(file.name for file in directory.iterdir() if file.is_file() and file not in known),
         },
         "ledger": {"before": asdict(report.before), "after": asdict(report.after)},
         "passes": [_pass(entry) for entry in report.passes],
