@@ -15,7 +15,8 @@ from compiler.weights.ops.gguf.layout import Layout
 
 STEPS = tuple(0.55 + 0.05 * step for step in range(12))  # of the range that codes cover, in that of the values
 FEW_STEPS = (*STEPS, 0.25, 0.35, 0.45)  # where codes are few, clipping pays
-FEW_CODES = 8
+MANY_STEPS = (0.98, 0.96, 0.93, 0.9)  # where they are many, it hardly does
+FEW_CODES, MANY_CODES = 8, 32
 TURNS = 2  # of least squares and rounding for each candidate
 
 
@@ -93,5 +94,5 @@ def _with_least(values: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor
 
 
 def _steps(layout: Layout) -> tuple[float, ...]:
-    few = layout.codes[1] - layout.codes[0] < FEW_CODES
-    return FEW_STEPS if few else STEPS
+    codes = layout.codes[1] - layout.codes[0]
+    return FEW_STEPS if codes < FEW_CODES else MANY_STEPS if codes > MANY_CODES else STEPS
