@@ -236,6 +236,27 @@ def _worst(path, ids, logits, start):
     return max(errors)
 
 
+EXPERTS = {
+    "mixtral": ({"hidden_size": 32, "intermediate_size": 48}, {}),
+    "gpt_oss": ({"head_dim": 16}, {}),
+    "with zero points": ({"hidden_size": 32, "intermediate_size": 48}, {"symmetric": False}),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_multiply_by_their_codes(kind, tmp_path):
+    """Plain and clamped gates, with biases and without; nothing of them is written dense."""
+    changes, options = EXPERTS[kind]
+    graph = graph_of(kind if kind in FAMILIES else "mixtral", 3, **changes)
+    Pipeline([Quantize(bits=4, group=16, tied="copy", **options)]).run(graph)
+    emission = propose(graph)
+    assert "QMoE" in emission.models["model.onnx"].operations("com.microsoft") and not emission.notes
+    emit(emission, graph.sources, tmp_path)
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    found = verify(emission, tmp_path)
+    assert found.error <= found.tolerance and found.rounded <= found.bound
+
+
 def test_rotated_weights_are_multiplied_by_rotated_activations(tmp_path):
     graph = graph_of("phi3")
     Pipeline([Rotate(what=("values", "mlp"))]).run(graph)

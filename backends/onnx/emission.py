@@ -46,7 +46,7 @@ class OnnxEmission:
     def rounds_inputs(self) -> bool:
         """Whether a product takes its inputs rounded to int8."""
         used = {name for model in self.models.values() for name in model.operations(CONTRIB)}
-        return self.accuracy != 0 and "MatMulNBits" in used
+        return self.accuracy != 0 and not used.isdisjoint({"MatMulNBits", "QMoE"})
 
     @property
     def loads_in(self) -> tuple[str, ...]:

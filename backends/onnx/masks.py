@@ -37,8 +37,8 @@ class Staged:
 class Masks:
     """``given`` int64 [B, S] is 1 where there is a token; ``tokens`` is the dim of new tokens, ``cached`` says that
     there may be tokens before them (then S is longer). ``kept`` are masks of fewer tokens by their dim, and ``written``
-    says which of the places that tokens come from are their sample's own. ``room`` is how many keys the buffers hold that
-    latents are written into."""
+    says which of the places that tokens come from are their sample's own. ``room`` is how many keys the buffers of
+    latents hold."""
 
     build: Builder
     given: ir.Value | None = None

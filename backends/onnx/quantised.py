@@ -43,7 +43,12 @@ class Packed:
     @property
     def native(self) -> bool:
         """Whether MatMulNBits has these blocks."""
-        return SMALLEST_BLOCK <= self.block <= LARGEST_BLOCK and self.block & (self.block - 1) == 0
+        return native_block(self.block)
+
+
+def native_block(block: int) -> bool:
+    """Whether products with codes have blocks of so many."""
+    return SMALLEST_BLOCK <= block <= LARGEST_BLOCK and block & (block - 1) == 0
 
 
 def packed(build: Builder, weight: Param, *, table: bool = False) -> Packed | None:
@@ -58,13 +63,13 @@ def packed(build: Builder, weight: Param, *, table: bool = False) -> Packed | No
     if width * bits % 32 or (table and not build.target.contrib):
         return None
     group = weight.expr.attr("group") or width
-    block = _block(group) if build.target.contrib else group
+    block = block_of(group) if build.target.contrib else group
     times = group // block
     parts = [repeat(part, -1, times) for part in (cast(scale, torch.float32), *zero)]
     return Packed(weight.name, rows, width, bits, block, codes, parts[0], parts[1] if zero else None)
 
 
-def _block(group: int) -> int:
+def block_of(group: int) -> int:
     """The largest block that kernels have and that divides ``group``; ``group`` itself when there is none."""
     fitting = (1 << power for power in range(8, 3, -1) if group % (1 << power) == 0)
     return next(fitting, group)

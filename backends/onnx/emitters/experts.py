@@ -1,4 +1,4 @@
-"""Experts: a scan over them, each computing the tokens that chose it and no others."""
+"""Experts: those with codes as one operation, others a scan, each computing the tokens that chose it and no others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import onnx_ir as ir
 import torch
 
 from backends.onnx.builder import Builder
+from backends.onnx.emitters.coded_experts import coded_experts
 from backends.onnx.emitters.rule import Rule, rule
 from compiler.errors import TargetError
 from compiler.ir.graph import Node
@@ -15,6 +16,11 @@ SCANNED = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 @rule("experts", "activation", "alpha", "limit")
 def experts(build: Builder, node: Node) -> ir.Value:
+    made = coded_experts(build, node)
+    return _scan(build, node) if made is None else made
+
+
+def _scan(build: Builder, node: Node) -> ir.Value:
     x, indices, weights = (build.arg(node, index) for index in range(3))
     stacks = {name: build.optional(node, index) for index, name in enumerate(SCANNED, 3)}
     given = {name: value for name, value in stacks.items() if value is not None}
