@@ -190,7 +190,7 @@ def test_caches_hold_latents_and_rotary_keys_and_windows_alone(tmp_path):
     window = 5 - 1  # what the next token will still see of those before it
     assert shapes == [
         [(2, 1, window, 12), (2, 1, window, 6)],
-        [(2, 10, 9), (2, 10, 4)],
+        [(2, 1, 10, 9), (2, 1, 10, 4)],
         [(2, 2, window, 16), (2, 2, window, 16)],
     ]
     assert cache.get_seq_length() == 10

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backends.torch_module.caches import cache_context
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import names_in, wrapped
 from backends.torch_module.module import ClassWriter, Model
@@ -24,10 +25,13 @@ HELPERS = (
     "apply_rotary",
     "apply_interleaved_rotary",
     "apply_interleaved_rotary_to_half",
+    "past_length",
     "token_positions",
     "causal_mask",
+    "causal_masks",
     "padding_mask",
     "allowed",
+    "decodes",
     "attention",
     "full_attention",
     "eager_attention",
@@ -48,16 +52,13 @@ HELPERS = (
     "LatentRotation",
     "pack",
     "unpack",
-    "RoundedLayer",
-    "SlidingLayer",
-    "SlidingRoundedLayer",
-    "SlidingLatentLayer",
-    "SlidingRoundedLatentLayer",
-    "Cache",
+    "update_rounded",
+    "update_latents",
 )
 """Functions and classes that a module gets when it uses them, in the order of the file."""
 
 NEEDS = {
+    "causal_mask": ("past_length",),
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
     "gelu_tanh": (),
@@ -81,6 +82,7 @@ KERNELS = {
     "PackedExperts": ("packed_linear", "packed_linear"),
     "dense": ("packed_dense", "packed_dense"),
     "latent_attention": ("latent_decode", "latent_decode"),
+    "cached_decode": ("cached_decode", "cached_decode"),
     "low_rank": ("low_rank_linear", "low_rank_linear"),
 }
 """For helpers the kernel files that they call, which checkpoints get, and what of them."""
@@ -142,7 +144,7 @@ class Assembly:
 
     def helper_context(self) -> dict[str, Any]:
         """What templates of helpers need to know."""
-        return {}
+        return cache_context(self.graph, self.model.cache_bits)
 
     def written_at_top(self) -> list[Body]:
         """The bodies that the top classes hold themselves."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_context, cache_helpers, cache_kinds
+from backends.torch_module.caches import cache_helpers, window_config
 from backends.torch_module.code import names_in
 from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
@@ -32,9 +32,8 @@ class CausalAssembly(Assembly):
 
     def own_config(self) -> dict[str, Any]:
         windows = [self._window(layer) for layer in self.loop.layers]
-        shown = {"attention_windows": windows} if any(windows) else {}
         bits = {"cache_bits": self.model.cache_bits} if self.model.cache_bits else {}
-        return {"use_cache": True, **shown, **bits}
+        return {"use_cache": True, **window_config(windows), **bits}
 
     def _window(self, layer: Body) -> int | None:
         found = [item for body in layer.walk() for item in body.items if isinstance(item, Node)]
@@ -54,7 +53,6 @@ class CausalAssembly(Assembly):
         names |= {node.output: "hidden_states"} if node else {}
         body = TopWriter(self.model, self.inner, names, "hidden_states" if node else "input_ids")
         lines, result = body.statements()
-        self.model.helpers |= {"Cache", "causal_mask"}
         before = self._before(lines, body.tokens)
         head = TopWriter(self.model, without_call(self.program, "model"), {self.inner.outputs[0]: "hidden_states"})
         head_lines, head_result = head.statements()
@@ -77,6 +75,8 @@ class CausalAssembly(Assembly):
             head_forward=head_lines,
             head_result=head_result,
             head=self._head(),
+            masks=self._masks('given["inputs_embeds"]', 'given["past_key_values"]'),
+            masks_type="dict[int | None, Any]" if len(extras.masks) > 1 else "torch.Tensor | None",
             tied=mapping(self.tied_tensors),
             tied_inside=mapping(self.tied_inside()),
         )
@@ -94,14 +94,18 @@ class CausalAssembly(Assembly):
             self.model.helpers.add("token_positions")
             found += [
                 "if position_ids is None:",
-                "    past = past_key_values.get_seq_length() if past_key_values is not None else 0",
-                f"    position_ids = token_positions({tokens}, attention_mask, past)",
+                f"    position_ids = token_positions({tokens}, attention_mask, past_key_values)",
             ]
-        masks = self.model.extras.masks
-        if len(masks) == 1:
-            extra = ", 0, self.config.attention_windows[0]" if 0 not in masks else ""
-            found.append(f"mask = causal_mask({tokens}, attention_mask, past_key_values{extra})")
-        return found
+        masks = self._masks(tokens, "past_key_values")
+        return [*found, f"{'mask' if len(self.model.extras.masks) == 1 else 'masks'} = {masks}"]
+
+    def _masks(self, tokens: str, cache: str) -> str:
+        """The mask of all layers, or those of each window, as code."""
+        known, masks = f"{tokens}, attention_mask, {cache}", self.model.extras.masks
+        if len(masks) > 1:
+            self.model.helpers.add("causal_masks")
+            return f"causal_masks({known}, self.config.attention_windows)"
+        return f"causal_mask({known}{'' if 0 in masks else ', 0, self.config.attention_windows[0]'})"
 
     def _embedding(self, tokens: Value) -> str:
         node = next((user for user in tokens.users if user.op.name == "embedding"), None)
@@ -114,8 +118,6 @@ class CausalAssembly(Assembly):
         return leaf.path if leaf else ""
 
     def helper_context(self) -> dict[str, Any]:
-        context = cache_context(self.graph, self.model.cache_bits)
-        kinds = cache_kinds(self.graph, self.model.cache_bits)
-        self.model.helpers |= cache_helpers(kinds)
-        self.model.helpers |= {"eager_attention", "allowed"} if context["latent_softcap"] else set()
+        context = super().helper_context()
+        self.model.helpers |= cache_helpers(self.graph, context)
         return context

@@ -48,6 +48,11 @@ class Site(Protocol):
         ...
 
     @property
+    def bits(self) -> str:
+        """How many bits what is cached is rounded to, as code; "" where it is not."""
+        ...
+
+    @property
     def rotation(self) -> str:
         """The basis that latents are cached in, as code; "" for their own."""
         ...
@@ -390,9 +395,10 @@ def _attention(site: Site) -> Code:
         options.append(f"softcap={number(softcap)}")
     causal = site.node.attr("causal")
     options += [] if causal or not options else ["causal=False"]
+    rounded = [f"bits={site.bits}", f"value_size={site.size('value')}"] if site.bits and causal else []
     function = site.helper("eager_attention" if options else "attention" if causal else "full_attention")
     shown = [arg(site, index).text for index in range(3)]
-    return Code(f"{function}({', '.join([*shown, mask or 'None', site.size('scale'), *options])})")
+    return Code(f"{function}({', '.join([*shown, mask or 'None', site.size('scale'), *options, *rounded])})")
 
 
 def _latent_attention(site: Site) -> Code:
@@ -400,7 +406,7 @@ def _latent_attention(site: Site) -> Code:
     up = site.weight() or arg(site, 3).text
     shown = [arg(site, 0).text, arg(site, 1).text, optional(site, 2) or "None", up, optional(site, 5) or "None"]
     softcap = site.node.attr("softcap")
-    options = [site.rotation] if site.rotation else []
+    options = [site.rotation, site.bits, site.size("rotated")] if site.bits else []
     options += [f"softcap={number(softcap)}"] if softcap else []
     return Code(f"{function}({', '.join([*shown, site.size('scale'), *options])})")
 

@@ -29,7 +29,7 @@ class Context:
     ``dense`` the submodule of a linear map whose weight is not packed, ``held`` the parameters that a submodule has,
     ``size`` a number that may differ between instances, ``helper`` a function of the module, ``arguments`` and ``loop``
     say how submodules and stacks are called, ``cache`` which part of the cache is for the attention of tokens to those
-    before.
+    before, ``bits`` the code of how many bits that is rounded to ("" for none).
     """
 
     parameter: Callable[[Param], str]
@@ -43,6 +43,7 @@ class Context:
     loop: Callable[[Loop, dict[Value, str]], list[str]]
     rotation: str
     cache: str
+    bits: str
     extras: Extras
 
 
@@ -72,6 +73,10 @@ class _Site:
 
     def like(self, dtype: torch.dtype | None = None) -> str:
         return self.forward.like(dtype)
+
+    @property
+    def bits(self) -> str:
+        return self.forward.context.bits
 
     @property
     def rotation(self) -> str:
@@ -173,8 +178,15 @@ class Forward:
             self.lines.append(f"{names[0]} = {self.context.rotation}({names[0]})")
         stored = names[1] if value else f"{names[0]}[..., :0]"
         if self.context.extras.cache in self.context.extras.read_by(node):
-            update = f"past_key_values.{self.context.cache}update({names[0]}, {stored}, self.layer_idx)"
+            update = self._update(latent, f"{names[0]}, {stored}, self.layer_idx")
             self.lines += ["if past_key_values is not None:", f"    {names[0]}, {names[1]} = {update}"]
+
+    def _update(self, latent: bool, given: str) -> str:
+        """The call that gives the cache what is new."""
+        bits = f", {self.context.bits}" if self.context.bits else ""
+        if latent or bits:
+            return f"{'update_latents' if latent else 'update_rounded'}({self.context.cache}, {given}{bits})"
+        return f"{self.context.cache}.update({given})"
 
     def _cross(self, index: int, node: Node) -> None:
         """Keys and values of another sequence are made once; the cache has them for all later tokens."""

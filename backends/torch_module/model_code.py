@@ -58,9 +58,6 @@ class TopWriter(ClassWriter):
         masks = self.model.extras.masks
         if len(masks) > 1:
             before.append("windows = self.config.attention_windows")
-            known = "attention_mask, past_key_values, windows.index(window), window"
-            made = f"causal_mask({self.tokens}, {known})"
-            before += ["masks = {", f"    window: {made}", "    for window in set(windows)", "}"]
             choices.append(("window", "windows"))
         if self.tables:
             before += self._table_lines()

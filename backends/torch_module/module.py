@@ -42,6 +42,9 @@ OPERAND_SIZES = {
 }
 """What the sizes of weights are that operations take without a module around them."""
 
+HINTS = {"count": ("num_experts_per_tok",), "value": ("v_head_dim", "head_dim"), "rotated": ("qk_rope_head_dim",)}
+"""What numbers of operations may be."""
+
 Argument = tuple[str, Value | None]
 
 
@@ -98,6 +101,8 @@ class ClassWriter:
         if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
             self.attributes["layer_idx"] = "layer_idx"
         latent = any(isinstance(item, Node) and item.op.name == "latent_attention" for item in self._items())
+        if model.cache_bits and any(isinstance(item, Node) and _cached(item) for item in self._items()):
+            self.attributes["config"] = "config"
         self.rotation = "self.latent_rotation" if latent and model.cache_bits else ""
 
     def _items(self) -> list[Item]:
@@ -148,7 +153,8 @@ class ClassWriter:
             arguments=lambda item: [value for _, value in self.model.arguments(item.body)],
             loop=self.loop_lines,
             rotation=self.rotation,
-            cache="self_attention_cache." if self.model.paired else "",
+            cache=f"past_key_values{'.self_attention_cache' if self.model.paired else ''}",
+            bits="self.config.cache_bits" if self.model.cache_bits else "",
             extras=self.model.extras,
         )
 
@@ -232,7 +238,7 @@ class ClassWriter:
             return self._scale(values)
         if len(distinct) == 1 and not _is_size(item, name):
             return str(distinct.pop())
-        hints = ("num_experts_per_tok",) if name == "count" else _heads_of(item)
+        hints = HINTS.get(name) or _heads_of(item)
         return self._attribute(values, hints, f"{_word(item)}_{name}")
 
     def _scale(self, values: dict[str, Any]) -> str:
@@ -445,6 +451,8 @@ def _number_at(item: Item, name: str, place: int | None) -> Any:
     assert isinstance(item, Node)
     if name == "width":
         return item.attr("stop") - item.attr("start")
+    if name in ("value", "rotated"):  # the width of the second of the two that attention caches
+        return item.input(2).shape[-1] if item.optional_input(2) is not None else 0
     value = item.attr(name)
     return value if place is None else value[place]
 
@@ -452,7 +460,12 @@ def _number_at(item: Item, name: str, place: int | None) -> Any:
 def _is_size(item: Item, name: str) -> bool:
     if name == "count":  # of a top-k that chooses experts
         return isinstance(item, Node) and any(user.op.name == "experts" for user in item.outputs[1].users)
-    return name in ("heads", "width", "start", "stop", "shape")
+    return name in ("heads", "width", "start", "stop", "shape", "value", "rotated")
+
+
+def _cached(node: Node) -> bool:
+    """Whether what ``node`` attends to is cached token by token."""
+    return node.op.name in ("attention", "latent_attention") and node.attr("causal")
 
 
 def _heads_of(item: Item) -> tuple[str, ...]:

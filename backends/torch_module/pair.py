@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_context, cache_helpers, cache_kinds
+from backends.torch_module.caches import cache_helpers
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
 from backends.torch_module.model_code import TopWriter, without_call
@@ -124,16 +124,13 @@ class PairAssembly(Assembly):
         return {"is_encoder_decoder": True, "use_cache": True, **kept, **bits}
 
     def helper_context(self) -> dict[str, Any]:
-        context = cache_context(self.graph, self.model.cache_bits, "decoder")
-        kinds = cache_kinds(self.graph, self.model.cache_bits)
-        self.model.helpers |= cache_helpers(kinds)
-        self.model.helpers |= {"eager_attention", "allowed"} if context["latent_softcap"] else set()
+        context = super().helper_context()
+        self.model.helpers |= cache_helpers(self.graph, context)
         return context
 
     def top(self) -> str:
         encoder, encoder_lines, encoder_result = self._written(self.encoder, self._encoder_names())
         decoder, decoder_lines, decoder_result = self._written(self.decoder, self._decoder_names())
-        self.model.helpers |= {"Cache", "causal_mask"}
         hidden = {self.decoder.body.outputs[0]: "hidden_states"}
         head = TopWriter(self.model, without_call(self.program, "model"), hidden)
         head_lines, results = head.all_statements({"logits": self.graph.outputs["logits"]})
@@ -188,17 +185,21 @@ class PairAssembly(Assembly):
         """Statements that make positions and masks."""
         used = names_in("\n".join(lines))
         found = ["mask = causal_mask(input_ids, attention_mask, past_key_values)"]
-        if {POSITIONS, KEYS} & used:
-            found.append("past = past_key_values.get_seq_length() if past_key_values is not None else 0")
         if POSITIONS in used:
             self.model.helpers.add("token_positions")
             found += [
                 "if position_ids is None:",
-                "    position_ids = token_positions(input_ids, attention_mask, past)",
+                "    position_ids = token_positions(input_ids, attention_mask, past_key_values)",
             ]
         if KEYS in used:
-            found.append(f"{KEYS} = torch.arange(past + input_ids.shape[1], device=input_ids.device)")
-            found.append(f"{QUERIES} = {KEYS}[past:]")
+            found += [
+                "past = past_length(past_key_values, input_ids.device)",
+                "keys = length = input_ids.shape[1]",
+                "if past_key_values is not None:",
+                "    keys, _ = past_key_values.get_mask_sizes(length, 0)",
+                f"{KEYS} = torch.arange(keys, device=input_ids.device)",
+                f"{QUERIES} = torch.arange(length, device=input_ids.device) + past",
+            ]
         if "encoder_mask" in used:
             found += [
                 "encoder_mask = None",

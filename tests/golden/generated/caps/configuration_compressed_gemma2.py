@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM.
 
-For the code of modeling_compressed_gemma2.py with the digest 4feeac5463d67bc6.
+For the code of modeling_compressed_gemma2.py with the digest 44405a01f90a5249.
 """
 
 from dataclasses import field
@@ -31,6 +31,8 @@ class CompressedGemma2Config(PreTrainedConfig):
     intermediate_size: int = 80
     use_cache: bool = True
     attention_windows: list[int | None] = field(default_factory=list)
+    layer_types: list[str] = field(default_factory=list)
+    sliding_window: int = 5
     cache_bits: int = 4
     tie_word_embeddings: bool = True
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
@@ -55,11 +55,17 @@ def apply_interleaved_rotary_to_half(x: torch.Tensor, cos: torch.Tensor, sin: to
     return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
 
 
-def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
+def past_length(past_key_values: Cache | None, device: torch.device, layer_idx: int = 0) -> int | torch.Tensor:
+    """How many tokens are cached; of static caches a tensor, so that what is compiled does for any number."""
+    past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+    return past.to(device) if isinstance(past, torch.Tensor) else past
+
+
+def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
     """The position of each of the inputs, [batch or 1, length]; padding on the left does not count."""
     length = inputs.shape[1]
-    if attention_mask is None:
-        return torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
+    if attention_mask is None or attention_mask.dim() != 2:
+        return (torch.arange(length, device=inputs.device) + past_length(cache, inputs.device)).unsqueeze(0)
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
@@ -71,23 +77,41 @@ def causal_mask(
     window: int | None = None,
 ) -> torch.Tensor | None:
     """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
-    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
-    if past_key_values is not None:
-        past = past_key_values.get_seq_length(layer_idx)
-        keys, first = past_key_values.get_mask_sizes(length, layer_idx)
-    narrow = window is not None and past + length > window
-    if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
-        return None
-    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    length = inputs.shape[1]
+    past = past_length(past_key_values, inputs.device, layer_idx)
+    keys, first = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
+    if attention_mask is None and (past_key_values is None or not past_key_values.is_compileable):
+        narrow = window is not None and past + length > window
+        if not narrow and first + keys == past + length and (length == 1 or past == 0):
+            return None
+    row = (torch.arange(length, device=inputs.device) + past)[:, None]
     column = torch.arange(first, first + keys, device=inputs.device)[None, :]
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)
     mask = mask[None, None]
     if attention_mask is not None:
-        present = attention_mask[:, None, None, first : first + keys].bool()
-        mask = mask & present | (column == row)  # padding sees itself, so that no row of scores is empty
+        present = F.pad(attention_mask, (0, max(first + keys - attention_mask.shape[1], 0)))[:, None, None, :]
+        mask = mask & present[..., first : first + keys].bool()
+        mask = mask | (column == row)  # padding sees itself, so that no row of scores is empty
     return mask
+
+
+def causal_masks(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | dict[int | None, torch.Tensor | None] | None,
+    past_key_values: Cache | None,
+    windows: list[int | None],
+) -> dict[int | None, torch.Tensor | None]:
+    """The mask of each of the windows that layers have."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    return {
+        window: causal_mask(inputs, attention_mask, past_key_values, windows.index(window), window)
+        for window in set(windows)
+    }
 
 
 def _allowed(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -96,6 +120,11 @@ def _allowed(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return mask
     length, keys = scores.shape[2:]
     return torch.ones(length, keys, dtype=torch.bool, device=scores.device).tril(keys - length)
+
+
+def decodes(query: torch.Tensor) -> bool:
+    """Whether a kernel attends with few queries to what is cached, as it is cached."""
+    return query.is_cuda and not torch.is_grad_enabled()
 
 
 def attention(
@@ -147,6 +176,8 @@ def latent_attention(
     mask: torch.Tensor | None,
     scale: float,
     rotation: torch.Tensor,
+    bits: int,
+    rotated: int,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
@@ -155,15 +186,19 @@ def latent_attention(
     heads), up [heads * (n + v), r] with n key rows and then v value rows for each head; the result is
     [batch, length, heads, v]. With few queries the key rows are multiplied into the query and the value rows into the
     result, so that keys and values are never expanded from their latents.
-    Latents are given in the basis that ``rotation`` [r, r] turns them to.
+    Latents are given in the basis that ``rotation`` [r, r] turns them to. They and rotary keys may be the bytes that
+    ``pack`` makes of them; ``rotated`` is R.
     """
     heads, length, keys = query.shape[1], query.shape[2], latent.shape[1]
-    rotated = 0 if rotary_key is None else rotary_key.shape[-1]
-    unrotated, rank = query.shape[-1] - rotated, latent.shape[-1]
+    unrotated, rank = query.shape[-1] - rotated, up.shape[-1]
     width = up.shape[0] // heads
     up = up.view(heads, width, rank)
     key_up, value_up = up[:, :unrotated], up[:, unrotated:]
-    if length * keys * (2 * rank - width) > (keys - length) * rank * width:
+    expands = length * keys * (2 * rank - width) > (keys - length) * rank * width
+    if latent.dtype == torch.uint8 and (expands or not decodes(query)):
+        latent = unpack(latent, rank, bits, query.dtype)
+        rotary_key = None if rotary_key is None else unpack(rotary_key, rotated, bits, query.dtype)
+    if expands:
         expanded = torch.einsum("bsr,hwr->bhsw", latent @ rotation.T, up)
         key, value = expanded[..., :unrotated], expanded[..., unrotated:]
         if rotary_key is not None:
@@ -172,10 +207,11 @@ def latent_attention(
             return eager_attention(query, key, value, mask, scale, softcap=softcap)
         return attention(query, key, value, mask, scale)
     absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up) @ rotation
-    if latent.is_cuda and not torch.is_grad_enabled():
+    if decodes(query):
         turned = None if rotary_key is None else query[..., unrotated:].transpose(1, 2)
         inputs = absorbed.transpose(1, 2), turned, latent, rotary_key, scale, mask
-        attended = latent_decode(*inputs, softcap=softcap) @ rotation.T
+        held = bits if latent.dtype == torch.uint8 else 16
+        attended = latent_decode(*inputs, softcap=softcap, bits=held) @ rotation.T
         return torch.einsum("bthr,hvr->bthv", attended, value_up)
     scores = (absorbed.flatten(1, 2) @ latent.transpose(1, 2)).unflatten(1, (heads, length))
     if rotary_key is not None:
@@ -247,77 +283,21 @@ def unpack(packed: torch.Tensor, size: int, bits: int, dtype: torch.dtype) -> to
     return values.flatten(-2)[..., :size].to(dtype)
 
 
-class RoundedLayer(DynamicLayer):
-    """Latents and rotary keys [..., length, size], held as the bytes that ``pack`` makes of them."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
-        dtype = key_states.dtype
-        keys = unpack(keys, key_states.shape[-1], self.bits, dtype)
-        return keys, unpack(values, value_states.shape[-1], self.bits, dtype)
+def update_rounded(
+    cache: Cache, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values with these as the last, as the bytes that are cached of them, or as they are without bits."""
+    if bits:
+        keys, values = pack(keys, bits), pack(values, bits)
+    return cache.update(keys, values, layer_idx)
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):
-    """Keys and values of the tokens that a window still sees, and no memory of others."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(key_states, value_states)
-        if not self.record_past:
-            kept = self.sliding_window - 1
-            self.keys, self.values = keys[:, :, -kept:].clone(), values[:, :, -kept:].clone()
-        return keys, values
-
-
-class SlidingLatentLayer(SlidingLayer):
-    """Latents and rotary keys [batch, length, size] of the tokens that a window still sees."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, rotary_key = super().update(key_states.unsqueeze(1), value_states.unsqueeze(1))
-        return latent.squeeze(1), rotary_key.squeeze(1)
-
-
-class SlidingRoundedLatentLayer(SlidingLatentLayer):
-    """Latents and rotary keys of the tokens that a window still sees, held as the bytes that ``pack`` makes of them."""
-
-    def __init__(self, bits: int, window: int) -> None:
-        super().__init__(window)
-        self.bits = bits
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(pack(key_states, self.bits), pack(value_states, self.bits))
-        dtype = key_states.dtype
-        keys = unpack(keys, key_states.shape[-1], self.bits, dtype)
-        return keys, unpack(values, value_states.shape[-1], self.bits, dtype)
-
-
-class CompressedGemma2Cache(DynamicCache):
-    """Past tokens' latents and rotary keys; of layers with a window only those within it."""
-
-    def __init__(self, config: CompressedGemma2Config) -> None:
-        Cache.__init__(self, layers=[self._layer(config, index) for index in range(config.num_hidden_layers)])
-
-    @staticmethod
-    def _layer(config: CompressedGemma2Config, index: int) -> CacheLayerMixin:
-        window = config.attention_windows[index]
-        if config.cache_bits and window:
-            return SlidingRoundedLatentLayer(config.cache_bits, window)
-        if config.cache_bits:
-            return RoundedLayer(config.cache_bits)
-        if window:
-            return SlidingLatentLayer(window)
-        return DynamicLayer()
+def update_latents(
+    cache: Cache, latent: torch.Tensor, rotary_key: torch.Tensor, layer_idx: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All latents and rotary keys [batch, keys, size] with these as the last; the cache has them as one head's."""
+    held = update_rounded(cache, latent.unsqueeze(1), rotary_key.unsqueeze(1), layer_idx, bits)
+    return held[0].squeeze(1), held[1].squeeze(1)
 
 
 class CompressedGemma2Attention(nn.Module):
@@ -326,6 +306,7 @@ class CompressedGemma2Attention(nn.Module):
     def __init__(self, config: CompressedGemma2Config, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.config = config
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.num_attention_heads = config.num_attention_heads
@@ -360,7 +341,9 @@ class CompressedGemma2Attention(nn.Module):
         rotary_key = apply_interleaved_rotary_to_half(rotary_key.unsqueeze(1), cos, sin).squeeze(1)
         latent = self.latent_rotation(latent)
         if past_key_values is not None:
-            latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
+            latent, rotary_key = update_latents(
+                past_key_values, latent, rotary_key, self.layer_idx, self.config.cache_bits
+            )
         attended = latent_attention(
             query,
             latent,
@@ -369,6 +352,8 @@ class CompressedGemma2Attention(nn.Module):
             attention_mask,
             self.scaling,
             self.latent_rotation.matrix.to(hidden_states.dtype),
+            self.config.cache_bits,
+            self.qk_rope_head_dim,
             softcap=50.0,
         )
         return self.o_proj(attended.flatten(2))
@@ -469,18 +454,14 @@ class CompressedGemma2Model(CompressedGemma2PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = CompressedGemma2Cache(self.config)
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(hidden_states, attention_mask, past)
+            position_ids = token_positions(hidden_states, attention_mask, past_key_values)
+        masks = causal_masks(hidden_states, attention_mask, past_key_values, self.config.attention_windows)
         cos, sin = self.rotary_emb(position_ids)
         hidden_states = hidden_states * 6.928203105926514
         windows = self.config.attention_windows
-        masks = {
-            window: causal_mask(hidden_states, attention_mask, past_key_values, windows.index(window), window)
-            for window in set(windows)
-        }
         for layer, window in zip(self.layers, windows, strict=True):
             hidden_states = layer(hidden_states, cos, sin, masks[window], past_key_values)
         last_hidden_state = self.norm(hidden_states)
@@ -504,9 +485,11 @@ class CompressedGemma2ForCausalLM(CompressedGemma2PreTrainedModel, GenerationMix
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own cache
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> dict[int | None, Any]:
+        """The masks of a static cache, whose sizes are the same for every token."""
+        return causal_masks(
+            given["inputs_embeds"], attention_mask, given["past_key_values"], self.config.attention_windows
+        )
 
     def forward(
         self,

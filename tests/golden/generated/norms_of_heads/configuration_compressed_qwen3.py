@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
 
-For the code of modeling_compressed_qwen3.py with the digest f8454ed8e98d0ee6.
+For the code of modeling_compressed_qwen3.py with the digest 27d8a319e4f63c1f.
 """
 
 from dataclasses import field

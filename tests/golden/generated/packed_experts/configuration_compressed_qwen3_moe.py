@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3Moe, generated from the graph of a compressed Qwen3MoeForCausalLM.
 
-For the code of modeling_compressed_qwen3_moe.py with the digest 0ee9acd43dc8e4c1.
+For the code of modeling_compressed_qwen3_moe.py with the digest bac421b395383f65.
 """
 
 from dataclasses import field

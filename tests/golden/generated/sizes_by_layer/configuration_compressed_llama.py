@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 6bd0bbbed608f58f.
+For the code of modeling_compressed_llama.py with the digest e500bef0961c9aac.
 """
 
 from dataclasses import field

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
@@ -54,11 +54,17 @@ def apply_interleaved_rotary_to_half(x: torch.Tensor, cos: torch.Tensor, sin: to
     return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
 
 
-def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
+def past_length(past_key_values: Cache | None, device: torch.device, layer_idx: int = 0) -> int | torch.Tensor:
+    """How many tokens are cached; of static caches a tensor, so that what is compiled does for any number."""
+    past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+    return past.to(device) if isinstance(past, torch.Tensor) else past
+
+
+def token_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
     """The position of each of the inputs, [batch or 1, length]; padding on the left does not count."""
     length = inputs.shape[1]
-    if attention_mask is None:
-        return torch.arange(past, past + length, device=inputs.device).unsqueeze(0)
+    if attention_mask is None or attention_mask.dim() != 2:
+        return (torch.arange(length, device=inputs.device) + past_length(cache, inputs.device)).unsqueeze(0)
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
@@ -70,22 +76,25 @@ def causal_mask(
     window: int | None = None,
 ) -> torch.Tensor | None:
     """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
-    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
-    if past_key_values is not None:
-        past = past_key_values.get_seq_length(layer_idx)
-        keys, first = past_key_values.get_mask_sizes(length, layer_idx)
-    narrow = window is not None and past + length > window
-    if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
-        return None
-    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    length = inputs.shape[1]
+    past = past_length(past_key_values, inputs.device, layer_idx)
+    keys, first = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
+    if attention_mask is None and (past_key_values is None or not past_key_values.is_compileable):
+        narrow = window is not None and past + length > window
+        if not narrow and first + keys == past + length and (length == 1 or past == 0):
+            return None
+    row = (torch.arange(length, device=inputs.device) + past)[:, None]
     column = torch.arange(first, first + keys, device=inputs.device)[None, :]
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)
     mask = mask[None, None]
     if attention_mask is not None:
-        present = attention_mask[:, None, None, first : first + keys].bool()
-        mask = mask & present | (column == row)  # padding sees itself, so that no row of scores is empty
+        present = F.pad(attention_mask, (0, max(first + keys - attention_mask.shape[1], 0)))[:, None, None, :]
+        mask = mask & present[..., first : first + keys].bool()
+        mask = mask | (column == row)  # padding sees itself, so that no row of scores is empty
     return mask
 
 
@@ -95,6 +104,11 @@ def _allowed(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return mask
     length, keys = scores.shape[2:]
     return torch.ones(length, keys, dtype=torch.bool, device=scores.device).tril(keys - length)
+
+
+def decodes(query: torch.Tensor) -> bool:
+    """Whether a kernel attends with few queries to what is cached, as it is cached."""
+    return query.is_cuda and not torch.is_grad_enabled()
 
 
 def attention(
@@ -125,7 +139,7 @@ def latent_attention(
     """
     heads, length, keys = query.shape[1], query.shape[2], latent.shape[1]
     rotated = 0 if rotary_key is None else rotary_key.shape[-1]
-    unrotated, rank = query.shape[-1] - rotated, latent.shape[-1]
+    unrotated, rank = query.shape[-1] - rotated, up.shape[-1]
     width = up.shape[0] // heads
     up = up.view(heads, width, rank)
     key_up, value_up = up[:, :unrotated], up[:, unrotated:]
@@ -136,7 +150,7 @@ def latent_attention(
             key = torch.cat((key, rotary_key.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
         return attention(query, key, value, mask, scale)
     absorbed = torch.einsum("bhtn,hnr->bhtr", query[..., :unrotated], key_up)
-    if latent.is_cuda and not torch.is_grad_enabled():
+    if decodes(query):
         turned = None if rotary_key is None else query[..., unrotated:].transpose(1, 2)
         inputs = absorbed.transpose(1, 2), turned, latent, rotary_key, scale, mask
         attended = latent_decode(*inputs)
@@ -152,11 +166,12 @@ def latent_attention(
     return torch.einsum("bhtr,hvr->bthv", attended.unflatten(1, (heads, length)), value_up)
 
 
-class CompressedLlamaCache(DynamicCache):
-    """Past tokens' latents and rotary keys; of layers with a window only those within it."""
-
-    def __init__(self, config: CompressedLlamaConfig) -> None:
-        Cache.__init__(self, layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
+def update_latents(
+    cache: Cache, latent: torch.Tensor, rotary_key: torch.Tensor, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All latents and rotary keys [batch, keys, size] with these as the last; the cache has them as one head's."""
+    held = cache.update(latent.unsqueeze(1), rotary_key.unsqueeze(1), layer_idx)
+    return held[0].squeeze(1), held[1].squeeze(1)
 
 
 class CompressedLlamaAttention(nn.Module):
@@ -202,7 +217,7 @@ class CompressedLlamaAttention(nn.Module):
         query = torch.cat((query_pass, apply_interleaved_rotary_to_half(query_rot, cos, sin)), dim=-1)
         rotary_key = apply_interleaved_rotary_to_half(rotary_key.unsqueeze(1), cos, sin).squeeze(1)
         if past_key_values is not None:
-            latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
+            latent, rotary_key = update_latents(past_key_values, latent, rotary_key, self.layer_idx)
         attended = latent_attention(query, latent, rotary_key, self.kv_up.weight, attention_mask, self.scaling)
         return self.o_proj(attended.flatten(2))
 
@@ -298,11 +313,10 @@ class CompressedLlamaModel(CompressedLlamaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Args: ``attention_mask`` [batch, past + length] is 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = CompressedLlamaCache(self.config)
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = token_positions(hidden_states, attention_mask, past)
+            position_ids = token_positions(hidden_states, attention_mask, past_key_values)
         mask = causal_mask(hidden_states, attention_mask, past_key_values)
         tables = {
             "rotary_emb": self.rotary_emb(position_ids),
@@ -331,9 +345,9 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own cache
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> torch.Tensor | None:
+        """The masks of a static cache, whose sizes are the same for every token."""
+        return causal_mask(given["inputs_embeds"], attention_mask, given["past_key_values"])
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Configuration of CompressedT5, generated from the graph of a compressed T5ForConditionalGeneration.
 
-For the code of modeling_compressed_t5.py with the digest 3785e7c6ff8f2dd5.
+For the code of modeling_compressed_t5.py with the digest ae050b7d225795a5.
 """
 
 from transformers import PreTrainedConfig

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, Seq2SeqLMOutput, Seq2SeqModelOutput
 
@@ -26,6 +26,12 @@ class CompressedT5RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+def past_length(past_key_values: Cache | None, device: torch.device, layer_idx: int = 0) -> int | torch.Tensor:
+    """How many tokens are cached; of static caches a tensor, so that what is compiled does for any number."""
+    past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+    return past.to(device) if isinstance(past, torch.Tensor) else past
+
+
 def causal_mask(
     inputs: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -34,22 +40,25 @@ def causal_mask(
     window: int | None = None,
 ) -> torch.Tensor | None:
     """What each of the inputs may look at, bool [batch or 1, 1, length, keys]; None where that is all up to itself."""
-    length, past, keys, first = inputs.shape[1], 0, inputs.shape[1], 0
-    if past_key_values is not None:
-        past = past_key_values.get_seq_length(layer_idx)
-        keys, first = past_key_values.get_mask_sizes(length, layer_idx)
-    narrow = window is not None and past + length > window
-    if attention_mask is None and not narrow and first + keys == past + length and (length == 1 or past == 0):
-        return None
-    row = torch.arange(past, past + length, device=inputs.device)[:, None]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    length = inputs.shape[1]
+    past = past_length(past_key_values, inputs.device, layer_idx)
+    keys, first = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
+    if attention_mask is None and (past_key_values is None or not past_key_values.is_compileable):
+        narrow = window is not None and past + length > window
+        if not narrow and first + keys == past + length and (length == 1 or past == 0):
+            return None
+    row = (torch.arange(length, device=inputs.device) + past)[:, None]
     column = torch.arange(first, first + keys, device=inputs.device)[None, :]
     mask = column <= row
     if window is not None:
         mask = mask & (column > row - window)
     mask = mask[None, None]
     if attention_mask is not None:
-        present = attention_mask[:, None, None, first : first + keys].bool()
-        mask = mask & present | (column == row)  # padding sees itself, so that no row of scores is empty
+        present = F.pad(attention_mask, (0, max(first + keys - attention_mask.shape[1], 0)))[:, None, None, :]
+        mask = mask & present[..., first : first + keys].bool()
+        mask = mask | (column == row)  # padding sees itself, so that no row of scores is empty
     return mask
 
 
@@ -119,13 +128,6 @@ def cross_states(cache: EncoderDecoderCache | None, layer_idx: int) -> tuple[tor
         return None
     key, value = (getattr(layers[layer_idx], name, None) for name in ("keys", "values"))
     return None if key is None or value is None else (key, value)
-
-
-class CompressedT5Cache(DynamicCache):
-    """Past tokens' keys and values; of layers with a window only those within it."""
-
-    def __init__(self, config: CompressedT5Config) -> None:
-        Cache.__init__(self, layers=[DynamicLayer() for _ in range(config.decoder_num_hidden_layers)])
 
 
 class CompressedT5EncoderAttention(nn.Module):
@@ -435,11 +437,14 @@ class CompressedT5Decoder(CompressedT5PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Args: masks [batch, past + length] and [batch, encoder length] are 0 where a token is padding."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = EncoderDecoderCache(CompressedT5Cache(self.config), DynamicCache())
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         mask = causal_mask(input_ids, attention_mask, past_key_values)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        key_positions = torch.arange(past + input_ids.shape[1], device=input_ids.device)
-        query_positions = key_positions[past:]
+        past = past_length(past_key_values, input_ids.device)
+        keys = length = input_ids.shape[1]
+        if past_key_values is not None:
+            keys, _ = past_key_values.get_mask_sizes(length, 0)
+        key_positions = torch.arange(keys, device=input_ids.device)
+        query_positions = torch.arange(length, device=input_ids.device) + past
         encoder_mask = None
         if encoder_attention_mask is not None:
             encoder_mask = encoder_attention_mask[:, None, None, :].bool()
@@ -518,9 +523,9 @@ class CompressedT5ForConditionalGeneration(CompressedT5PreTrainedModel, Generati
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own cache
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> torch.Tensor | None:
+        """The mask of a static cache, whose size is the same for every token."""
+        return causal_mask(given["inputs_embeds"], attention_mask, given["past_key_values"])
 
     def forward(
         self,

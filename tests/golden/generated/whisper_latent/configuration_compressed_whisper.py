@@ -1,6 +1,6 @@
 """Configuration of CompressedWhisper, generated from the graph of a compressed WhisperForConditionalGeneration.
 
-For the code of modeling_compressed_whisper.py with the digest 81289908ec566c12.
+For the code of modeling_compressed_whisper.py with the digest 78694b9a78681456.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma3, generated from the graph of a compressed Gemma3ForCausalLM.
 
-For the code of modeling_compressed_gemma3_text.py with the digest 6747bb2cf223c5ec.
+For the code of modeling_compressed_gemma3_text.py with the digest 91f9dc458f217fcd.
 """
 
 from dataclasses import field
@@ -35,6 +35,8 @@ class CompressedGemma3Config(PreTrainedConfig):
     rotary_kinds: list[str] = field(default_factory=list)
     use_cache: bool = True
     attention_windows: list[int | None] = field(default_factory=list)
+    layer_types: list[str] = field(default_factory=list)
+    sliding_window: int = 5
     tie_word_embeddings: bool = True
 
 
