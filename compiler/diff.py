@@ -17,6 +17,7 @@ from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.tensorfile import parse_json, read_header, read_tensor
 
 SHOWN = 40
+TOLD = ("relative_error",)  # of the numbers that passes report of a place
 
 
 class _Files(Protocol):
@@ -66,6 +67,7 @@ def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[i
         _totals(a, b),
         _section("config.json", _changes(_flat(a.config), _flat(b.config))),
         _section("made by", _changes(_flat(_lock(a.path)), _flat(_lock(b.path)))),
+        _section("what passes did, and the error it made", _changes(_done(a.path), _done(b.path))),
         _section("tensors", _tensor_changes(a.types, b.types)),
     ]
     if values:
@@ -124,6 +126,20 @@ def _lock(path: Path) -> Any:
     from ruamel.yaml import YAML
 
     return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+
+
+def _done(path: Path) -> dict[str, str]:
+    """By pass and place what the report of a run says: ``int4, …`` and its numbers; {} of any other checkpoint."""
+    file = path / "compress" / "report.json"
+    passes = parse_json(file.read_bytes(), file).get("passes", []) if file.is_file() else []
+    return {f"{step['name']} {one['scope']}": _told(one) for step in passes for one in step["rewritten"]}
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    numbers = (
+        f"{name.replace('_', ' ')} {one['numbers'][name]:.3g}" for name in sorted(one["numbers"]) if name in TOLD
+    )
+    return ", ".join([one["what"], *numbers])
 
 
 def _tensor_changes(left: Mapping[str, TensorType], right: Mapping[str, TensorType]) -> Iterable[str]:
