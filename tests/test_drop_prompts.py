@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from backends.onnx import emit, propose, verify
 from backends.onnx.runner import Runner
+from compiler.errors import TargetError
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.stages import after_prompt
@@ -129,3 +130,10 @@ def test_all_of_a_prompt_is_the_original(tmp_path):
     assert torch.equal(run(reduced, {"input_ids": ids})["logits"], run(graph, {"input_ids": ids})["logits"])
     found = decoded(written(reduced, tmp_path), ids[:, 3:], ids[:, :3], torch.ones_like(ids[:, :3]))
     assert error(torch.cat(found, 1), run(graph, {"input_ids": ids})["logits"]) <= tolerance(graph)
+
+
+@pytest.mark.parametrize("target", ["genai", "ort-cuda"])
+def test_runtimes_with_one_length_for_all_layers_are_refused(target):
+    _, reduced = dropped("llama", depth=3, keep=0.5, layers="0", score="last")
+    with pytest.raises(TargetError, match="one length for the caches of all layers"):
+        propose(reduced, target)

@@ -23,6 +23,7 @@ from compiler.ir.stages import named_stages, own_places, restore_windows
 
 TOKENS, MASK, KEPT = "input_ids", "attention_mask", "logits_to_keep"
 SCORED_AXIS = "scored_sequence"
+STAGED_TARGETS = ("ort-cpu", "onnx")
 COUNTING = ("arange", "cumsum")
 
 
@@ -146,6 +147,11 @@ def _go_on_from_cache(build: Builder, graph: Graph) -> None:
     tokens = graph.inputs[TOKENS]
     restore_windows(graph)
     named = named_stages(graph)
+    if named and build.target.name not in STAGED_TARGETS:
+        cause = (
+            f"`{build.target.name}` has one length for the caches of all layers, and prompts lose tokens behind some"
+        )
+        raise TargetError(cause, where=named[0].choice.scope, remedy="write `target: ort-cpu` or `onnx`")
     places = given_positions(graph, TOKENS)
     graph.prune()
     named = own_places(graph, named)

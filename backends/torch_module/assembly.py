@@ -57,10 +57,33 @@ HELPERS = (
 )
 """Functions and classes that a module gets when it uses them, in the order of the file."""
 
+TOKEN_HELPERS = (
+    "token_scores",
+    "select_tokens",
+    "match_tokens",
+    "take_tokens",
+    "merge_tokens",
+    "restore_tokens",
+    "present_tokens",
+    "prompt_scores",
+    "select_prompt_tokens",
+    "restore_prompt_tokens",
+    "cached_places",
+    "stage_places",
+    "counted_places",
+    "stage_mask",
+)
+"""The same, for operations on which tokens go on."""
+
 NEEDS = {
     "causal_mask": ("past_length",),
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
+    "merge_tokens": ("take_tokens",),
+    "restore_tokens": ("take_tokens",),
+    "restore_prompt_tokens": ("take_tokens",),
+    "stage_places": ("take_tokens", "cached_places"),
+    "counted_places": ("cached_places",),
     "gelu_tanh": (),
     "PackedLinear": ("PackedWeight",),
     "PackedEmbedding": ("PackedWeight", "unpack_codes"),
@@ -244,9 +267,11 @@ class Assembly:
         used = self._used()
         context |= {"packed_experts": "PackedExperts" in used, "packed_dense": "dense" in used}
         context["packed_rows"] = "PackedEmbedding" in used
-        template = environment().get_template("helpers.py.jinja")
-        module: Any = template.make_module(context)
-        return [str(getattr(module, name)()).strip("\n") for name in HELPERS if name in used]
+        found: list[str] = []
+        for file, names in (("helpers.py.jinja", HELPERS), ("tokens.py.jinja", TOKEN_HELPERS)):
+            module: Any = environment().get_template(file).make_module(context)
+            found += [str(getattr(module, name)()).strip("\n") for name in names if name in used]
+        return found
 
     def _used(self) -> set[str]:
         return {need for name in self.model.helpers for need in (name, *NEEDS.get(name, ()))}

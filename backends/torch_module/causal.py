@@ -12,6 +12,7 @@ from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
 from backends.torch_module.program import ATTENTION, Body, Loop
 from backends.torch_module.rendering import mapping, render, strings
+from backends.torch_module.stages import Staged
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.positions import POSITIONS
@@ -22,10 +23,13 @@ class CausalAssembly(Assembly):
 
     auto_classes: Mapping[str, str] = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
-    def __init__(self, graph: Graph, model: Model, name: str, program: Body, inner: Body, loop: Loop) -> None:
+    def __init__(
+        self, graph: Graph, model: Model, name: str, program: Body, inner: Body, loop: Loop, staged: Staged | None
+    ) -> None:
         super().__init__(graph, model, name, program)
         self.inner = inner
         self.loop = loop
+        self.staged = staged
 
     def written_at_top(self) -> list[Body]:
         return [self.inner]
@@ -49,6 +53,7 @@ class CausalAssembly(Assembly):
         tokens = self.graph.inputs["input_ids"]
         names = {tokens: "input_ids", self.graph.inputs[POSITIONS]: POSITIONS, extras.cache: "past_key_values"}
         names |= dict.fromkeys(extras.masks.values(), "mask")
+        names |= {self.staged.present: "present", self.staged.lengths: "lengths"} if self.staged else {}
         node = self._embedded()
         names |= {node.output: "hidden_states"} if node else {}
         body = TopWriter(self.model, self.inner, names, "hidden_states" if node else "input_ids")
@@ -95,6 +100,12 @@ class CausalAssembly(Assembly):
             found += [
                 "if position_ids is None:",
                 f"    position_ids = token_positions({tokens}, attention_mask, past_key_values)",
+            ]
+        if self.staged:
+            self.model.helpers.add("present_tokens")
+            found += [
+                f"present = present_tokens({tokens}, attention_mask, past_key_values)",
+                "lengths = present.sum(1)",
             ]
         masks = self._masks(tokens, "past_key_values")
         return [*found, f"{'mask' if len(self.model.extras.masks) == 1 else 'masks'} = {masks}"]

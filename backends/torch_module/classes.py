@@ -14,7 +14,7 @@ from backends.torch_module.program import Body, Call, Extras, Item, Loop, inputs
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.layers import layer_of
 
-SIZES = frozenset({"heads", "start", "stop", "shape", "count", "scale", "window"})
+SIZES = frozenset({"heads", "start", "stop", "shape", "count", "scale", "window", "keep"})
 """Attributes that hold sizes, or what follows from sizes. Any other constant is part of what a class is."""
 
 WORDS = {
@@ -29,7 +29,7 @@ WORDS = {
     "feed_forward": "MLP",
     "experts": "Experts",
 }
-ACTIVE = {"latent_attention": "Latent", "experts": "Sparse"}
+ACTIVE = {"token_take": "Reducing", "token_merge": "Reducing", "latent_attention": "Latent", "experts": "Sparse"}
 
 
 @dataclass

@@ -12,10 +12,13 @@ from backends.torch_module.code import Code, names_in
 from backends.torch_module.emitters import EMITTERS
 from backends.torch_module.names import suggestion
 from backends.torch_module.program import ATTENTION, Body, Call, Extras, Item, Loop, inputs_of
+from backends.torch_module.stages import STAGE_EMITTERS
+from backends.torch_module.token_emitters import TOKEN_EMITTERS
 from compiler.errors import TargetError
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.types import Dim
 
+ALL_EMITTERS = {**EMITTERS, **TOKEN_EMITTERS, **STAGE_EMITTERS}
 LONGEST = 100
 DEEPEST = 5
 PLAIN = frozenset({"split_heads", "merge_heads", "reshape", "cast", "neg", "silu", "gelu", "relu", "mul", "add", "div"})
@@ -143,7 +146,7 @@ class Forward:
         self._bind(index, item.body.outputs, [value for value in values if value is not None], build)
 
     def _operation(self, index: int, node: Node) -> None:
-        if node.op.name not in EMITTERS:
+        if node.op.name not in ALL_EMITTERS:
             raise TargetError(f"a generated module has no code for `{node.op.name}`", where=node.scope)
         if node.op.name in ATTENTION:
             self._attention(index, node)
@@ -155,7 +158,7 @@ class Forward:
             args = [self._operand(value, given, node) for value in node.inputs]
             args += [None] * (len(node.op.operands.split()) - len(args)) if "*" not in node.op.operands else []
             args += [given[value] for value in extras.of_node.get(node, ()) if value is not extras.cache]
-            return EMITTERS[node.op.name](_Site(self, index, node, args))
+            return ALL_EMITTERS[node.op.name](_Site(self, index, node, args))
 
         self._bind(index, node.outputs, values, build)
 

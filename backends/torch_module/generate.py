@@ -23,11 +23,14 @@ from backends.torch_module.pair import (
     written,
 )
 from backends.torch_module.prepare import prepared
-from backends.torch_module.program import ATTENTION, Call, Extras, Loop, program_of
+from backends.torch_module.program import ATTENTION, Call, Extras, program_of, stacks_of
 from backends.torch_module.sizes import sizes_of
+from backends.torch_module.stages import add_stages
+from backends.torch_module.token_emitters import TOKEN_EMITTERS
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import layer_of
+from compiler.ir.stages import shows_window
 
 __all__ = ["Generated", "generate"]
 
@@ -49,22 +52,24 @@ def _assembly(graph: Graph, cache_bits: int) -> Assembly:
             raise TargetError("a cache of fewer bits is for models that continue text or recordings; this one does not")
         return _encoder(graph)
     graph = prepared(graph, _tokens(graph))
+    extras = Extras()
+    _add_extras(list(graph.nodes), extras)
+    staged = add_stages(graph, extras)
     _check_by_token(graph, "input_ids", graph.nodes)
-    nodes, extras = list(graph.nodes), Extras()
-    _add_extras(nodes, extras)
+    nodes = [*graph.nodes, *(staged.nodes if staged else ())]
     body_path = _body_path(graph)
     layout = layout_of(graph, body_path, nodes)
     program = program_of(graph, nodes, layout, extras)
     inner = next((item.body for item in program.items if isinstance(item, Call) and item.name == "model"), None)
-    loops = [item for item in inner.items if isinstance(item, Loop)] if inner else []
-    if inner is None or len(loops) != 1:
+    stacks = stacks_of(program)
+    if inner is None or len(stacks) != 1:
         raise TargetError("a generated module is made of one stack of layers; this model has another structure")
     classes = classes_of(program, layout, extras)
     prefix, name = _names(graph)
-    sizes = sizes_of(graph, layout, {"": len(loops[0].layers)})
-    stacks = {f"{inner.path}.{loop.name}": loop for loop in loops}
+    (loop,) = stacks.values()
+    sizes = sizes_of(graph, layout, {"": len(loop.layers)})
     model = Model(prefix, layout, extras, sizes, classes, stacks, graph.sources, cache_bits)
-    return CausalAssembly(graph, model, name, program, inner, loops[0])
+    return CausalAssembly(graph, model, name, program, inner, loop, staged)
 
 
 def _continues(graph: Graph) -> bool:
@@ -75,13 +80,15 @@ def _continues(graph: Graph) -> bool:
 
 def _encoder(graph: Graph) -> Assembly:
     ending(graph)
+    if "input_ids" in graph.inputs:
+        _check_whole(graph)
     graph = prepared(graph)
     nodes, extras = list(graph.nodes), Extras()
     add_masks(graph, extras)
     layout = layout_of(graph, None, nodes)
     program = program_of(graph, nodes, layout, extras)
     classes = classes_of(program, layout, extras)
-    stacks = {f"{body.path}.{loop.name}".lstrip("."): loop for body in program.walk() for loop in body.loops()}
+    stacks = stacks_of(program)
     if len(stacks) != 1:
         raise TargetError(f"a generated module has one stack of layers; this model has {len(stacks)}")
     (loop,) = stacks.values()
@@ -93,6 +100,7 @@ def _encoder(graph: Graph) -> Assembly:
 
 
 def _pair(graph: Graph, cache_bits: int) -> Assembly:
+    _check_whole(graph)
     graph = prepared(graph, DECODER)
     _check_by_token(graph, DECODER, written(graph))
     nodes, extras, parts = list(graph.nodes), Extras(), parts_of(graph)
@@ -115,6 +123,13 @@ def _pair(graph: Graph, cache_bits: int) -> Assembly:
     return PairAssembly(graph, model, name, program, inner, encoder, decoder)
 
 
+def _check_whole(graph: Graph) -> None:
+    """No encoder drops tokens of samples that may be padded. Raises TargetError."""
+    for node in graph.nodes_named("token_select", "token_match"):
+        cause = "a generated encoder drops no tokens of samples that may be padded"
+        raise TargetError(cause, where=node.scope, remedy="write `emit: [onnx: {target: ort-cpu}]`")
+
+
 def _tokens(graph: Graph) -> str:
     if list(graph.inputs) != ["input_ids"] or list(graph.outputs) != ["logits"]:
         raise TargetError(
@@ -124,7 +139,7 @@ def _tokens(graph: Graph) -> str:
     if any(not node.attr("causal") for node in graph.nodes_named(*ATTENTION)):
         raise TargetError("a generated module continues text; this model has attention that looks ahead")
     for node in graph.nodes_named("attention"):
-        if node.optional_input(4) is not None:
+        if node.optional_input(4) is not None and not shows_window(node.input(4)):
             raise TargetError("attention with a bias on its scores cannot go on from a cache", where=node.scope)
     return "input_ids"
 
@@ -145,7 +160,7 @@ def _check_by_token(graph: Graph, tokens: str, nodes: Iterable[Node]) -> None:
 
 def _axes(node: Node) -> list[tuple[Value, int]]:
     """The axes of operands that an operation mixes, picks from or joins along."""
-    if node.op.name in ATTENTION:
+    if node.op.name in ATTENTION or node.op.name in TOKEN_EMITTERS:
         return []
     if node.op.name == "matmul":
         return [(node.input(0), -1), (node.input(1), -2)]

@@ -44,11 +44,12 @@ class TopWriter(ClassWriter):
     # --- what differs between the layers of a stack ------------------------------------------------------------
 
     def _varying_tables(self, body: Body) -> list[Node]:
-        """The rotary tables of which layers read different ones."""
+        """The rotary tables of which layers of one loop read different ones."""
         loops = [item for item in body.items if isinstance(item, Loop)]
         tables = [item for item in body.items if isinstance(item, Node) and item.op.name == "rope_table"]
-        read = {table for table in tables for loop in loops for layer in loop.layers if _reads(layer, table)}
-        return [table for table in tables if table in read] if len(read) > 1 else []
+        read = [{table for table in tables if any(_reads(layer, table) for layer in loop.layers)} for loop in loops]
+        varying = {table for found in read if len(found) > 1 for table in found}
+        return [table for table in tables if table in varying]
 
     def loop_lines(self, loop: Loop, names: dict[Value, str]) -> list[str]:
         """The layers one after another, each with the mask and the rotary table it attends with."""
@@ -66,10 +67,10 @@ class TopWriter(ClassWriter):
             inside.append("cos, sin = tables[kind]")
         passed = [self._passed(loop, index, names) for index in range(len(self.model.arguments(loop.layers[0])))]
         inside += call(0, f"{names[loop.entering]} = layer(", passed)
-        head = "for layer in self.layers:".replace("layers", loop.name)
+        head = f"for layer in {self.run_of(loop)}:"
         if choices:
             targets = ", ".join(["layer", *(target for target, _ in choices)])
-            sources = ", ".join([f"self.{loop.name}", *(source for _, source in choices)])
+            sources = ", ".join([self.run_of(loop), *(source for _, source in choices)])
             head = f"for {targets} in zip({sources}, strict=True):"
         return [*before, head, *(f"    {line}" for line in inside)]
 

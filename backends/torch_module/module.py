@@ -42,7 +42,13 @@ OPERAND_SIZES = {
 }
 """What the sizes of weights are that operations take without a module around them."""
 
-HINTS = {"count": ("num_experts_per_tok",), "value": ("v_head_dim", "head_dim"), "rotated": ("qk_rope_head_dim",)}
+WORDS = {"keep": "kept_tokens"}
+HINTS = {
+    "keep": ("kept_tokens",),
+    "count": ("num_experts_per_tok",),
+    "value": ("v_head_dim", "head_dim"),
+    "rotated": ("qk_rope_head_dim",),
+}
 """What numbers of operations may be."""
 
 Argument = tuple[str, Value | None]
@@ -70,12 +76,16 @@ class Model:
         own = self._named(body, stack)
         if stack is None:
             return own
-        names = {name for layer in stack.layers for name, _ in self._named(layer, stack)}
+        if len(body.outputs) > 1:  # it is called by itself
+            return own
+        alike = [layer for layer in stack.layers if len(layer.outputs) == 1]
+        names = {name for layer in alike for name, _ in self._named(layer, stack)}
         given = dict(own)
         return [(name, given.get(name)) for name in sorted(names, key=_place)]
 
     def _named(self, body: Body, stack: Loop | None) -> list[Argument]:
-        carried = {layer.outputs[0] for layer in stack.layers} | {stack.entering} if stack else set[Value]()
+        made = {value for layer in stack.layers for value in layer.outputs} if stack else set[Value]()
+        carried = {value for value in made if value.type.rank == 3} | ({stack.entering} if stack else set[Value]())
         found: dict[str, Value] = {}
         for value in sorted(body.inputs, key=lambda value: value not in carried):
             kind = "hidden_states" if value in carried else argument_name(value, body, self.extras)
@@ -99,6 +109,8 @@ class ClassWriter:
         self.layered = any(layer_of(body.path) is not None for body in module.bodies)
         self.attributes: dict[str, str] = {}
         if any(isinstance(item, Node) and item.op.name in ("attention", "latent_attention") for item in self._items()):
+            self.attributes["layer_idx"] = "layer_idx"
+        if any(isinstance(item, Node) and item in model.extras.choosing for item in self._items()):
             self.attributes["layer_idx"] = "layer_idx"
         latent = any(isinstance(item, Node) and item.op.name == "latent_attention" for item in self._items())
         if model.cache_bits and any(isinstance(item, Node) and _cached(item) for item in self._items()):
@@ -169,12 +181,20 @@ class ClassWriter:
         varying = [i for i, column in enumerate(columns) if len(column) > 1 and labels[i] != "hidden_states"]
         if not varying:
             return [
-                f"for layer in self.{loop.name}:",
+                f"for layer in {self.run_of(loop)}:",
                 f"    {shown['hidden_states']} = layer({', '.join(shown.values())})",
             ]
         rows = [tuple(_named_in(names, layer[i][1]) for i in varying) for layer in arguments]
         shown |= {labels[i]: labels[i] for i in varying}
         return self._chosen(loop, rows, [labels[i] for i in varying], shown)
+
+    def run_of(self, loop: Loop) -> str:
+        """The layers of ``loop`` as code."""
+        stop, path = loop.first + len(loop.layers), loop.layers[0].path.rpartition(".")[0]
+        whole = len(self.model.stacks[path].layers)
+        if len(loop.layers) == whole:
+            return f"self.{loop.name}"
+        return f"self.{loop.name}[{loop.first or ''}:{'' if stop == whole else stop}]"
 
     def _chosen(self, loop: Loop, rows: list[tuple[str, ...]], labels: list[str], shown: dict[str, str]) -> list[str]:
         """Layers of which each is given one of several choices of some arguments."""
@@ -239,7 +259,7 @@ class ClassWriter:
         if len(distinct) == 1 and not _is_size(item, name):
             return str(distinct.pop())
         hints = HINTS.get(name) or _heads_of(item)
-        return self._attribute(values, hints, f"{_word(item)}_{name}")
+        return self._attribute(values, hints, WORDS.get(name) or f"{_word(item)}_{name}")
 
     def _scale(self, values: dict[str, Any]) -> str:
         hints = ("head_dim**-0.5", "(qk_nope_head_dim + qk_rope_head_dim) ** -0.5")
@@ -291,7 +311,9 @@ class ClassWriter:
         return [*(f"        self.{name} = {code}" for name, code in self.attributes.items()), *children]
 
     def _stacks(self) -> list[list[str]]:
-        return [self._stack(item) for item in self.module.first.items if isinstance(item, Loop)]
+        path = self.module.first.path
+        held = [stack for place, stack in self.model.stacks.items() if place == f"{path}.{stack.name}".lstrip(".")]
+        return [self._stack(stack) for stack in held]
 
     def _stack(self, loop: Loop) -> list[str]:
         classes = _distinct(self.model, loop)
@@ -314,6 +336,8 @@ class ClassWriter:
             yield [f"        {self.rotation} = {self.model.prefix}LatentRotation({rank})"]
         done: set[str] = set()
         for index, item in enumerate(self._items()):
+            if isinstance(item, Call) and "[" in item.name:
+                continue  # a layer, which the stack has
             if isinstance(item, Call):
                 arguments = "config, layer_idx" if layer_of(item.body.path) else "config"
                 name = self.model.classes[item.body.path].name
@@ -460,7 +484,7 @@ def _number_at(item: Item, name: str, place: int | None) -> Any:
 def _is_size(item: Item, name: str) -> bool:
     if name == "count":  # of a top-k that chooses experts
         return isinstance(item, Node) and any(user.op.name == "experts" for user in item.outputs[1].users)
-    return name in ("heads", "width", "start", "stop", "shape", "value", "rotated")
+    return name in ("heads", "width", "start", "stop", "shape", "value", "rotated", "keep")
 
 
 def _cached(node: Node) -> bool:

@@ -14,7 +14,16 @@ OPERANDS = {
 HANDED_ON = frozenset(
     {"rope", "split_heads", "rms_norm", "layer_norm", "slice", "concat", "reshape", "transpose", "cast", "expand"}
 )
+CHOSEN = {
+    "token_select": ("index", "rest"),
+    "token_match": ("index", "rest", "into"),
+    "token_merge": ("hidden_states", "sizes"),
+    "stage_places": ("places", "keys"),
+    "stage_mask": ("mask",),
+}
+"""What is said of tokens that go on, and of the others."""
 MADE_BY = {
+    "token_scores": "scores",
     "softmax": "probabilities",
     "sigmoid": "scores",
     "argmax": "index",
@@ -39,6 +48,10 @@ def _known(value: Value, extras: Extras) -> str:
         return "attention_mask"
     if value in extras.named:
         return extras.named[value]
+    if value.node is not None and value.node.op.name == "stage_mask":
+        return "attention_mask"
+    if value.node is not None and value.node.op.name == "token_take":
+        return _known(value.node.input(0), extras)
     if value.node is not None and value.node.op.name == "rope_table":
         return ("cos", "sin")[value.node.outputs.index(value)]
     return value.name if value.node is None else ""
@@ -46,7 +59,9 @@ def _known(value: Value, extras: Extras) -> str:
 
 def suggestion(value: Value, body: Body, extras: Extras) -> list[str]:
     """Names for ``value`` within ``body``, the best first."""
-    purpose = extras.named.get(value) or _purpose(value, body, 0)
+    if value in extras.named:
+        return [extras.named[value]]
+    purpose = _purpose(value, body, 0)
     made = _made_by(value, body, extras)
     if purpose == "query" and value.node is not None and value.node.op.name == "slice":
         rotated = any(user.op.name == "rope" for user in value.users)
@@ -75,7 +90,16 @@ def _made_by(value: Value, body: Body, extras: Extras) -> list[str]:
     stream = _stream(body)
     alike = stream is not None and value.type.rank == stream.type.rank and value.shape[1:] == stream.shape[1:]
     first = ["hidden_states"] if alike else []
+    if value.node is not None and value.node.op.name in CHOSEN:
+        return [CHOSEN[value.node.op.name][value.node.outputs.index(value)]]
+    if any(user.op.name == "token_restore" and user.input(0) is value for user in value.users):
+        return ["whole"]
+    for user in value.users:
+        if user.op.name == "token_scores":
+            return [("query", "key")[user.inputs.index(value)]]
     call = next((item for item in body.items if isinstance(item, Call) and value in item.body.outputs), None)
+    if call is not None and "[" in call.name:
+        return ["hidden_states"]
     if call is not None:
         return [*first, f"{call.name}_output"]
     return [*first, *_by_operation(value.node, value)]
@@ -92,6 +116,8 @@ def _by_operation(node: Node | None, value: Value) -> list[str]:
         return [value.name or "x"]
     if node.op.name == "rope_table":
         return [("cos", "sin")[node.outputs.index(value)]]
+    if node.op.name == "token_take" and node.input(0).node is not None:
+        return _by_operation(node.input(0).node, node.input(0))
     if node.op.name == "topk":
         return [("values", "indices")[node.outputs.index(value)]]
     if node.op.name in ("rms_norm", "layer_norm"):

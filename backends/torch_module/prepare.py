@@ -7,6 +7,7 @@ from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import Layer, layer_of, subgraph
 from compiler.ir.positions import given_positions
 from compiler.ir.relative import by_position, hoist
+from compiler.ir.stages import restore_windows
 
 SHARED_TABLES = 4
 
@@ -16,6 +17,8 @@ def prepared(graph: Graph, tokens: str = "") -> Graph:
     ``position_ids``."""
     copy = _copied(graph)
     close_gaps(copy)
+    if tokens:
+        restore_windows(copy)
     hoist(copy)
     if tokens:
         by_position(copy, tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 
@@ -26,7 +26,7 @@ class Extras:
     """Values that only the generated module has: the cache, and a mask for each window (0: none).
 
     ``named`` are further values that modules hand down under names of their own, ``crossing`` the attention to another
-    sequence, whose keys and values do not change from token to token.
+    sequence, whose keys and values do not change from token to token, ``choosing`` what chooses tokens of prompts.
     """
 
     cache: Value = field(default_factory=lambda: Value("past_key_values", NOTHING))
@@ -34,6 +34,7 @@ class Extras:
     of_node: dict[Node, list[Value]] = field(default_factory=dict[Node, list[Value]])
     named: dict[Value, str] = field(default_factory=dict[Value, str])
     crossing: set[Node] = field(default_factory=set[Node])
+    choosing: set[Node] = field(default_factory=set[Node])
 
     def read_by(self, node: Node) -> list[Value]:
         """Everything that ``node`` reads besides parameters."""
@@ -50,12 +51,14 @@ class Call:
 
 @dataclass
 class Loop:
-    """The layers of a stack, one after another. ``carried`` is what each makes for the next (one value)."""
+    """Layers of a stack, one after another, from the layer ``first`` on: all of them, unless there are layers that hand
+    on more than one value and are called by themselves."""
 
     name: str
     layers: list[Body]
     entering: Value
     leaving: Value
+    first: int = 0
 
 
 Item = Node | Call | Loop
@@ -102,16 +105,16 @@ def outputs_of(item: Item) -> list[Value]:
 
 def program_of(graph: Graph, nodes: Sequence[Node], layout: Layout, extras: Extras) -> Body:
     """The program of the whole model. Raises TargetError when modules are not run one after another."""
-    return _Builder(graph, layout, extras).body("", list(nodes))
+    return _Builder(graph, nodes, layout, extras).body("", list(nodes))
 
 
 class _Builder:
-    def __init__(self, graph: Graph, layout: Layout, extras: Extras) -> None:
+    def __init__(self, graph: Graph, nodes: Sequence[Node], layout: Layout, extras: Extras) -> None:
         self.layout = layout
         self.extras = extras
         self.results = set(graph.outputs.values())
         self.readers: dict[Value, set[Node]] = {}
-        for node in graph.nodes:
+        for node in nodes:
             for value in extras.read_by(node):
                 self.readers.setdefault(value, set()).add(node)
 
@@ -120,7 +123,7 @@ class _Builder:
         for node in nodes:
             child = _child(self.layout.container[node], path)
             groups.setdefault(child or node, []).append(node)
-        items = [self._item(path, key, members) for key, members in groups.items()]
+        items = [item for key, members in groups.items() for item in self._items(path, key, members)]
         ordered = _in_order(items, self.extras, path)
         inside = set(nodes)
         made = {value for node in nodes for value in node.outputs}
@@ -133,32 +136,69 @@ class _Builder:
         ]
         return Body(path, ordered, list(read), outputs)
 
-    def _item(self, path: str, key: object, nodes: list[Node]) -> Item:
+    def _items(self, path: str, key: object, nodes: list[Node]) -> list[Item]:
         if isinstance(key, Node):
-            return key
+            return [key]
         name = str(key)
         inner = join(path, name)
         numbered = [_child(self.layout.container[node], inner) or "" for node in nodes]
         if all(number.isdigit() for number in numbered):
-            return self._loop(name, inner, nodes)
-        return Call(name, self.body(inner, nodes))
+            return self._stack(name, inner, nodes)
+        return [Call(name, self.body(inner, nodes))]
 
-    def _loop(self, name: str, path: str, nodes: list[Node]) -> Loop:
+    def _stack(self, name: str, path: str, nodes: list[Node]) -> list[Item]:
+        """Loops over layers that hand on one value, and calls of those that hand on more."""
         members: dict[int, list[Node]] = {}
         for node in nodes:
             members.setdefault(int(_child(self.layout.container[node], path) or 0), []).append(node)
         layers = [self.body(join(path, str(index)), members[index]) for index in sorted(members)]
-        made = [layer.outputs for layer in layers]
-        if any(len(values) != 1 for values in made) or sorted(members) != list(range(len(members))):
-            raise TargetError(f"the layers of {path} hand on more than one value, which a generated module cannot hold")
-        entering = [value for value in layers[0].inputs if _alike(value, made[0][0]) and value.node is not None]
+        if sorted(members) != list(range(len(members))):
+            raise TargetError(f"the layers of {path} are not numbered from 0 on")
         for before, layer in pairwise(layers):
-            if before.outputs[0] not in layer.inputs:
+            if not set(before.outputs) & set(layer.inputs):
                 raise TargetError(f"{layer.path} does not read what {before.path} makes")
+        items: list[Item] = []
+        for several, run in groupby(enumerate(layers), lambda pair: len(pair[1].outputs) > 1):
+            part = list(run)
+            if several:
+                items += [Call(f"{name}[{index}]", layer) for index, layer in part]
+            else:
+                items.append(self._loop(name, path, [layer for _, layer in part], part[0][0]))
+        return items
+
+    def _loop(self, name: str, path: str, layers: list[Body], first: int) -> Loop:
+        made = [layer.outputs[0] for layer in layers]
+        entering = [value for value in layers[0].inputs if _alike(value, made[0]) and value.node is not None]
         if len(entering) != 1:
             raise TargetError(f"{layers[0].path} reads {len(entering)} values like the one it makes, not one")
         _check_chain(layers, path)
-        return Loop(name, layers, entering[0], made[-1][0])
+        return Loop(name, layers, entering[0], made[-1], first)
+
+
+def stacks_of(program: Body) -> dict[str, Loop]:
+    """By path, all layers of each stack, be they run in a loop or called by themselves."""
+    found: dict[str, Loop] = {}
+    for body in program.walk():
+        for item in body.items:
+            if not isinstance(item, Loop) and not (isinstance(item, Call) and "[" in item.name):
+                continue
+            layers = item.layers if isinstance(item, Loop) else [item.body]
+            name = item.name.partition("[")[0]
+            path = join(body.path, name)
+            before = found[path].layers if path in found else []
+            entering = found[path].entering if path in found else _entering(layers[0])
+            found[path] = Loop(name, [*before, *layers], entering, layers[-1].outputs[-1])
+    return found
+
+
+def _entering(layer: Body) -> Value:
+    """What the first layer of a stack reads of what is before it."""
+    made = layer.outputs[-1]
+    alike = [value for value in layer.inputs if value.type.rank == made.type.rank and value.shape[2:] == made.shape[2:]]
+    found = next((value for value in alike if value.node is not None), None)
+    if found is None:
+        raise TargetError(f"{layer.path} reads nothing like what it makes")
+    return found
 
 
 def _alike(value: Value, made: Value) -> bool:

@@ -49,12 +49,15 @@ def named_stages(graph: Graph) -> list[Stage]:
     if not choices:
         return []
     counts: list[Dim] = [node.attr("keep") for node in choices]
-    before: list[Dim] = [choices[0].input(0).shape[1], *(f"K{number + 1}" for number in range(len(choices) - 1))]
+    if len(set(counts)) < len(counts):
+        raise TargetError(
+            "tokens that stages choose anew, and as many, cannot go on from a cache", where=choices[-1].scope
+        )
     names = {str(count): f"K{number + 1}" for number, count in enumerate(counts)}
     rename_dims(graph, names)
     return [
-        Stage(names[str(count)], count, size, node, _renumbered(graph, names[str(count)]))
-        for count, size, node in zip(counts, before, choices, strict=True)
+        Stage(names[str(count)], count, node.input(0).shape[1], node, _renumbered(graph, names[str(count)]))
+        for count, node in zip(counts, choices, strict=True)
     ]
 
 
@@ -93,6 +96,11 @@ def restore_windows(graph: Graph) -> None:
             graph.set_input(node, 4, None)
             node.attrs = node.op.normalise_attrs({**node.attrs, "window": window})
     graph.prune()
+
+
+def shows_window(bias: Value) -> bool:
+    """Whether ``bias`` only says what lies in a window of places."""
+    return _window_of(bias) > 0
 
 
 def _window_of(bias: Value) -> int:
