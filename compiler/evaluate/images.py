@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from compiler.frontend.sizes import image_shape
 from compiler.ir.graph import Graph
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGEST = 1 << 31  # a compressed file can claim, and hold, any number of bytes
 BYTES = 8  # the code of the type uint8
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -59,7 +61,10 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
                     where=str(path),
                     remedy="ask for fewer samples",
                 )
-            size = count * int(np.prod(shape[1:]))
+            size = count * math.prod(shape[1:])
+            if size > LARGEST:
+                cause = f"{count} entries of {shape[1:]} are more than {LARGEST} bytes"
+                raise DataError(cause, where=str(path), remedy="ask for fewer samples, or fetch the file again")
             data = file.read(size)
     except (OSError, EOFError, gzip.BadGzipFile) as reason:
         raise DataError(f"cannot read the pictures: {reason}", where=str(path)) from reason

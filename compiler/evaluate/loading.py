@@ -32,6 +32,8 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
             factory = _model_class(transformers, config)
             quantised = getattr(config, "quantization_config", None) is not None
             wanted = "auto" if quantised else getattr(torch, dtype)
+            if "gguf_file" not in arguments:
+                arguments["use_safetensors"] = True  # never a pickle
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
             return _dense(model, getattr(torch, dtype)) if quantised else model
     except Exception as reason:  # each class stumbles over a wrong config or file in its own way

@@ -16,6 +16,7 @@ from compiler.errors import DataError, first_line
 CHARACTERS_PER_TOKEN = 8  # more than any language model's average on prose: a first guess at how much to tokenise
 
 REMEDY = "name a text file in UTF-8"
+LARGEST = 1 << 32
 
 
 class Tokenizer(Protocol):
@@ -41,6 +42,10 @@ class TextData:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises DataError when there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError("is no regular file", where=str(path), remedy=REMEDY)
+        if path.exists() and path.stat().st_size > LARGEST:
+            raise DataError(f"a text of more than {LARGEST} bytes", where=str(path), remedy="take a part of it")
         text = path.read_text(encoding="utf-8")
     except OSError as reason:
         raise DataError(f"cannot read the text: {reason.strerror}", where=str(path), remedy=REMEDY) from reason

@@ -330,6 +330,8 @@ class _Checker:
                 span=tree.span,
                 remedy="paths are relative to the file that names them",
             )
+        if not path.is_dir() and not path.is_file():
+            raise RecipeError(f"`{tree.value}` is no regular file", span=tree.span, remedy="name a file or a directory")
         return path
 
     def _file(self, tree: Tree) -> Path:

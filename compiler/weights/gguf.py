@@ -46,6 +46,17 @@ class GgufCheckpoint(Checkpoint):
         if parts > 1:
             raise CheckpointError(f"{path.name} is one of {parts} parts", where=str(path), remedy="merge them into one")
         self.config = self._read_config()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Every layer has a tensor; transformers takes minutes over thousands that are not there."""
+        layers = self.config.get("num_hidden_layers", 0)
+        if layers > len(self._header.tensors):
+            raise CheckpointError(
+                f"{self.path.name} is damaged: it claims {layers} layers and has {len(self._header.tensors)} tensors",
+                where=str(self.path),
+                remedy="fetch the file again",
+            )
 
     @property
     def types(self) -> Mapping[str, TensorType]:

@@ -59,6 +59,7 @@ def mutate_inputs(mutations: int, seed: int, tally: Tally, work: Path) -> None:
         for case in range(-(-mutations * victim.share // shares)):
             outcome = mutated(victim, sound, random.Random(f"{seed} {victim.name} {case}"))
             tally.add(f"damaged: {victim.name}", f"mutation {case} of seed {seed}", outcome)
+        tally.show(f"damaged: {victim.name}")
 
 
 def mutated(victim: Victim, sound: bytes, chance: random.Random) -> Outcome:

@@ -43,6 +43,7 @@ def kill_runs(recipes: dict[str, Path], kills: int, seed: int, tally: Tally, wor
             instants = random.Random(f"{seed} {name} {case}")
             outcome = killed(recipe, work / f"out-{name}-{case}", expected, duration, instants)
             tally.add(f"killed: {name}", f"kill {case} of seed {seed}", outcome)
+        tally.show(f"killed: {name}")
 
 
 def killed(recipe: Path, out: Path, expected: dict[str, bytes], duration: float, instants: random.Random) -> Outcome:

@@ -45,6 +45,10 @@ class Tally:
         if outcome.kind not in GOOD:
             self.defects.append(f"{campaign}, {case}: {outcome.kind}: {outcome.detail}")
 
+    def show(self, campaign: str) -> None:
+        """Print what ``campaign`` has come to so far."""
+        print(f"{campaign}: {dict(self.counts[campaign])}", flush=True)
+
     def table(self) -> str:
         """The counts as a table in Markdown."""
         lines = ["| campaign | cases | right | refused | defects |", "|---|---|---|---|---|"]

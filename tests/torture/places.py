@@ -57,6 +57,8 @@ def obstruct(recipes: dict[str, Path], counts: Mapping[str, int], seed: int, tal
             name = tried[number % len(tried)]
             case = Case(recipes[name], work / f"{campaign.replace(' ', '-')}-{number}", whole[name], chance)
             tally.add(campaign, f"case {number} of seed {seed}", OBSTACLES[campaign](case))
+        if count:
+            tally.show(campaign)
 
 
 def full_disk(case: Case) -> Outcome:
