@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from compiler.cli_measure import compare_options, compare_outputs, eval_options, evaluate, trust_option, write_page
 from compiler.console import Console
 from compiler.errors import CompressError, UsageError, memory_error, out_of_memory
 
@@ -22,7 +22,8 @@ commands:
   compress-model RECIPE [-o OUT]   do what the recipe says; run it again after an interruption and it resumes
   compress-model plan RECIPE       what it would give: parameters, bytes, FLOPs, cache; reads no weights
   compress-model show MODEL        a model, or what a recipe makes of it, as text
-  compress-model eval MODEL        perplexity, divergence from another model, live cache, speed
+  compress-model eval MODEL        what it is worth, alone or against another: 19 metrics with intervals
+  compress-model compare A B C     several outputs: cost against quality, and what is noise
   compress-model diff A B          what differs between two checkpoints
   compress-model run MODEL PROMPT  let a model answer
   compress-model passes [NAME]     every pass and its options
@@ -98,17 +99,9 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graph after each pass into DIR")
 
 
-def _trust_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let Python code that comes with a checkpoint run on this machine",
-    )
-
-
 def _compress_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
-    _trust_option(parser)
+    trust_option(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -134,6 +127,7 @@ def _compress(options: argparse.Namespace, console: Console) -> None:
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw it, as one self-contained page")
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
@@ -143,6 +137,10 @@ def _plan(options: argparse.Namespace, console: Console) -> None:
 
     recipe = Recipe.load(options.recipe, model=options.model)
     plan = make_plan(recipe, dump_graphs=options.dump_graphs)
+    if options.html is not None:
+        from compiler.report.planned import planned_page
+
+        write_page(options.html, planned_page(recipe, plan))
     console.result(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
 
 
@@ -160,44 +158,6 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 
     graph = graph_of(options.model, after=options.after)
     console.result(print_graph(graph, weights=options.weights, layer=options.layer))
-
-
-def _eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or .gguf file")
-    parser.add_argument("--against", metavar="REF", help="the model to compare with")
-    parser.add_argument("--data", type=Path, metavar="TEXT", help="a text file; random tokens without")
-    parser.add_argument("--samples", type=int, default=16, help="windows of the text (16)")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a window (512)")
-    parser.add_argument("--seed", type=int, default=0, help="where the windows lie (0)")
-    parser.add_argument("--metrics", type=lambda text: text.split(","), help="comma-separated; default: those that fit")
-    parser.add_argument("--speed", action="store_true", help="also time both models, in turns; needs --against")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    _trust_option(parser)
-
-
-def _eval(options: argparse.Namespace, console: Console) -> None:
-    """Measure a model as plain transformers loads it: how well it predicts, how far it is from another."""
-    if options.speed and options.against is None:
-        raise UsageError("`--speed` compares two models", remedy="add `--against REF`")
-    from compiler.evaluate import compare_speed, evaluate_model
-    from compiler.report.text import evaluation_text
-
-    with console.progress("evaluate") as advance:
-        found = evaluate_model(
-            options.model,
-            against=options.against,
-            data=options.data,
-            metrics=options.metrics,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-            on_progress=advance,
-        ).to_dict()
-    if options.speed:
-        speed = compare_speed(options.model, options.against, trust_remote_code=options.trust_remote_code)
-        found["speed"] = dataclasses.asdict(speed)
-    console.result(json.dumps(found, indent=2) if options.json else evaluation_text(found))
 
 
 def _diff_options(parser: argparse.ArgumentParser) -> None:
@@ -221,7 +181,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens of answer (64)")
     parser.add_argument("--tokens-per-second", action="store_true", help="say how fast it was")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of an .onnx model; default: all cores")
-    _trust_option(parser)
+    trust_option(parser)
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
@@ -280,7 +240,8 @@ def _schema(options: argparse.Namespace, console: Console) -> None:
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Handler]] = {
     "plan": (_plan_options, _plan),
     "show": (_show_options, _show),
-    "eval": (_eval_options, _eval),
+    "eval": (eval_options, evaluate),
+    "compare": (compare_options, compare_outputs),
     "diff": (_diff_options, _diff),
     "run": (_run_options, _run),
     "passes": (_passes_options, _passes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,19 @@ class Ledger:
     stored_bytes: int
     flops_per_token: int
     cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored parameter of two or more axes: what it takes on disk."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored_bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 Bytes = Callable[[Param], int]
@@ -47,6 +61,14 @@ def bytes_by_layer(graph: Graph, bytes_of: Bytes | None = None) -> dict[str, int
         scope = layer.scope if layer else ""
         totals[scope] = totals.get(scope, 0) + (bytes_of or stored_bytes)(param)
     return totals
+
+
+def matrices(graph: Graph, bytes_of: Bytes | None = None) -> list[Matrix]:
+    """Every stored parameter of two or more axes, in order; no weight is read."""
+    found = [param for param in stored_params(graph) if len(param.type.shape) > 1]
+    return [
+        Matrix(param.name, tuple(map(int, param.type.shape)), (bytes_of or stored_bytes)(param)) for param in found
+    ]
 
 
 def stored_params(graph: Graph) -> list[Param]:

@@ -22,7 +22,7 @@ from compiler.errors import CompressError, OrderError, PassError, SelectorError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.ir.verify import signature, verify
-from compiler.ledger import Bytes, Ledger, bytes_by_layer, measure
+from compiler.ledger import Bytes, Ledger, Matrix, bytes_by_layer, matrices, measure
 from compiler.weights.expr import Expr, load
 from compiler.weights.spill import Progress, SpillSource
 
@@ -144,7 +144,8 @@ class PassReport:
 
 @dataclass
 class Report:
-    """What a pipeline did. ``layers_before`` and ``layers_after`` are stored bytes by layer.
+    """What a pipeline did. ``layers_before`` and ``layers_after`` are stored bytes by layer, and ``matrices_…``
+    those of each matrix.
 
     ``read_weights`` says whether any pass looked at a weight's value.
     """
@@ -152,6 +153,8 @@ class Report:
     before: Ledger
     layers_before: Mapping[str, int] = field(default_factory=dict[str, int])
     layers_after: Mapping[str, int] = field(default_factory=dict[str, int])
+    matrices_before: Sequence[Matrix] = ()
+    matrices_after: Sequence[Matrix] = ()
     passes: list[PassReport] = field(default_factory=list[PassReport])
     read_weights: bool = False
 
@@ -325,6 +328,7 @@ class Pipeline:
         graph.sources["spill"] = spill
         original = copy_of(graph) if any(step.compares for step in self.passes) else graph
         report = Report(measure(graph, bytes_of), bytes_by_layer(graph, bytes_of))
+        report.matrices_before = matrices(graph, bytes_of)
         for index, step in enumerate(self.passes):
             ledger = report.after
             entry = PassReport(step.key(), step.options(), step.exact, ledger, ledger)
@@ -336,7 +340,7 @@ class Pipeline:
             report.read_weights |= ctx.read_weights
             for observer in observers:
                 observer.after(index, step, graph, entry)
-        report.layers_after = bytes_by_layer(graph, bytes_of)
+        report.layers_after, report.matrices_after = bytes_by_layer(graph, bytes_of), matrices(graph, bytes_of)
         return report
 
     def _run_one(self, index: int, graph: Graph, ctx: Context, observers: Sequence[Observer]) -> None:

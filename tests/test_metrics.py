@@ -118,7 +118,7 @@ def test_word_errors_of_known_strings():
     assert word_edits(words("the cat sat on THE mat"), said) == 0
     assert word_edits(words("a cat sat, on mat"), said) == 2
     assert word_edits(words("the cat sat on the big mat"), said) == 1
-    assert words("Don’t say “naïve”—‘please’") == ["don't", "say", "naive", "please"]
+    assert words("Don\u2019t say \u201cna\u00efve\u201d\u2014\u2018please\u2019") == ["don't", "say", "naive", "please"]
 
 
 def test_word_errors_are_of_what_was_said_and_of_what_the_original_writes():
@@ -175,7 +175,7 @@ def test_a_model_against_itself_differs_nowhere(models):
     assert found.metrics["choices: chosen as the original"].value == 1
     assert {one.noise for one in found.changes.values()} == {"within"}
     assert {one.value for one in found.changes.values()} == {0.0}
-    assert list(found.metrics)[0].startswith("generation")
+    assert next(iter(found.metrics)).startswith("generation")
     assert json.loads(json.dumps(found.to_dict()))["rows"].keys() == found.metrics.keys()
 
 

@@ -63,8 +63,10 @@ def test_keys_are_stable(document):
         "ledger",
         "passes",
         "layers",
+        "matrices",
         "verification",
         "onnx",
+        "gguf",
         "evaluation",
     ]
     assert list(document["passes"][0]) == [

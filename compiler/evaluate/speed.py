@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,9 +43,17 @@ def compare_speed(
 
     Both models are in memory and take turns, after one round that does not count.
     """
-    models = [load_model(each, dtype=dtype, trust_remote_code=trust_remote_code) for each in (path, against)]
+    ours, theirs = speeds((path, against), length, new_tokens, rounds, dtype, trust_remote_code)
+    return Speed(*ours, *theirs)
+
+
+def speeds(
+    paths: Sequence[str | Path], length: int, new_tokens: int, rounds: int, dtype: str, trust_remote_code: bool
+) -> list[tuple[float, float]]:
+    """Of each model the tokens per second of reading, and of writing; all are in memory and take turns."""
+    models = [load_model(each, dtype=dtype, trust_remote_code=trust_remote_code) for each in paths]
     timings = [[timed(model, length, new_tokens) for model in models] for _ in range(rounds + 1)][1:]
-    (prefill, decode), (their_prefill, their_decode) = (
-        [median(turn[which][phase] for turn in timings) for phase in (0, 1)] for which in (0, 1)
-    )
-    return Speed(length / prefill, new_tokens / decode, length / their_prefill, new_tokens / their_decode)
+    return [
+        (length / median(turn[which][0] for turn in timings), new_tokens / median(turn[which][1] for turn in timings))
+        for which in range(len(models))
+    ]

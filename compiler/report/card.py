@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
 from compiler.report.lock import recipe_text
-from compiler.report.text import Document, comparison, skips, spelt, verification_sentence
+from compiler.report.text import Document, comparison, evaluated_on, skips, spelt, verification_sentence
 
 
 def model_card(document: Document) -> str:
@@ -87,24 +86,8 @@ def _measured(document: Document) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
     yield ""
     yield verification_sentence(document)
-    yield from _evaluation_sentences(document)
+    yield evaluated_on(document)
     yield ""
-
-
-def _evaluation_sentences(document: Document) -> Iterator[str]:
-    found = document["evaluation"]
-    if found is None:
-        yield "The quality of the result was not measured: the recipe has no `evaluate`."
-        return
-    inputs = found["inputs"]
-    yield (
-        f"Quality was measured in {found['dtype']} on {inputs['samples']} windows of {inputs['length']} tokens "
-        f"of `{_data(document)}`; intervals are 95 % bootstrap intervals over the windows."
-    )
-
-
-def _data(document: Document) -> Any:
-    return document["recipe"].get("evaluate", {}).get("data", "random tokens")
 
 
 def _left_alone(document: Document) -> Iterator[str]:

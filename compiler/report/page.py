@@ -1,85 +1,169 @@
-"""report.html: one self-contained page, light or dark as the reader's system is."""
+"""report.html: one self-contained page, light or dark as the reader's system is, on any width."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from compiler.console import human_bytes, human_count
-from compiler.report.grid import curve_picture, kept_picture
+from compiler.ir.layers import layer_of
+from compiler.report.grid import bits_of, curve_picture, error_picture, kept_picture, matrix_picture
 from compiler.report.lock import recipe_text
 from compiler.report.picture import layer_picture
-from compiler.report.text import Document, comparison, skips, spelt, verification_sentence
+from compiler.report.text import Document, comparison, evaluated_on, skips, spelt, verification_sentence
 
-STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1a1d21, #e6e8eb); --paper: light-dark(#ffffff, #16181b);
-  --soft: light-dark(#6b7280, #9aa1ab); --line: light-dark(#e3e6ea, #2c3036); --before: light-dark(#b8c0cc, #4b5563);
-  --after: light-dark(#1f6feb, #58a6ff); }
-* { box-sizing: border-box; }
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 62rem; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td.words { white-space: normal; text-align: left; min-width: 16rem; }
-code, pre { font: 13px/1.5 ui-monospace, monospace; } pre { overflow-x: auto; padding: .75rem 1rem;
-  border: 1px solid var(--line); border-radius: 6px; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.before { fill: var(--before); } .after { fill: var(--after); } .dot { fill: var(--ink); }
-.line { fill: none; stroke: var(--after); } .frame { fill: none; stroke: var(--line); }
-summary { cursor: pointer; }
-"""
+FOLDER = Path(__file__).parent
+BITS = {"bits2": "2", "bits4": "4", "bits8": "8", "bits16": "16", "bits32": "32"}
+Tile = Mapping[str, str]
 
 
 def page(document: Document) -> str:
-    """The page. Everything in it is in report.json as well."""
-    title = f"{document['recipe']['model']}, compressed"
-    sections = (_head, _comparison, _steps, _trials, _layers, _places, _warnings, _skipped, _recipe)
-    body = "\n".join(line for section in sections for line in section(document))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    """The page of a run. Everything in it is in report.json as well."""
+    return render(
+        "page.html.jinja",
+        kicker="compress-model report",
+        verified=verification_sentence(document),
+        conditions=evaluated_on(document),
+        command=f"compress-model recipe.yaml -o {_file_name(document)}",
+        command_note="recipe.yaml is what follows; compress/recipe.lock.yaml has the hashes of all that went into it.",
+        **_common(document),
     )
 
 
-def _head(document: Document) -> Iterator[str]:
-    output = document["output"]
-    yield f"<h1>{escape(str(document['recipe']['model']))}, compressed</h1>"
-    yield (
-        f'<p class="soft">{escape(str(document["inputs"]["model"]["architecture"]))} to '
-        f"{escape(output['architecture'])}, {human_bytes(output['tensor_bytes'])} of weights</p>"
+def plan_page(document: Document) -> str:
+    """The page of a plan, which has no verification and no evaluation."""
+    return render(
+        "page.html.jinja",
+        kicker="compress-model plan: nothing was computed",
+        verified="Counted from the model's config and the headers of its files alone.",
+        conditions="Quality is measured when the recipe is run.",
+        command="compress-model recipe.yaml -o out",
+        command_note="recipe.yaml is what follows.",
+        **_common(document),
     )
-    yield f"<p>{escape(verification_sentence(document))}</p>"
-    for place in output["loads_in"]:
-        yield f'<p class="soft">{escape(place)}</p>'
 
 
-def _comparison(document: Document) -> Iterator[str]:
-    yield "<h2>Before and after</h2>"
-    yield from _table(("", "before", "after", "change"), comparison(document))
+def render(template: str, **values: Any) -> str:
+    """A template of this folder filled in; all texts are escaped but pictures made here."""
+    import jinja2
 
-
-def _steps(document: Document) -> Iterator[str]:
-    yield "<h2>Step by step</h2>"
-    yield from _table(
-        ("step", "parameters", "stored", "FLOPs/token", "cache/token", "rewritten", "exact", "options"),
-        _step_rows(document),
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    for entry in document["passes"]:
-        places = [f"{rewrite['scope']}: {rewrite['what']}" for rewrite in entry["rewritten"]]
-        yield f"<details><summary>{escape(entry['name'])}: {len(places)} rewritten</summary>"
-        yield f"<pre>{escape(chr(10).join(places))}</pre></details>"
+    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=drawn(style), **values) + "\n"
+
+
+def drawn(svg: str) -> Any:
+    """A picture, or the style, as it is."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def _common(document: Document) -> dict[str, Any]:
+    output, matrices = document["output"], document.get("matrices", {"before": [], "after": []})
+    return {
+        "title": f"{document['recipe']['model']}, compressed",
+        "subtitle": (
+            f"{document['inputs']['model']['architecture']} to {output['architecture']}, "
+            f"{human_bytes(output['tensor_bytes'])} of weights"
+        ),
+        "tiles": list(_tiles(document)),
+        "comparison": comparison(document),
+        "matrix_picture": drawn(matrix_picture(matrices["before"], matrices["after"])),
+        "matrices": list(_matrices(matrices["before"], matrices["after"])),
+        "bits": list(BITS.items()),
+        "sizes": list(_sizes(matrices["before"], matrices["after"])),
+        "layer_picture": drawn(layer_picture(*(_layers(document["layers"][which]) for which in ("before", "after")))),
+        "steps": list(_step_rows(document)),
+        "passes": [_pass(entry) for entry in document["passes"]],
+        "trials": list(_trials(document)),
+        "warnings": [(entry["name"], warning) for entry in document["passes"] for warning in entry["warnings"]],
+        "loads_in": output["loads_in"],
+        "skipped": list(_skipped(document)),
+        "recipe": recipe_text(document["recipe"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+    }
+
+
+def _layers(sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Bytes by layer, without those outside of layers where there are layers: they are among the sizes above."""
+    return {scope: size for scope, size in sizes.items() if scope} or sizes
+
+
+def _file_name(document: Document) -> str:
+    return Path(str(document["recipe"]["model"])).stem + "-compressed"
+
+
+def _tiles(document: Document) -> Iterator[Tile]:
+    """The few numbers that a reader looks for first."""
+    before, after, output = document["ledger"]["before"], document["ledger"]["after"], document["output"]
+    yield _change("weights", before["stored_bytes"], output["tensor_bytes"], human_bytes)
+    yield _change("parameters", before["parameters"], after["parameters"], human_count)
+    yield _change("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count)
+    if before["cache_bytes_per_token"]:
+        yield _change("cache a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes)
+    for name in ("perplexity", "kl", "agreement", "cosine"):
+        found = (document["evaluation"] or {"metrics": {}})["metrics"].get(name)
+        if found is not None:
+            note = f"{found['low']:.4g} to {found['high']:.4g}"
+            theirs = document["evaluation"]["reference"].get(name)
+            yield {"name": name, "value": f"{found['value']:.4g}", "note": _was(theirs) or note}
+
+
+def _was(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"was {found['value']:.4g}"
+
+
+def _change(name: str, before: float, after: float, show: Any) -> Tile:
+    change = f", {100 * (after / before - 1):+.1f}\N{NO-BREAK SPACE}%" if before else ""
+    return {"name": name, "value": show(after), "note": f"was {show(before)}{change}"}
+
+
+def _matrices(before: Sequence[Document], after: Sequence[Document]) -> Iterator[Sequence[str]]:
+    old, new = ({matrix["name"]: matrix for matrix in each} for each in (before, after))
+    for name in {**old, **new}:
+        shapes = [_shape(each.get(name)) for each in (old, new)]
+        sizes = [human_bytes(each[name]["stored_bytes"]) if name in each else "" for each in (old, new)]
+        yield (name, *shapes[0], *shapes[1], *sizes)
+
+
+def _shape(matrix: Document | None) -> tuple[str, str]:
+    return ("", "") if matrix is None else (" x ".join(map(str, matrix["shape"])), f"{bits_of(matrix):.3g}")
+
+
+def _sizes(before: Sequence[Document], after: Sequence[Document]) -> Iterator[Tile]:
+    """Bytes of matrices by the part of a layer that they are in, or by their name outside of layers."""
+    totals: dict[str, list[int]] = {}
+    for which, each in enumerate((before, after)):
+        for matrix in each:
+            totals.setdefault(_part(matrix["name"]), [0, 0])[which] += matrix["stored_bytes"]
+    most = max((size for pair in totals.values() for size in pair), default=1) or 1
+    for name, (old, new) in sorted(totals.items(), key=lambda item: -item[1][0]):
+        yield {
+            "name": name,
+            "before": human_bytes(old),
+            "after": human_bytes(new),
+            "before_width": f"{100 * old / most:.1f}",
+            "after_width": f"{100 * new / most:.1f}",
+        }
+
+
+def _part(name: str) -> str:
+    layer = layer_of(name)
+    if layer is None:
+        return name.removesuffix(".weight").rpartition(".")[2]
+    inside = name.removeprefix(layer.scope).lstrip(".").split(".")
+    return f"layers: {inside[0]}"
 
 
 def _step_rows(document: Document) -> Iterator[Sequence[str]]:
-    yield ("the model", *_ledger(document["ledger"]["before"]), "", "", "")
+    yield ("the model", *_ledger(document["ledger"]["before"]), "", "")
     for entry in document["passes"]:
         exact = "yes" if entry["exact"] else "no"
-        yield (entry["name"], *_ledger(entry["after"]), str(len(entry["rewritten"])), exact, spelt(entry["options"]))
+        yield (entry["name"], *_ledger(entry["after"]), str(len(entry["rewritten"])), exact)
 
 
 def _ledger(ledger: Document) -> tuple[str, ...]:
@@ -91,70 +175,24 @@ def _ledger(ledger: Document) -> tuple[str, ...]:
     )
 
 
-def _layers(document: Document) -> Iterator[str]:
-    yield "<h2>Bytes by layer</h2>"
-    yield '<p class="soft">Grey is before, blue is after.</p>'
-    yield f'<div class="wide">{layer_picture(document["layers"]["before"], document["layers"]["after"])}</div>'
+def _pass(entry: Document) -> dict[str, Any]:
+    return {
+        "name": entry["name"],
+        "options": spelt(entry["options"]),
+        "places": [f"{rewrite['scope']}: {rewrite['what']}" for rewrite in entry["rewritten"]],
+        "kept": drawn(kept_picture(entry["rewritten"])),
+        "curves": drawn(curve_picture(entry["curves"])),
+        "errors": drawn(error_picture(entry["rewritten"])),
+    }
 
 
-def _places(document: Document) -> Iterator[str]:
+def _trials(document: Document) -> Iterable[Sequence[str]]:
     for entry in document["passes"]:
-        kept, curves = kept_picture(entry["rewritten"]), curve_picture(entry["curves"])
-        if kept:
-            yield f"<h2>What remains after {escape(entry['name'])}</h2>"
-            yield '<p class="soft">A place and layer each; grey is what it held, blue is what it holds.</p>'
-            yield f'<div class="wide">{kept}</div>'
-        if curves:
-            yield f"<h2>What {escape(entry['name'])} weighed</h2>"
-            yield '<p class="soft">From left to right a place keeps more; the height is what it loses by prediction, '
-            yield "each place on a scale of its own, and the dot is what it got.</p>"
-            yield f'<div class="wide">{curves}</div>'
+        for trial in entry["trials"]:
+            yield trial["what"], entry["name"], f"{trial['distance']:.4g}", "chosen" if trial["chosen"] else ""
 
 
-def _trials(document: Document) -> Iterator[str]:
-    rows = [
-        (trial["what"], entry["name"], f"{trial['distance']:.4g}", "chosen" if trial["chosen"] else "")
-        for entry in document["passes"]
-        for trial in entry["trials"]
-    ]
-    if rows:
-        yield "<h2>Choices weighed on calibration data</h2>"
-        yield from _table(("choice", "step", "distance from the original", ""), rows)
-
-
-def _warnings(document: Document) -> Iterator[str]:
-    rows = [(entry["name"], warning) for entry in document["passes"] for warning in entry["warnings"]]
-    if rows:
-        yield "<h2>Warnings</h2>"
-        yield from _table(("step", "what"), rows)
-
-
-def _skipped(document: Document) -> Iterator[str]:
-    yield "<h2>Left alone, and why</h2>"
-    rows = [
-        (entry["name"], str(len(places)), f"{reason}: {', '.join(places)}")
-        for entry in document["passes"]
-        for reason, places in skips(entry)
-    ]
-    if rows:
-        yield from _table(("step", "places", "why, and where"), rows)
-    else:
-        yield "<p>Nothing: every place that a step selected was rewritten.</p>"
-
-
-def _recipe(document: Document) -> Iterator[str]:
-    yield "<h2>Recipe</h2>"
-    yield f"<pre>{escape(recipe_text(document['recipe']))}</pre>"
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    yield f'<p class="soft">{escape(versions)}</p>'
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    yield "</tr></thead><tbody>"
-    for row in rows:
-        cells = [
-            f'<td class="words">{escape(cell)}</td>' if len(cell) > 40 else f"<td>{escape(cell)}</td>" for cell in row
-        ]
-        yield f"<tr>{''.join(cells)}</tr>"
-    yield "</tbody></table></div>"
+def _skipped(document: Document) -> Iterable[Sequence[str]]:
+    for entry in document["passes"]:
+        for reason, places in skips(entry):
+            yield entry["name"], str(len(places)), f"{reason}: {', '.join(places)}"

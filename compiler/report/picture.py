@@ -36,7 +36,7 @@ def _bars(index: int, scope: str, before: int, after: int, most: int) -> Iterato
     yield _bar("after", x + 3, SLOT - 10, after, most)
     yield "</g>"
     label = scope.rsplit(".", 1)[-1] if scope else "rest"
-    if index % 4 == 0 or not scope:
+    if label == "rest" or not label.isdigit() or int(label) % 4 == 0:
         yield f'<text x="{x + (SLOT - 4) / 2:g}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{escape(label)}</text>'
 
 

@@ -8,18 +8,10 @@ from typing import Any
 
 from compiler.console import human_bytes, human_count, table
 from compiler.recipe.schema import spell_value
+from compiler.report.quality import Row, measured_rows
 
 Document = Mapping[str, Any]
-Row = tuple[str, str, str, str]
-
-METRIC_NAMES = {
-    "perplexity": "perplexity",
-    "bits-per-byte": "bits per byte of text",
-    "kl": "KL to the original (nats a token)",
-    "agreement": "same most likely token",
-    "cosine": "cosine to the original's output",
-    "relative-error": "relative error of the output",
-}
+FILES = "bytes of their files"
 
 
 def summary(document: Document, path: Path) -> str:
@@ -55,51 +47,21 @@ def comparison(document: Document) -> list[Row]:
     rows = [
         _row("parameters", before["parameters"], after["parameters"], human_count),
         _row("bytes of weights", before["stored_bytes"], output["tensor_bytes"], human_bytes),
-        _row("bytes of their files", document["inputs"]["model"]["bytes"], sum(output["files"].values()), human_bytes),
+        _row(FILES, document["inputs"]["model"]["bytes"], sum(output["files"].values()), human_bytes),
         _row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count),
         _row("cache bytes a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes),
     ]
-    return [*rows, *_measured(document["evaluation"])]
+    counted = [row for row in rows if row[1:3] != ("0 B", "0 B") and (row[0] != FILES or row[1] != "0 B")]
+    return [*counted, *measured_rows(document["evaluation"])]
 
 
 def _row(name: str, before: float, after: float, show: Any) -> Row:
     return name, show(before), show(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
-def _measured(found: Mapping[str, Any] | None) -> list[Row]:
-    """Rows of what an evaluation measured; empty cells where there is no reference."""
-    if found is None:
-        return []
-    rows = [_metric(name, found["reference"].get(name), estimate) for name, estimate in found["metrics"].items()]
-    if found["cache"] is None:
-        return rows
-    theirs, ours = found["reference_cache"] or {}, found["cache"]
-    names = {
-        "values_per_token": "cached values a token, live",
-        "bytes_per_token": f"cached bytes a token, live, in {found['dtype']}",
-    }
-    return [*((name, _count(theirs.get(key)), _count(ours[key]), "") for key, name in names.items()), *rows]
-
-
-def _metric(name: str, before: Mapping[str, float] | None, after: Mapping[str, float]) -> Row:
-    change = f"{100 * (after['value'] / before['value'] - 1):+.2f} %" if before else ""
-    return METRIC_NAMES.get(name, name), _estimate(before), _estimate(after), change
-
-
-def _estimate(found: Mapping[str, float] | None) -> str:
-    """A value with its 95 % interval."""
-    if found is None:
-        return ""
-    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
-
-
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
 def evaluation_text(found: Mapping[str, Any]) -> str:
     """What ``compress-model eval`` prints."""
-    rows = _measured(found)
+    rows = measured_rows(found)
     speed = found.get("speed")
     if speed is not None:
         rows += [
@@ -131,6 +93,19 @@ def verification_sentence(document: Document) -> str:
     return (
         f"Reloaded by {runtime}: its outputs differ from the compiled graph's by {found['error']:.2g} "
         f"of their scale (rounding may make that {found['tolerance']:.2g})."
+    )
+
+
+def evaluated_on(document: Document) -> str:
+    """On what quality was measured, and what the intervals are; or that it was not measured."""
+    found = document["evaluation"]
+    if found is None:
+        return "The quality of the result was not measured: the recipe has no `evaluate`."
+    inputs, data = found["inputs"], document["recipe"].get("evaluate", {}).get("data", "random tokens")
+    return (
+        f"Quality was measured in {found['dtype']} on {inputs['samples']} windows of {inputs['length']} tokens of "
+        f"`{data}`; intervals are 95 % bootstrap intervals over the windows, and a difference whose paired interval "
+        "holds zero is within noise."
     )
 
 

@@ -99,6 +99,10 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
         "ledger": {"before": asdict(report.before), "after": asdict(report.after)},
         "passes": [_pass(entry) for entry in report.passes],
         "layers": {"before": dict(report.layers_before), "after": dict(report.layers_after)},
+        "matrices": {
+            "before": [plain(asdict(matrix)) for matrix in report.matrices_before],
+            "after": [plain(asdict(matrix)) for matrix in report.matrices_after],
+        },
         "verification": asdict(verification),
         "onnx": _onnx(findings, directory),
         "gguf": _gguf(findings, directory),
