@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ from passes import Quantize
 
 WHERE = "mlp"
 NAME = "down_proj.weight"
-OURS = ({}, {"scale": "weighted"}, {"method": "gptq"}, {"method": "refined"})
+OURS = ({"scale": "weighted"}, {"method": "gptq"}, {"method": "refined"})
 Values = Mapping[str, Tensor]
+Batches = Sequence[Mapping[str, Tensor]]
 
 
 def main() -> None:
@@ -56,12 +57,11 @@ def main() -> None:
     texts = {path.stem: windows(path, options) for path in options.texts}
     reference = {name: [logits(model, window) for window in found] for name, found in texts.items()}
     original = {name: value.detach().clone() for name, value in model.state_dict().items() if name.endswith(NAME)}
-    for kind in options.types:
-        for method, make in methods(kind, graph, batches):
+    for method, make in methods(graph, batches):
+        for kind in options.types:
             started = time.process_time()
-            values = make()
-            seconds = time.process_time() - started
-            row = {"type": kind, "method": method, "seconds": round(seconds, 1)}
+            values = make(kind)
+            row: dict[str, Any] = {"type": kind, "method": method, "seconds": round(time.process_time() - started, 1)}
             put(model, values)
             row |= {name: score(model, found, reference[name]) for name, found in texts.items()}
             put(model, original)
@@ -87,17 +87,19 @@ def windows(path: Path, options: argparse.Namespace) -> list[Tensor]:
     return list(data.windows(load_tokenizer(options.model)))
 
 
-def methods(kind: str, graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Any]]:
-    """Each method's name, and what makes the values of the matrices by it."""
+def methods(graph: Graph, batches: Batches) -> Iterator[tuple[str, Callable[[str], Values]]]:
+    """Each method's name, and what makes the values of the matrices in a type by it."""
     params = [param for name, param in graph.params.items() if name.endswith(NAME)]
-    yield "llama.cpp", lambda: theirs(kind, graph, params, {})
-    yield "llama.cpp, importance", lambda: theirs(kind, graph, params, energies(graph, params, batches))
+    yield "llama.cpp", lambda kind: theirs(kind, graph, params, {})
+    yield "nearest", lambda kind: ours(kind, graph, batches, {})
+    importance = energies(graph, params, batches)
+    yield "llama.cpp, importance", lambda kind: theirs(kind, graph, params, importance)
     for given in OURS:
-        name = ", ".join(f"{key}: {value}" for key, value in given.items()) or "nearest"
-        yield name, lambda given=given: ours(kind, graph, batches, given)
+        name = ", ".join(f"{key}: {value}" for key, value in given.items())
+        yield name, lambda kind, given=given: ours(kind, graph, batches, given)
 
 
-def energies(graph: Graph, params: Sequence[Param], batches: Sequence[Mapping[str, Tensor]]) -> Values:
+def energies(graph: Graph, params: Sequence[Param], batches: Batches) -> Values:
     with tempfile.TemporaryDirectory() as folder:
         from compiler.weights.spill import Progress
 
@@ -124,7 +126,7 @@ def by_llama_cpp(kind: str, weight: Tensor, importance: Tensor | None) -> Tensor
     return torch.from_numpy(gguf.quants.dequantize(made.numpy(), gguf.GGMLQuantizationType(layout.number)))
 
 
-def ours(kind: str, graph: Graph, batches: Sequence[Mapping[str, Tensor]], given: Mapping[str, Any]) -> Values:
+def ours(kind: str, graph: Graph, batches: Batches, given: Mapping[str, Any]) -> Values:
     from compiler.ir.layers import copy_of
 
     trial = copy_of(graph)

@@ -9,13 +9,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+PHI = ("</s>", "<unk>", "<s>")  # pieces that llama.cpp looks for in a Phi-3
 MERGES = [("t", "h"), ("i", "n"), ("th", "e"), ("Ġ", "a")]
 LETTERS = "ĊĠ.,abcdefghijklmnopqrstuvwxyz0123456789"  # tiny models have no token for each byte
 
 
 def gpt2_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of ``size`` tokens, the first of which ends texts; some merges."""
-    known = [END, *LETTERS, *("".join(pair) for pair in MERGES)]
+    known = [END, *PHI, *LETTERS, *("".join(pair) for pair in MERGES)]
     pieces = [*known, *(letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter not in LETTERS)]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces[:size])}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -25,7 +25,8 @@ TOKENS = [3, 17, 40, 22, 9, 31, 5, 12]
 LIKELIEST = 8
 FLASH = 0.01  # nats; llama.cpp's attention rounds to float16
 ROUNDED = 0.25  # it rounds what quantised weights multiply to 8 bits
-FAMILIES = {**FAMILY_OPTIONS, "mixtral": {}}
+OTHERS = {"mixtral": {}, "phi3": {"sliding_window": None}, "olmo2": {}, "granite": {}, "gemma": {}}
+FAMILIES = {**FAMILY_OPTIONS, **OTHERS}
 
 
 def farthest(name, directory, passes=(), **changes):

@@ -99,6 +99,16 @@ def _capped(config: Config) -> dict[str, Any]:
     return found | {name: float(config[key]) for name, key in caps.items() if config.get(key)}
 
 
+def _multiplied(config: Config) -> dict[str, Any]:
+    """What Granite multiplies."""
+    return {
+        "logit_scale": float(config["logits_scaling"]),
+        "residual_scale": float(config["residual_multiplier"]),
+        "embedding_scale": float(config["embedding_multiplier"]),
+        "attention.scale": float(config["attention_multiplier"]),
+    }
+
+
 def _kinds(config: Config, period: int) -> Sequence[str]:
     """The kinds of attention of layers where every ``period``-th is full."""
     count = range(1, config["num_hidden_layers"] + 1)
@@ -135,6 +145,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2", fixed={"hidden_act": SILU}),
     "qwen3": Architecture("qwen3", fixed=_QWEN3),
     "qwen3_moe": Architecture("qwen3moe", fixed={**_QWEN3, "norm_topk_prob": (True,)}, reason=_dense),
+    "phi3": Architecture("phi3", fixed={"hidden_act": SILU}),
+    "olmo2": Architecture("olmo2", fixed=_QWEN3),
+    "granite": Architecture("granite", interleaved=True, fixed=_LLAMA, more=_multiplied),
+    "gemma": Architecture("gemma", shifted=True, fixed={"hidden_act": (*GELU_TANH, "gelu"), **_GEMMA}),
     "gemma2": Architecture("gemma2", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(2, None)),
     "gemma3_text": Architecture("gemma3", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(6, 10000.0)),
 }

@@ -96,6 +96,6 @@ def _has_blocks(expr: Expr) -> bool:
 
 def _notes(config: Config) -> tuple[str, ...]:
     kinds = set(config.get("layer_types") or ())
-    if config.get("sliding_window") and config["model_type"] in ("mistral", "qwen2") and kinds != {"full_attention"}:
+    if config.get("sliding_window") and config["model_type"] in ("mistral", "qwen2", "phi3") and kinds != {"full_attention"}:
         return (f"llama.cpp attends to all tokens where the model has a window of {config['sliding_window']}",)
     return ()
