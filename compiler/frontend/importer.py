@@ -18,16 +18,20 @@ from torch.utils import _pytree as pytree
 
 from compiler.errors import CaptureError, OpError
 from compiler.frontend.aten import HANDLERS, TAKES_COMPLEX, Complex
+from compiler.frontend.aten.placed import Sample
 from compiler.frontend.params import rebind
 from compiler.frontend.subject import Subject
 from compiler.ir.graph import Graph, Param, Value
-from compiler.ir.types import Dim, TensorType, canonical_dim
+from compiler.ir.types import Dim, TensorType, canonical_dim, resolve_dim
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import literal
 
 
 class Importer:
-    """Builds the graph of one program. The handlers in ``aten.py`` call ``emit`` and read ``out`` and ``scope``."""
+    """Builds the graph of one program. The handlers in ``aten`` call ``emit`` and read ``out`` and ``scope``.
+
+    ``sizes`` are those of symbolic dims in the trace. ``joins``: a batch was taken apart and put together.
+    """
 
     def __init__(self, subject: Subject, program: ExportedProgram) -> None:
         self.subject = subject
@@ -47,6 +51,8 @@ class Importer:
         self._views: dict[fx.Node, dict[fx.Node, None]] = {}
         self._written: set[fx.Node] = set()
         self._dims: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.joins = False
 
     def run(self) -> Graph:
         """The graph of the program, not yet lifted. Raises CaptureError naming what cannot be imported, and where."""
@@ -117,6 +123,7 @@ class Importer:
         for axis, name in names.items():
             if isinstance(sizes[axis], torch.SymInt):
                 self._dims[str(sizes[axis].node.expr)] = name
+                self.sizes[name] = int(sizes[axis].node.hint)
             elif axis == 0:
                 raise CaptureError(f"the model only accepts a batch of {sizes[0]}", where=node.name)
         return self.graph.add_input(node.name, self._type(node.meta["val"]))
@@ -126,6 +133,8 @@ class Importer:
         for name, value in zip(_output_names(self.program, len(values)), values, strict=True):
             if isinstance(value, Value):
                 self.graph.outputs[name] = value
+            elif isinstance(value, Sample):
+                raise CaptureError("one sample of a batch is not in the graph's vocabulary", where=name)
 
     # --- types ----------------------------------------------------------------------------------------------
 
@@ -190,8 +199,18 @@ class Importer:
     def _check(self, node: fx.Node, result: Any) -> None:
         """Our type inference must agree with what torch traced."""
         value = node.meta["val"]
-        if isinstance(value, Tensor) and isinstance(result, Value) and result.type != self._type(value):
+        if isinstance(value, Tensor) and isinstance(result, Value) and not self._agree(result.type, self._type(value)):
             raise self.fail(f"`{node.target}` is {self._type(value)}, but its import is {result.type}")
+
+    def _agree(self, own: TensorType, traced: TensorType) -> bool:
+        """Whether a type is the one traced. Samples that were joined again have a size there, that of its batch."""
+        if not self.joins or own.dtype != traced.dtype or own.rank != traced.rank:
+            return own == traced
+        pairs = zip(own.shape, traced.shape, strict=True)
+        return all(one == other or (isinstance(other, int) and self._sized(one) == other) for one, other in pairs)
+
+    def _sized(self, dim: Dim) -> int:
+        return resolve_dim(dim, self.sizes)
 
     # --- writes ---------------------------------------------------------------------------------------------
 

@@ -21,9 +21,11 @@ Score = Literal["class", "received", "last", "key-norm", "change", "similarity",
 class DropTokens(Pass):
     """Go on with fewer tokens behind some layers; ``keep`` of them, a part or a number, remain behind the last.
 
-    ``layers`` (`3,6-8`; all without it) each drop alike many; a list for ``keep`` says what remains behind each. They
+    ``layers`` (`3,6-8`; all without it) of the first ``stack`` whose tokens attend to each other, or of the one with
+    this name in its path, each drop alike many; a list for ``keep`` says what remains behind each. They
     do so behind their attention, or behind the whole `layer` (``site``). ``score`` says which remain: those that the
-    first token (`class`), the `last` one or all queries, or every ``every``-th, attend to most (`received`); with the
+    first token (`class`), the `last` one (of causal models, without ``score``) or all queries, or every ``every``-th,
+    attend to most (`received`, of others without); with the
     smallest keys (`key-norm`); moved farthest by their layer (`change`: others halt, arXiv 2506.22396); least like
     others (`similarity`, by keys); the `earliest` (D3, arXiv 2503.08524); or, to compare, `random` (by ``seed``) or
     `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
@@ -36,14 +38,17 @@ class DropTokens(Pass):
     (`renumber`).
 
     Behind the last layer every token has its place again: a dropped one as it was then, a merged one as what it became.
+    With ``tokens: pictures`` only those of pictures in a text can go, and ``keep`` counts these (FastV, PyramidDrop).
     With ``skip: mlp`` those that do not remain skip only that layer's MLP; ``keep`` is then what each MLP sees.
     Exact with ``keep: 100%``.
     """
 
     layers: str | None = None
+    stack: str | None = None
+    tokens: Literal["all", "pictures"] = "all"
     site: Literal["attention", "layer"] = "attention"
     skip: Literal["layers", "mlp"] = "layers"
-    score: Score = "received"
+    score: Score | None = None
     keep: Part | Number | tuple[Part | Number, ...] = 1.0
     merge: Literal["none", "extra", "bipartite", "average"] = "none"
     compare: Literal["keys", "stream"] = "keys"
@@ -58,19 +63,22 @@ class DropTokens(Pass):
     edits_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.merge == "bipartite" and self.score not in ("similarity", "received"):
+        if self.merge == "bipartite" and self.score not in (None, "similarity", "received"):
             raise PassError(
                 "`merge: bipartite` takes pairs that are alike",
                 option="score",
                 remedy="leave out `score`, or write `score: similarity`",
             )
-        if self.merge == "extra" and self.score not in ("class", "received", "last"):
+        if self.merge == "extra" and self.score not in (None, "class", "received", "last"):
             raise PassError(
                 "`merge: extra` weighs tokens by attention",
                 option="score",
                 remedy="write `score: class`, `received` or `last`",
             )
 
+        if self.tokens == "pictures" and (self.merge != "none" or self.alike):
+            cause = "of pictures in a text, tokens are dropped by score"
+            raise PassError(cause, option="tokens", remedy="leave out `merge`, and `score: similarity`")
         if self.skip == "mlp" and (self.site, self.positions) != ("attention", "keep"):
             cause = "tokens that skip an MLP alone do so behind attention, and keep their positions"
             raise PassError(cause, option="skip", remedy="leave out `site` and `positions`")

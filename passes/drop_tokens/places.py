@@ -50,13 +50,20 @@ class Place:
         return _residual(self.stream, self.layer)
 
 
-def places(graph: Graph, layers: str | None, site: str) -> list[Place]:
+def places(graph: Graph, layers: str | None, site: str, stack: str | None = None) -> list[Place]:
     """The places of the model's first stack of layers that attend to themselves; of all, or those in ``layers``.
 
-    Raises PassError when there are none, or ``layers`` names one that there is not.
+    ``stack`` is a part of the module path of the stack. Raises PassError when there are none, or ``layers`` names one
+    that there is not.
     """
     found = [place for each in attention_sites(graph) if (place := _place(each, site)) is not None]
-    stacks = [place.layer.stack for place in found]
+    stacks = list(dict.fromkeys(place.layer.stack for place in found))
+    if stack is not None and stacks:
+        named = [path for path in stacks if stack in path.split(".") or stack == path]
+        if len(named) != 1:
+            cause = f"`{stack}` names {len(named)} of the stacks of layers, which are {', '.join(stacks)}"
+            raise PassError(cause, option="stack")
+        stacks = named
     found = [place for place in found if place.layer.stack == stacks[0]]
     if not found:
         raise PassError("the model has no layers with attention of tokens to each other, with keys of their own")

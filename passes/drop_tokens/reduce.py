@@ -12,6 +12,7 @@ from compiler.ir.types import Dim
 from compiler.pipeline import Context
 from passes.drop_tokens.counts import counts, paired
 from passes.drop_tokens.follow import Following
+from passes.drop_tokens.pictures import Pictures, pictures
 from passes.drop_tokens.places import Place, ends, places
 from passes.drop_tokens.scores import Ops, by_place, metric, neighbours, scores
 
@@ -36,7 +37,8 @@ class Chosen:
 @dataclass
 class Reduction:
     """``sizes`` [B, K] is of how many tokens each is the mean by now, ``sized`` that of an attention's keys, and
-    ``numbers`` [B, K] are the places that tokens had at first, where scores go by those."""
+    ``numbers`` [B, K] are the places that tokens had at first, where scores go by those. With ``pictures`` only tokens
+    of these can go."""
 
     graph: Graph
     options: DropTokens
@@ -45,6 +47,7 @@ class Reduction:
     sizes: Value | None = None
     sized: dict[Node, Value] = field(default_factory=dict[Node, Value])
     numbers: Value | None = None
+    pictures: Pictures | None = None
 
     def drop(self, place: Place, keep: Dim) -> None:
         """Let ``keep`` tokens remain. Raises PassError when something behind ``place`` needs every token."""
@@ -93,7 +96,12 @@ class Reduction:
         if self.options.score in BY_PLACE and self.numbers is None:
             self.numbers = by_place(self._outside(ops, place), place)
         weight = scores(ops, place, self.options, self.numbers)
+        if self.pictures is not None:
+            weight = self.pictures.protect(ops, weight)
         index, rest = ops.all("token_select", weight, **own)
+        if self.pictures is not None and self.options.skip == "layers":
+            flags = self._outside(ops, place)("token_take", self.pictures.flags, index)
+            self.pictures = replace(self.pictures, flags=flags)
         self.numbers = self.numbers and self._outside(ops, place)("token_take", self.numbers, index)
         return Chosen(index, rest, None, weight) if merge == "extra" else Chosen(index)
 
@@ -144,7 +152,7 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     """Raises PassError when the model has no such places, or cannot lose so many tokens there."""
     if graph.nodes_named("token_restore"):
         raise PassError("tokens are dropped already", remedy="write one `drop-tokens` with a list for `keep`")
-    found = places(graph, options.layers, options.site)
+    found = places(graph, options.layers, options.site, options.stack)
     learnt = ends(graph, found[0])
     prefix = learnt[0] if options.prefix is None else options.prefix
     suffix = learnt[1] if options.suffix is None else options.suffix
@@ -155,7 +163,9 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
             remedy="leave out `merge`",
         )
     reduction = Reduction(graph, options, prefix, suffix)
-    for place, wanted in zip(found, _counts(found[0].tokens, options, len(found), prefix, suffix), strict=True):
+    if options.tokens == "pictures":
+        reduction.pictures = pictures(graph, found[0].stream)
+    for place, wanted in zip(found, _wanted(found[0].tokens, len(found), reduction), strict=True):
         before = place.tokens
         keep = _least(before, wanted, options, prefix, suffix)
         reason = _unneeded(before, keep, options)
@@ -173,6 +183,14 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
         ctx.rewrote(place.layer.scope, what, **numbers)
     reduction.weigh()
     graph.prune()
+
+
+def _wanted(tokens: Dim, steps: int, reduction: Reduction) -> list[Dim]:
+    """How many tokens are to remain behind each of ``steps`` layers."""
+    options, shown = reduction.options, reduction.pictures
+    if shown is None:
+        return _counts(tokens, options, steps, reduction.prefix, reduction.suffix)
+    return [shown.left(tokens, int(keep)) for keep in _counts(shown.count, options, steps, 0, 0)]
 
 
 def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: int) -> list[Dim]:

@@ -38,7 +38,7 @@ class Ops:
 
 def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -> Value:
     """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first."""
-    node, kind = place.attention, options.score
+    node, kind = place.attention, options.score or ("last" if place.attention.attr("causal") else "received")
     query, key = node.input(0), node.input(1)
     if kind == "class" and node.attr("causal"):
         cause = "the first token of a causal model attends to itself alone"

@@ -13,7 +13,7 @@ from backends.onnx.emitters.attention import scaled_product
 from backends.onnx.emitters.rule import Rule, rule
 from compiler.errors import TargetError
 from compiler.ir.graph import Node
-from compiler.ir.types import Dim
+from compiler.ir.types import Dim, resolve_dim
 
 END = torch.iinfo(torch.int64).max
 HIGH = torch.finfo(torch.float32).max
@@ -83,6 +83,9 @@ def _total(build: Builder, exists: ir.Value) -> ir.Value:
 @rule("token_select", "keep", "prefix", "suffix")
 def token_select(build: Builder, node: Node) -> Sequence[ir.Value]:
     tokens, keep = node.input(0).shape[1], node.attr("keep")
+    if tokens == build.masks.tokens and isinstance(tokens, str) and resolve_dim(keep, {tokens: 1}) < 1:
+        cause = f"`{keep}` of {tokens} tokens remain, and ONNX models take prompts that are shorter"
+        raise TargetError(cause, where=node.scope, remedy="drop tokens of pictures in the tower: `stack: vision_tower`")
     exists = build.masks.exists_of(tokens)
     scores = _protected(build, node, exists)
     with_rest = bool(node.outputs[1].users)

@@ -6,10 +6,12 @@ the result's type from ``importer.out`` where ATen leaves it to inference, and e
 
 from __future__ import annotations
 
-from compiler.frontend.aten import elementwise, resize, shape, whole
+from compiler.frontend.aten import elementwise, placed, resize, shape, whole
 from compiler.frontend.aten.shared import Complex, Handler
 
-HANDLERS: dict[str, Handler] = {**elementwise.HANDLERS, **resize.HANDLERS, **shape.HANDLERS, **whole.HANDLERS}
+TABLES = (elementwise, placed, resize, shape, whole)
+
+HANDLERS: dict[str, Handler] = {name: handler for table in TABLES for name, handler in table.HANDLERS.items()}
 
 TAKES_COMPLEX: frozenset[str] = frozenset({"mul", "view_as_real"})
 

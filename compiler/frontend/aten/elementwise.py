@@ -180,7 +180,9 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _logical("logical_and")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical("logical_or")),
     **dict.fromkeys(("logical_not", "bitwise_not"), _logical("logical_not")),
-    **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"), _nothing),
+    **dict.fromkeys(
+        ("_assert_tensor_metadata", "_assert_scalar", "_is_all_true", "item", "sym_constrain_range_for_size"), _nothing
+    ),
     "amax": _reduction("max"),
     "argmax": _argmax,
     "clamp": _clamp,

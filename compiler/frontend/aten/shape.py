@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compiler.frontend.aten.placed import Sample, Samples, joined
 from compiler.frontend.aten.shared import Complex, Handler, as_dtype, axis_of, expanded, number, reshaped
 from compiler.ir.graph import Value
 from compiler.ir.types import Dim, canonical_dim
@@ -69,8 +70,10 @@ def _select(importer: Importer, x: Value, axis: int, index: int) -> Value:
     return importer.emit("reshape", row, shape=(*x.shape[:axis], *x.shape[axis + 1 :]))
 
 
-def _unbind(importer: Importer, x: Value, axis: int = 0) -> list[Value]:
+def _unbind(importer: Importer, x: Value, axis: int = 0) -> list[Value] | Samples:
     count = x.shape[axis_of(x, axis)]
+    if axis_of(x, axis) == 0 and isinstance(count, str):
+        return Samples(x)
     if not isinstance(count, int):
         raise importer.fail(f"a split into {count} tensors is not in the graph's vocabulary")
     return [_select(importer, x, axis, index) for index in range(count)]
@@ -95,8 +98,12 @@ def _chunk(importer: Importer, x: Value, count: int, axis: int = 0) -> list[Valu
     return _split(importer, x, math.ceil(total / count), axis)
 
 
-def _concat(importer: Importer, parts: Sequence[Value], axis: int = 0) -> Value:
-    kept = [as_dtype(importer, part, importer.out.dtype) for part in parts if part.shape != (0,)]
+def _concat(importer: Importer, parts: Sequence[Value | Sample], axis: int = 0) -> Value:
+    samples = [part for part in parts if isinstance(part, Sample)]
+    if samples and len(samples) == len(parts) and axis == 0:
+        return joined(importer, samples)
+    values = [part for part in parts if not isinstance(part, Sample)]
+    kept = [as_dtype(importer, part, importer.out.dtype) for part in values if part.shape != (0,)]
     return kept[0] if len(kept) == 1 else importer.emit("concat", *kept, axis=axis_of(kept[0], axis))
 
 
@@ -214,7 +221,7 @@ def _counts_rows(index: Value, x: Value) -> bool:
 
 
 def _view_as_complex(importer: Importer, x: Value) -> Complex:
-    return Complex(*_unbind(importer, x, -1))
+    return Complex(*(_select(importer, x, -1, index) for index in range(2)))
 
 
 def _view_as_real(importer: Importer, x: Complex) -> Value:
