@@ -51,10 +51,21 @@ def calls(rows: int, width: int, tokens: int) -> Iterator[tuple[tuple[str, str],
         for bits in (2, 3, 4, 8):
             words, scales = packed_weight(rows, width, bits, 64, dtype)
             yield (f"packed, {bits} bits", _short(dtype)), _call(packed_linear, x, words, scales, None, bits)
+        yield from of_torch(x, rows, width)
         indices = torch.randint(0, 256, (1, rows, width // 8), dtype=torch.uint8)
         codebooks = torch.randn(1, 1, 256, 8).to(dtype)
         yield ("looked up, 256 x 8", _short(dtype)), _call(codebook_linear, x, indices, codebooks, None)
         yield ("2 of 4 kept", _short(dtype)), _call(sparse_linear, x, *compressed(weight, 2, 4), 4)
+
+
+def of_torch(x: Tensor, rows: int, width: int) -> Iterator[tuple[tuple[str, str], Callable[[], Any]]]:
+    """Torch's own products with codes: of 4 bits in groups of 64, and of 8 bits with a scale a row."""
+    nibbles = torch.randint(0, 16, (rows, width), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+    table = torch.rand(width // 64, rows, 2).to(x.dtype)
+    yield ("torch, 4 bits", _short(x.dtype)), _call(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, 64, table)
+    codes, scales = torch.randint(-128, 128, (rows, width), dtype=torch.int8), torch.rand(rows).to(x.dtype)
+    yield ("torch, 8 bits", _short(x.dtype)), _call(torch.ops.aten._weight_int8pack_mm, x, codes, scales)
 
 
 def packed_weight(rows: int, width: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ def kept(form: Hashable, make: Callable[[], Made], owner: Tensor, *others: Tenso
     """``make()``, which reads ``owner`` and ``others`` and gives ``form``; kept while ``owner`` or its base lives.
 
     Of tensors that count no changes, those of inference mode, nothing is kept. What is written through ``.data``
-    changes no count either: the first and last elements tell such changes of a whole tensor.
+    changes no count either: the first and last elements tell such changes of a whole tensor, and changes of a part
+    between them are not noticed. ``torch.no_grad()`` lets parts be written without gradients, and counts.
     """
     tensors = (owner, *others)
     if any(each.is_inference() for each in tensors):

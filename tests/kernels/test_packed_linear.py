@@ -117,6 +117,24 @@ def test_what_a_cpu_keeps_follows_its_tensors():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what CPUs keep")
+def test_parts_are_noticed_that_are_written_without_gradients_but_not_through_data():
+    """No count tells of the second, and to read a whole weight at every call would take as long as the call."""
+    words, scales, _, _ = packed(random(24, 64), 4, 32, False)
+    x = random(2, 64)
+
+    def follows() -> bool:
+        expected = packed_linear.reference(x, words, scales, None, 4)
+        return torch.allclose(packed_linear.packed_linear(x, words, scales, None, 4), expected, rtol=1e-4, atol=1e-4)
+
+    assert follows()
+    words.data[5] = words[6].clone()
+    assert not follows()
+    with torch.no_grad():
+        words[5] = words[7]
+    assert follows()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what CPUs keep")
 def test_a_cpu_keeps_nothing_longer_than_the_words():
     before = len(kept._KEPT)
     words, scales, zeros, _ = packed(random(24, 64), 4, 32, False)
