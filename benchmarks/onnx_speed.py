@@ -30,8 +30,12 @@ PASSES: dict[str, str] = {
     "fp32": "[]",
     "int4, blocks of 32": "[quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
     "int4, blocks of 64": "[quantize: {where: linear, bits: 4, group: 64, tied: copy}]",
-    "latent half, int4 of 32": "[gqa-to-mla: {rank: 128, rope-dim: 64}]",
+    "int4, blocks of 32, cache int8": "[quantize: {where: linear, bits: 4, group: 32, tied: copy, cache: int8}]",
+    "latent half, int4 of 32": "[gqa-to-mla: {rank: 128, rope-dim: 64},"
+    " quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
 }
+CALIBRATED = ("int4, blocks of 32, cache int8", "latent half, int4 of 32")
+TEXT = ROOT / "data" / "brown_a.txt"
 BUILT_FROM = "hf"
 Taken = tuple[float, float]
 
@@ -60,7 +64,8 @@ def written(names: Sequence[str]) -> dict[str, Path]:
         out = folder / name.replace(" ", "-").replace(",", "")
         if not out.is_dir():
             recipe = out.with_suffix(".yaml")
-            recipe.write_text(f"model: {SMOLLM2}\npasses: {PASSES.get(name, '[]')}\nemit: {emit}\n")
+            text = f"calibration: {{data: {TEXT}, samples: 8, length: 256}}\n" if name in CALIBRATED else ""
+            recipe.write_text(f"model: {SMOLLM2}\n{text}passes: {PASSES.get(name, '[]')}\nemit: {emit}\n")
             run([sys.executable, "-m", "compiler.cli", str(recipe), "-o", str(out)])
         if name != BUILT_FROM:
             found[name] = out / "onnx" / "model.onnx"

@@ -54,7 +54,8 @@ class OnnxEmission:
         opset = max(model.opset for model in self.models.values())
         opsets = f"opset {opset}" + (" and its own operations" if self.runtime.contrib else "")
         loop = "onnxruntime-genai, and " if self.runtime.genai else ""
-        where = f"{loop}ONNX Runtime {self.runtime.runtime} or later ({opsets})"
+        runtime = max((model.runtime for model in self.models.values()), key=lambda text: int(text.split(".")[1]))
+        where = f"{loop}ONNX Runtime {runtime} or later ({opsets})"
         return (where, *(f"but: {note}" for note in self.notes))
 
     def exact(self) -> OnnxEmission:
@@ -93,7 +94,7 @@ class OnnxEmission:
             "compress-model.graph": self.graph.name,
             "compress-model.opset": str(model.opset),
             "compress-model.contrib-operations": ", ".join(used),
-            "compress-model.onnxruntime": f">={self.runtime.runtime}",
+            "compress-model.onnxruntime": f">={model.runtime}",
             "compress-model.cache-in-place": "yes" if model.in_place else "no",
             "compress-model.padding": "right" if self.runtime.right else "either side",
             "compress-model.accuracy-level": str(self.accuracy),

@@ -14,7 +14,17 @@ from backends.onnx.emitters import RULES
 from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
 from backends.onnx.stages import Stages, stage_table
-from backends.onnx.target import CONTRIB, CONTRIB_VERSION, IR_VERSION, OPSET, SCATTER, SCATTER_OPSET, Target
+from backends.onnx.target import (
+    CONTRIB,
+    CONTRIB_VERSION,
+    IR_VERSION,
+    OPSET,
+    RECENT,
+    RECENT_RUNTIME,
+    SCATTER,
+    SCATTER_OPSET,
+    Target,
+)
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of
@@ -69,6 +79,13 @@ class Lowered:
     def opset(self) -> int:
         """The version of standard operations."""
         return SCATTER_OPSET if SCATTER in self.operations("") else OPSET
+
+    @property
+    def runtime(self) -> str:
+        """The oldest ONNX Runtime that is known to run it."""
+        coded = any(value.dtype == ir.DataType.INT8 for value in self.inputs)
+        recent = coded or any(node.op_type in RECENT for node in self.nodes)
+        return RECENT_RUNTIME if recent else self.target.runtime
 
     def operations(self, domain: str) -> list[str]:
         """The operations of ``domain`` that it uses."""

@@ -9,6 +9,7 @@ import torch
 
 OPSET = 23
 SCATTER, SCATTER_OPSET = "TensorScatter", 24  # writes tokens into a buffer
+RECENT, RECENT_RUNTIME = (SCATTER, "QMoE"), "1.31"  # operations, and the ONNX Runtime that they were tried in
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
 CONTRIB_VERSION = 1
