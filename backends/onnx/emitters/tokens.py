@@ -83,8 +83,10 @@ def _total(build: Builder, exists: ir.Value) -> ir.Value:
 @rule("token_select", "keep", "prefix", "suffix")
 def token_select(build: Builder, node: Node) -> Sequence[ir.Value]:
     tokens, keep = node.input(0).shape[1], node.attr("keep")
-    if tokens == build.masks.tokens and isinstance(tokens, str) and resolve_dim(keep, {tokens: 1}) < 1:
-        cause = f"`{keep}` of {tokens} tokens remain, and ONNX models take prompts that are shorter"
+    stage = build.stages.chosen[node] if build.stages else None
+    count = keep if stage is None else stage.count
+    if tokens == build.masks.tokens and isinstance(tokens, str) and resolve_dim(count, {tokens: 1}) < 1:
+        cause = f"`{count}` of {tokens} tokens remain, and ONNX models take prompts that are shorter"
         raise TargetError(cause, where=node.scope, remedy="drop tokens of pictures in the tower: `stack: vision_tower`")
     exists = build.masks.exists_of(tokens)
     scores = _protected(build, node, exists)
