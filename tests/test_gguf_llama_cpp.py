@@ -79,6 +79,7 @@ def test_the_job_writes_reloads_and_measures_it(folder):
     assert document["verification"]["error"] <= document["verification"]["tolerance"]
     assert document["evaluation"]["metrics"]["kl"]["value"] > 0
     assert "llama.cpp (architecture llama)" in result.summary()
+    assert 'directory/gguf", gguf_file="model.gguf")' in (result.path / "README.md").read_text()
     assert make_plan(Recipe.load(recipe)).output.tensor_bytes == document["output"]["tensor_bytes"]
     assert compress(Recipe.load(recipe), folder / "out").document == document
     assert len(log_probabilities(result.path / "gguf" / "model.gguf", TOKENS, LIKELIEST)) == LIKELIEST

@@ -15,7 +15,7 @@ from compiler.weights.ops.codec import is_quantised
 from compiler.weights.rows import as_dequantize
 
 REMEDY = "leave `gguf` out of `emit`, or the pass that made it so"
-PARTS = "model"
+WINDOWLESS = ("mistral", "qwen2", "phi3")  # whose windows llama.cpp leaves out
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _has_blocks(expr: Expr) -> bool:
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    kinds = set(config.get("layer_types") or ())
-    if config.get("sliding_window") and config["model_type"] in ("mistral", "qwen2", "phi3") and kinds != {"full_attention"}:
-        return (f"llama.cpp attends to all tokens where the model has a window of {config['sliding_window']}",)
+    window = config.get("sliding_window") if config["model_type"] in WINDOWLESS else None
+    if window and set(config.get("layer_types") or ()) != {"full_attention"}:
+        return (f"llama.cpp attends to all tokens where the model has a window of {window}",)
     return ()

@@ -65,7 +65,10 @@ def _load(document: Document) -> Iterator[str]:
     yield "```python"
     yield f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{architecture}"
     yield ""
-    yield f'model = {architecture}.from_pretrained("path/to/this/directory"{trust})'
+    inside, file = (
+        ("/gguf", ', gguf_file="model.gguf"') if document["output"]["target"].startswith("gguf") else ("", "")
+    )
+    yield f'model = {architecture}.from_pretrained("path/to/this/directory{inside}"{file}{trust})'
     if tokenizer:
         yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
     yield "```"
