@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import json
 import sys
 import time
@@ -40,7 +39,6 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.common import ROOT, show
@@ -52,7 +50,10 @@ from benchmarks.peers_prune.blocks import Attention, Block, Mlp
 from benchmarks.peers_prune.parts import held
 from compiler.datafiles import recordings
 from compiler.evaluate.data import data_windows
+from compiler.evaluate.images import MEAN, SPREAD, picture_tensors, read_pictures
 from compiler.evaluate.loading import load_model, load_tokenizer
+from compiler.evaluate.metrics.features import nearest
+from compiler.evaluate.metrics.similarity import pair_rows, pairs_correlation
 from compiler.evaluate.texts import TextData
 from compiler.frontend import capture
 from compiler.pipeline import Pipeline
@@ -62,8 +63,8 @@ Inputs = Mapping[str, Tensor]
 Compute = Callable[[Inputs], Tensor]
 Scores = dict[str, float]
 LINEARS = {"role": "linear", "name": "*layer*"}
-IMAGE, NEIGHBOURS = 112, 10
-MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE = 112
+COUNTS = {"train": 60_000, "t10k": 10_000}
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,8 @@ def bert_blocks(model: Any) -> list[Block]:
 
 
 def similarities(original: list[Tensor], outputs: list[Tensor]) -> Scores:
-    def ranks(states: list[Tensor]) -> Tensor:
-        means = functional.normalize(torch.stack([state[0].mean(0) for state in states]).double())
-        pairs = torch.triu_indices(len(means), len(means), 1)
-        return (means @ means.T)[*pairs].argsort().argsort().double()
-
-    return {"spearman": torch.corrcoef(torch.stack([ranks(original), ranks(outputs)]))[0, 1].item()}
+    rows = pair_rows([state[0].mean(0) for state in outputs], [state[0].mean(0) for state in original])
+    return {"spearman": float(pairs_correlation(rows, np.ones((1, len(rows))))[0])}
 
 
 def dinov2(options: argparse.Namespace) -> Task:
@@ -123,17 +120,13 @@ def dinov2(options: argparse.Namespace) -> Task:
 def fashion(part: str) -> tuple[np.ndarray, Tensor]:
     """Pictures, uint8 [count, 28, 28], and labels of a part of Fashion-MNIST."""
 
-    def read(name: str, head: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((DATA / "fashion" / f"{part}-{name}-ubyte.gz").read_bytes())[head:], "u1")
-
-    return read("images-idx3", 16).reshape(-1, 28, 28), torch.from_numpy(read("labels-idx1", 8).astype(np.int64))
+    found = read_pictures(DATA / "fashion", part, COUNTS[part])
+    return found.pixels, found.labels
 
 
 def picture(grey: np.ndarray) -> Tensor:
     """What the model gets: [1, 3, 112, 112], scaled as its training pictures were."""
-    pixels = torch.from_numpy(grey.astype(np.float32))[None, None] / 255
-    large = functional.interpolate(pixels, size=(IMAGE, IMAGE), mode="bicubic").expand(-1, 3, -1, -1)
-    return (large - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(SPREAD).view(1, 3, 1, 1)
+    return next(picture_tensors(grey[None], IMAGE, MEAN, SPREAD))
 
 
 def at_size(model: Any) -> Any:
@@ -160,9 +153,8 @@ def dinov2_blocks(model: Any) -> list[Block]:
 
 def neighbours(original: list[Tensor], outputs: list[Tensor], labels: Tensor, truth: Tensor) -> Scores:
     def named(states: list[Tensor]) -> Tensor:
-        features = functional.normalize(torch.stack([state[0, 0] for state in states]))
-        known, asked = features[: len(labels)], features[len(labels) :]
-        return labels[(asked @ known.T).topk(NEIGHBOURS).indices].mode(1).values
+        features = torch.stack([state[0, 0] for state in states])
+        return nearest(features[: len(labels)], labels, features[len(labels) :])
 
     found = named(outputs)
     share = (found == truth).double().mean().item()

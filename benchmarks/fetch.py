@@ -10,6 +10,7 @@ import argparse
 import bz2
 import hashlib
 import html
+import json
 import re
 import shutil
 import struct
@@ -19,8 +20,9 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,6 +49,7 @@ SHA256 = {
     "flite": "f4ce03470bf9974c2cb9cacd981e6be29339ef4c97cf994dd6fa3f90e6544db9",
     "libflite1": "bfa8c591f1b47730b30b372ec38e02918a1c9795eada67684e1746390ad2f061",
     "dataset-fashion-mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    "lm-eval==0.4.13": "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
     "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -262,6 +265,26 @@ def fashion(work: Path) -> Path:
     return target
 
 
+def mmlu(work: Path) -> Path:
+    """The development questions of MMLU (MIT), 57 subjects, as items of the metric choices: data/mmlu.jsonl."""
+    target = DATA / "mmlu.jsonl"
+    if not target.exists():
+        wheel = from_pip("lm-eval==0.4.13", work)
+        prompts = json.loads(zipfile.ZipFile(wheel).read("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"))
+        questions = (item for subject, text in prompts.items() for item in asked(subject, text))
+        write(target, "".join(json.dumps(item) + "\n" for item in questions))
+    return target
+
+
+def asked(subject: str, text: str) -> Iterator[dict[str, Any]]:
+    """The questions of a worked example: ``Q: … (A) … (B) … A: … The answer is (B).``, apart by an empty line."""
+    for part in re.split(r"\n\nQ: ", text)[1:]:
+        stated, _, solution = part.partition("\nA: ")
+        question, *choices = re.split(r"\s+\([A-E]\) ", stated)
+        letter = re.findall(r"answer is \(([A-E])\)", solution)[-1]
+        yield {"question": question, "choices": choices, "answer": letter, "subject": subject}
+
+
 def speech(work: Path) -> Path:
     """Recordings: of people (BSD, GPL), of synthetic voices with Emma, for calibration, and Persuasion, for evaluation.
 
@@ -338,6 +361,7 @@ ALL: dict[str, Callable[[Path], Path]] = {
     "austen": austen,
     "brown": brown,
     "fashion": fashion,
+    "mmlu": mmlu,
     "speech": speech,
 }
 

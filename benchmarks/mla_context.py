@@ -16,8 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -26,81 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks.common import ROOT, show
 from compiler.evaluate import load_model, load_tokenizer
+from compiler.evaluate.metrics.base import stacked
+from compiler.evaluate.metrics.needle import FACTS, answered
+from compiler.evaluate.metrics.position import losses_by_position, window_losses
+from compiler.evaluate.reader import Reader
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = ROOT / "data" / "northanger.txt"
-PIECE = 512
-FIRST_BUCKET = 128
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence to hide, what is asked about it, and the start of the answer, which ``answer`` completes."""
-
-    sentence: str
-    question: str
-    start: str
-    answer: str
-
-
-# SmolLM2-135M answers these out of a short text, so that a loss shows.
-FACTS = (
-    Fact(
-        "The best thing to do in Oslo is to ride the yellow tram at midnight.",
-        "What is the best thing to do in Oslo?",
-        "The best thing to do in Oslo is to ride the",
-        " yellow tram at midnight",
-    ),
-    Fact(
-        "The museum in Lima was built by the engineer Tobias Hartmann.",
-        "Who built the museum in Lima?",
-        "The museum in Lima was built by the engineer",
-        " Tobias Hartmann",
-    ),
-    Fact(
-        "The name of the ship is the Silver Heron.",
-        "What is the name of the ship?",
-        "The name of the ship is the",
-        " Silver Heron",
-    ),
-    Fact(
-        "The pilot Alma Reyes was born in the city of Montevideo.",
-        "In which city was the pilot Alma Reyes born?",
-        "The pilot Alma Reyes was born in the city of",
-        " Montevideo",
-    ),
-)
-
-
-@dataclass
-class Reader:
-    """A model and a cache that holds ``length`` tokens."""
-
-    model: Any
-    cache: Any = None
-    length: int = 0
-
-    @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        """Take ``ids`` [tokens] into the cache; their logits, float32 [tokens, vocabulary]."""
-        result = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True)
-        self.cache, self.length = result.past_key_values, self.length + len(ids)
-        return result.logits[0].float()
-
-    def bytes(self) -> int:
-        """Memory of the tensors in the cache."""
-        layers = getattr(self.cache, "layers", ())
-        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
-
-
-def pieces(ids: Tensor) -> Iterator[Tensor]:
-    yield from ids.split(PIECE)
 
 
 def main() -> None:
@@ -150,23 +84,9 @@ def load(path: Path) -> Any:
 
 def positions(model: Any, filler: Tensor, options: argparse.Namespace) -> dict[str, float]:
     """Mean loss in nats of the tokens up to position 128, up to 256, and so on."""
-    losses = torch.stack([window_losses(model, ids) for ids in filler.split(options.length)[: options.windows]])
-    buckets: dict[str, float] = {}
-    begin, end = 0, FIRST_BUCKET
-    while begin < options.length:  # losses[i] is that of the token at i + 1, counted from 0
-        inside = losses[:, max(begin, 1) - 1 : end - 1]
-        buckets[f"{begin + 1} to {min(end, options.length)}"] = inside.mean().item()
-        begin, end = end, 2 * end
-    return buckets
-
-
-def window_losses(model: Any, ids: Tensor) -> Tensor:
-    """Losses of the tokens of ``ids`` [length] but the first: [length - 1]."""
-    reader, losses = Reader(model), list[Tensor]()
-    for piece in pieces(ids):
-        targets = ids[reader.length + 1 : reader.length + len(piece) + 1]
-        losses.append(functional.cross_entropy(reader.read(piece)[: len(targets)], targets, reduction="none"))
-    return torch.cat(losses)
+    windows = filler.split(options.length)[: options.windows]
+    found = stacked([losses_by_position(window_losses(model, ids)) for ids in windows])
+    return {part: float(rows[:, 0].sum() / rows[:, 1].sum()) for part, rows in found.items()}
 
 
 def needles(model: Any, tokenizer: Any, filler: Tensor, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -180,33 +100,6 @@ def needles(model: Any, tokenizer: Any, filler: Tensor, options: argparse.Namesp
     return found
 
 
-def answered(model: Any, tokenizer: Any, filler: Tensor, fact: Fact, length: int, depth: float) -> tuple[float, bool]:
-    """Log-probability of the answer after a prompt of about ``length`` tokens, and whether it is the greedy one."""
-    prompt = haystack(tokenizer, filler, fact, length, depth)
-    answer = torch.tensor(tokenizer(fact.answer, add_special_tokens=False).input_ids)
-    ids = torch.cat([prompt, answer])
-    reader = Reader(model)
-    for piece in pieces(prompt[:-1]):
-        reader.read(piece)
-    logits = reader.read(ids[len(prompt) - 1 : -1])
-    chosen = logits.log_softmax(-1).gather(1, answer[:, None])
-    return chosen.sum().item(), bool((logits.argmax(-1) == answer).all())
-
-
-def haystack(tokenizer: Any, filler: Tensor, fact: Fact, length: int, depth: float) -> Tensor:
-    """Filler with the fact after the sentence at ``depth`` of it, the question, and the start of the answer."""
-    room = length - len(tokenizer(f"{fact.sentence} {fact.question} {fact.start}").input_ids) - 48
-    text = tokenizer.decode(filler[:room], skip_special_tokens=True)
-    place = text.find(". ", int(depth * len(text))) + 1
-    story = f"{text[:place]} {fact.sentence}{text[place:]}" if place else f"{text} {fact.sentence}"
-    request = f"{story}\n\n{fact.question}"
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": request}]
-        asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return torch.tensor(tokenizer(asked + fact.start, add_special_tokens=False).input_ids)
-    return torch.tensor(tokenizer(f"{request}\n{fact.start}").input_ids)
-
-
 def decode(models: Sequence[Any], filler: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Per context length: every model's median seconds per token, the models in turns, and bytes of its cache."""
     readers = [Reader(model) for model in models]
@@ -216,8 +109,7 @@ def decode(models: Sequence[Any], filler: Tensor, options: argparse.Namespace) -
         if context > min(longest, len(filler)):
             break
         for reader in readers:
-            for piece in pieces(filler[reader.length : context - options.rounds]):
-                reader.read(piece)
+            reader.read_up_to(filler[: context - options.rounds])
         turns = [[timed(reader, filler) for reader in readers] for _ in range(options.rounds)]
         seconds = [median(times) for times in zip(*turns, strict=True)]
         found.append({"context": context, "seconds": seconds, "bytes": [reader.bytes() for reader in readers]})

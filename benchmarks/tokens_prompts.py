@@ -35,8 +35,8 @@ from backends.onnx.check import PAST, PRESENT, empty_cache, session
 from backends.onnx.write import save_models
 from benchmarks.common import ROOT, SMOLLM2, show
 from benchmarks.mla import RESULTS
-from benchmarks.mla_context import FACTS, haystack
 from compiler.evaluate import load_model, load_tokenizer
+from compiler.evaluate.metrics.needle import FACTS, haystack
 from compiler.frontend import capture
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of

@@ -8,6 +8,9 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from benchmarks import mla_context, mla_report, mla_windows
+from compiler.evaluate.metrics.needle import FACTS, haystack
+from compiler.evaluate.metrics.position import window_losses
+from compiler.evaluate.reader import Reader
 from tests.tiny import TEXT, byte_tokenizer
 
 TINY = {
@@ -57,28 +60,20 @@ def test_a_seed_picks_windows():
     assert all(pick == sorted(set(pick)) and len(pick) == 8 for pick in picks)
 
 
-@torch.no_grad()
-def test_losses_through_the_cache_are_those_of_one_forward(model):
-    ids = torch.randint(0, 256, (mla_context.PIECE + 200,), generator=torch.Generator().manual_seed(1))
-    logits = model(ids[None], use_cache=False).logits[0, :-1]
-    expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-    torch.testing.assert_close(mla_context.window_losses(model, ids), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_buckets_of_positions_hold_every_token_once(model):
     ids = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(1))
     found = mla_context.positions(model, ids, argparse.Namespace(length=300, windows=2))
     assert list(found) == ["1 to 128", "129 to 256", "257 to 300"]
-    everything = torch.stack([mla_context.window_losses(model, part) for part in ids.split(300)])
+    everything = torch.stack([window_losses(model, part) for part in ids.split(300)])
     counts = torch.tensor([127, 128, 44])
     assert (torch.tensor([*found.values()]) * counts).sum().item() / 299 == pytest.approx(everything.mean().item())
 
 
 @pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
 def test_a_needle_lies_where_it_should(depth):
-    tokenizer, fact = byte_tokenizer(), mla_context.FACTS[0]
+    tokenizer, fact = byte_tokenizer(), FACTS[0]
     filler = torch.tensor(tokenizer(TEXT)["input_ids"])
-    prompt = tokenizer.decode(mla_context.haystack(tokenizer, filler, fact, 1500, depth))
+    prompt = tokenizer.decode(haystack(tokenizer, filler, fact, 1500, depth))
     assert prompt.count(fact.sentence) == 1
     assert prompt.endswith(f"{fact.question}\n{fact.start}")
     assert abs(prompt.index(fact.sentence) / len(prompt) - depth) < 0.1
@@ -87,7 +82,7 @@ def test_a_needle_lies_where_it_should(depth):
 
 def test_the_cache_is_counted_in_bytes():
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
-    reader = mla_context.Reader(model)
+    reader = Reader(model)
     reader.read(torch.arange(10))
     assert reader.bytes() == 10 * 2 * 2 * 16 * 4
 

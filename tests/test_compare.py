@@ -1,0 +1,113 @@
+"""Outputs beside each other, the page of it, and the numbers of lm-eval."""
+
+import json
+import sys
+import types
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from compiler import cli
+from compiler.compare import compare, comparison_text, read_output
+from compiler.errors import CheckpointError, DataError, UsageError
+from compiler.evaluate.estimates import estimate, ratio
+from compiler.evaluate.harness import harness
+from compiler.report.pareto import pareto_page, pareto_picture
+from tests.small import write_model
+
+
+def write_output(folder, name, size, losses, data="same", **changes):
+    rows = np.stack([losses, np.ones(len(losses))], 1)
+    found = estimate(rows, ratio(np.exp), seed=0)
+    evaluation = {
+        "inputs": {"data": data, "seed": 0},
+        "metrics": {"perplexity": {"value": found.value, "low": found.low, "high": found.high}},
+        "rows": {"perplexity": rows.tolist()},
+    }
+    document = {
+        "output": {"tensor_bytes": size},
+        "ledger": {"after": {"cache_bytes_per_token": 8, "flops_per_token": 2 * size}},
+        "evaluation": evaluation | changes,
+    }
+    (folder / name / "compress").mkdir(parents=True)
+    (folder / name / "compress" / "report.json").write_text(json.dumps(document))
+    return folder / name
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    losses = np.random.default_rng(0).normal(3, 0.5, 20)
+    noisy = losses + np.random.default_rng(1).normal(0, 0.01, 20)
+    return [
+        write_output(tmp_path, "large", 4_000_000, losses),
+        write_output(tmp_path, "middle", 3_000_000, noisy),
+        write_output(tmp_path, "wasteful", 3_500_000, losses + 0.4),
+        write_output(tmp_path, "small", 1_000_000, losses + 0.2),
+    ]
+
+
+def test_what_is_noise_and_what_is_best_for_its_size(outputs):
+    found = compare([read_output(path) for path in outputs])
+    assert found.pairs["large", "middle"].noise == "within"
+    assert found.pairs["large", "small"].noise == "beyond"
+    assert "wasteful" not in found.best() and "small" in found.best()
+    text = comparison_text(found)
+    assert "perplexity, middle less large" in text and "within noise" in text
+    assert json.loads(json.dumps(found.to_dict()))["best"] == found.best()
+
+
+def test_the_picture_has_a_point_and_an_interval_for_each(outputs):
+    found = compare([read_output(path) for path in outputs], cost="flops")
+    picture = xml.etree.ElementTree.fromstring(pareto_picture(found))
+    points = {circle.get("class") for circle in picture.iter("circle")}
+    assert len(list(picture.iter("circle"))) == 4 and points == {"before", "after"}
+    whiskers = [line for line in picture.iter("line") if line.get("class") == "whisker"]
+    assert all(float(line.get("y2")) < float(line.get("y1")) for line in whiskers) and len(whiskers) == 4
+    page = pareto_page(found)
+    assert page.startswith("<!doctype html>") and "http" not in page and "middle less large" in page
+
+
+def test_names_are_escaped_in_the_page(tmp_path):
+    paths = [write_output(tmp_path, name, 10, np.ones(6)) for name in ("<b>", "c")]
+    assert "<b>" not in pareto_page(compare([read_output(path) for path in paths]))
+
+
+def test_what_cannot_be_compared_is_one_clear_error(tmp_path, outputs):
+    with pytest.raises(CheckpointError, match="is no output of compress-model"):
+        read_output(tmp_path)
+    first = read_output(outputs[0])
+    with pytest.raises(UsageError, match="the same name"):
+        compare([first, first])
+    other = read_output(write_output(tmp_path, "other", 1, np.ones(6), data="another"))
+    with pytest.raises(DataError, match="different data"):
+        compare([first, other])
+    nothing = read_output(write_output(tmp_path, "nothing", 1, np.ones(6), metrics={}))
+    with pytest.raises(DataError, match="no metric was measured of all outputs"):
+        compare([first, nothing])
+    with pytest.raises(DataError, match="not all outputs have `kl`"):
+        compare([first, read_output(outputs[1])], quality="kl")
+
+
+def test_the_command_writes_a_page_and_overwrites_none(outputs, tmp_path, capsys):
+    arguments = ["compare", *map(str, outputs), "--html", str(tmp_path / "page.html")]
+    assert cli.main(arguments) == 0
+    assert "best for their bytes of weights" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text().count("<circle") == 4
+    assert cli.main(arguments) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert cli.main(["compare", str(outputs[0])]) == 1
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_numbers_of_lm_eval_come_with_intervals(tmp_path, monkeypatch):
+    path = write_model(tmp_path)
+    with pytest.raises(DataError, match="lm-eval is not there"):
+        harness(str(path), ["arc"])
+    results = {"results": {"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,none": 0.25}}}
+    evaluator = types.SimpleNamespace(simple_evaluate=lambda **given: results)
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", evaluator)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", types.SimpleNamespace(HFLM=lambda **given: given))
+    found = harness(str(path), ["arc"])
+    assert found["lm-eval arc: acc"] == pytest.approx({"value": 0.5, "low": 0.304, "high": 0.696})
+    assert found["lm-eval arc: f1"] == {"value": 0.25, "low": 0.25, "high": 0.25}
