@@ -1,17 +1,20 @@
 """Encoders that go on with fewer tokens: how much faster ONNX Runtime is, and what becomes of what they are used for.
 
-``python benchmarks/tokens.py dinov2 minilm`` measures `drop-tokens` on DINOv2-small and all-MiniLM-L6-v2 with as many
-tokens behind every layer for all methods, beside dropping random ones and, of pictures, published ToMe, whose plain
-implementation (peers_tokens) runs in torch and is not timed.
+``python benchmarks/tokens.py dinov2 minilm whisper`` measures `drop-tokens` on DINOv2-small, all-MiniLM-L6-v2 and the
+encoder of Whisper tiny.en with as many tokens behind every layer for all methods, beside dropping random ones and, of
+pictures, published ToMe, whose plain implementation (peers_tokens) runs in torch and is not timed.
 
 DINOv2: Fashion-MNIST, enlarged. `cosine`: of the class token with the original's, the mean over pictures; `accuracy`,
 `agrees`: of the labels of its 10 nearest neighbours among others (as benchmarks/encoders.py).
-MiniLM: sentences of Brown, or passages of several (``--words``). `spearman`: rank correlation with the original's
-cosines of means over tokens, of all pairs. Means are over all tokens, dropped ones as they were then.
+MiniLM: passages of ``--words`` words of ``--text``. `spearman`: rank correlation with the original's cosines of means
+over tokens, of all pairs. Means are over all tokens, dropped ones as they were then. ``--heal`` so many tokens of Brown
+B to F: the first method once more, healed on them.
+Whisper: recordings of people, half a minute each; its own decoder writes what the encoder's states say. `wer`: words
+that differ from what it writes with the original's, by the words of that; `same`: share of recordings without any.
 
 `times`: how often as fast as the original ONNX Runtime is on a batch, both in turns, by processor time of one thread,
-medians; `predicted`: the same by FLOPs of the products with weights. ``python benchmarks/fetch.py minilm dinov2 brown
-fashion`` gets models and data.
+medians; `predicted`: the same by FLOPs of the products with weights. ``python benchmarks/fetch.py minilm dinov2 whisper
+brown fashion speech`` gets models and data.
 """
 
 from __future__ import annotations
@@ -34,23 +37,27 @@ import onnxruntime
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
 from backends.onnx import emit, propose
 from benchmarks import encoders
 from benchmarks.common import ROOT, show
-from benchmarks.encoders import fashion, neighbours, similarities
+from benchmarks.encoders import LINEARS, fashion, neighbours, similarities
 from benchmarks.fetch import DATA, MODELS
 from benchmarks.mla import RESULTS
 from benchmarks.peers_tokens import tome
-from compiler.evaluate.loading import load_model, load_tokenizer
+from compiler.evaluate.loading import load_extractor, load_model, load_tokenizer
+from compiler.evaluate.speech import speech_features
 from compiler.frontend import capture
 from compiler.ir.facts import flops_per_token
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
-from compiler.pipeline import Pipeline
-from passes import DropTokens
+from compiler.pipeline import Pass, Pipeline
+from passes import DropTokens, Heal
 
 BATCH, TURNS = 8, 15
+KEEP = {"minilm": (0.85, 0.7, 0.6, 0.5), "whisper": (0.85, 0.7, 0.55, 0.4)}
+SCORES: tuple[Any, ...] = ("received", "class", "key-norm", "recency", "random")
 Feeds = Mapping[str, np.ndarray]
 Scores = dict[str, float]
 
@@ -62,8 +69,9 @@ class Task:
     graph: Graph
     batches: list[Feeds]
     score: Callable[[Sequence[Tensor], Sequence[Tensor]], Scores]
-    methods: Mapping[str, DropTokens]
+    methods: Mapping[str, Sequence[Pass]]
     peer: Callable[[Feeds], Tensor] | None = None
+    calibration: Sequence[Mapping[str, Tensor]] = ()
 
 
 class Session:
@@ -108,6 +116,7 @@ def dinov2(options: argparse.Namespace) -> Task:
     common: dict[str, Any] = {"keep": left(tokens, merged, 12), "prefix": 1}
     methods = {
         "merge: bipartite": DropTokens(merge="bipartite", **common),
+        "merge: bipartite, compare: stream": DropTokens(merge="bipartite", compare="stream", **common),
         "merge: bipartite, not proportional": DropTokens(merge="bipartite", proportional=False, **common),
         "merge: average": DropTokens(merge="average", **common),
         "score: class": DropTokens(score="class", **common),
@@ -126,7 +135,11 @@ def dinov2(options: argparse.Namespace) -> Task:
     def peer(feeds: Feeds) -> Tensor:
         return published(torch.from_numpy(feeds["pixel_values"]))[:, None]
 
-    return Task(graph, batches, score, methods, peer)
+    return Task(graph, batches, score, alone(methods), peer)
+
+
+def alone(methods: Mapping[str, DropTokens]) -> dict[str, Sequence[Pass]]:
+    return {name: [method] for name, method in methods.items()}
 
 
 def left(tokens: int, merged: int, layers: int) -> tuple[int, ...]:
@@ -139,10 +152,7 @@ def left(tokens: int, merged: int, layers: int) -> tuple[int, ...]:
 
 def minilm(options: argparse.Namespace) -> Task:
     tokenizer = load_tokenizer(MODELS / "minilm")
-    lines = [line for line in (DATA / "brown_a.txt").read_text(encoding="utf-8").splitlines() if len(line) >= 40]
-    words = " ".join(lines).split()
-    passages = [" ".join(words[i : i + options.words]) for i in range(0, len(words) - options.words, options.words)]
-    chosen = sorted(passages[:: max(1, len(passages) // (2 * options.score))][: 2 * options.score], key=len)
+    chosen = sorted(passages(options.text, options.words, 2 * options.score), key=len)
     batches = [_padded(tokenizer(chosen[i : i + BATCH])["input_ids"]) for i in range(0, len(chosen), BATCH)]
     masks = [torch.from_numpy(batch["attention_mask"])[..., None] for batch in batches]
 
@@ -153,13 +163,76 @@ def minilm(options: argparse.Namespace) -> Task:
 
         return similarities(means(original), means(found))
 
-    keep = tuple(options.keep)
-    layers = options.layers
-    common: dict[str, Any] = {"keep": keep, "layers": layers}
-    scores: tuple[Any, ...] = ("received", "class", "key-norm", "recency", "random")
-    methods = {"merge: bipartite": DropTokens(merge="bipartite", **common)}
-    methods |= {f"score: {name}": DropTokens(score=name, **common) for name in scores}
-    return Task(capture(load_model(MODELS / "minilm")), batches, score, methods)
+    common: dict[str, Any] = {"keep": tuple(options.keep or KEEP["minilm"]), "layers": options.layers or "0-3"}
+    by_stream, by_keys = (DropTokens(merge="bipartite", compare=by, **common) for by in ("stream", "keys"))
+    methods = alone({"merge: bipartite, compare: stream": by_stream, "merge: bipartite": by_keys})
+    methods |= alone({f"score: {name}": DropTokens(score=name, **common) for name in SCORES})
+    windows: list[Mapping[str, Tensor]] = []
+    if options.heal:
+        budget: dict[str, Any] = {"layer_tokens": 0, "tokens": options.heal, "adapters": options.adapters}
+        heal = Heal(where=LINEARS, rate=5e-3, of="means", **budget)
+        methods = {"merge: bipartite, compare: stream, healed": [by_stream, heal]} | methods
+        windows = calibration(tokenizer, options)
+    return Task(capture(load_model(MODELS / "minilm")), batches, score, methods, calibration=windows)
+
+
+def passages(text: str, words: int, count: int) -> list[str]:
+    """``count`` passages of so many words of a text, evenly spaced."""
+    lines = [line for line in (DATA / f"{text}.txt").read_text(encoding="utf-8").splitlines() if len(line) >= 40]
+    every = " ".join(lines).split()
+    found = [" ".join(every[i : i + words]) for i in range(0, len(every) - words, words)]
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def calibration(tokenizer: Any, options: argparse.Namespace) -> list[Mapping[str, Tensor]]:
+    """Passages of Brown B to F of as many tokens each, those of which most of the scored ones have about as many."""
+    length = round(1.25 * options.words)
+    count = 1 + options.heal // length // 5
+    rows = [
+        tokenizer(passage, truncation=True, max_length=length)["input_ids"]
+        for genre in "bcdef"
+        for passage in passages(f"brown_{genre}", options.words + options.words // 5, count)
+    ]
+    return [{"input_ids": torch.tensor([row])} for row in rows if len(row) == length]
+
+
+def whisper(options: argparse.Namespace) -> Task:
+    model = load_model(MODELS / "whisper")
+    tokenizer, extractor = load_tokenizer(MODELS / "whisper"), load_extractor(MODELS / "whisper", model.config)
+    clips = speech_features(extractor, DATA / "speech" / "people", options.clips, 0)
+
+    def written(states: Tensor) -> str:
+        with torch.inference_mode():
+            ids = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=states), max_new_tokens=96)
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    def score(original: Sequence[Tensor], found: Sequence[Tensor]) -> Scores:
+        pairs = [(written(x).lower().split(), written(y).lower().split()) for x, y in zip(original, found, strict=True)]
+        wrong = [differing(*pair) for pair in pairs]
+        cosine = torch.stack([F.cosine_similarity(x, y, dim=-1).mean() for x, y in zip(original, found, strict=True)])
+        total = sum(len(words) for words, _ in pairs)
+        return {"cosine": cosine.mean().item(), "wer": sum(wrong) / total, "same": wrong.count(0) / len(wrong)}
+
+    common: dict[str, Any] = {"keep": tuple(options.keep or KEEP["whisper"]), "layers": options.layers}
+    methods = {
+        "merge: bipartite": DropTokens(merge="bipartite", **common),
+        "merge: bipartite, compare: stream": DropTokens(merge="bipartite", compare="stream", **common),
+        "merge: average": DropTokens(merge="average", **common),
+        "score: received": DropTokens(score="received", every=8, **common),
+        "score: random": DropTokens(score="random", **common),
+    }
+    batches = [{"input_features": clip.numpy()} for clip in clips]
+    return Task(capture(model.get_encoder()), batches, score, alone(methods))
+
+
+def differing(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many words have to be written, left out or put in to make one text of the other."""
+    row = list(range(len(other) + 1))
+    for place, word in enumerate(one, 1):
+        last, row[0] = row[0], place
+        for i, own in enumerate(other, 1):
+            last, row[i] = row[i], min(row[i] + 1, row[i - 1] + 1, last + (word != own))
+    return row[-1]
 
 
 def _padded(ids: list[list[int]]) -> Feeds:
@@ -169,7 +242,7 @@ def _padded(ids: list[list[int]]) -> Feeds:
     return {"input_ids": padded, "attention_mask": mask}
 
 
-TASKS = {"dinov2": dinov2, "minilm": minilm}
+TASKS = {"dinov2": dinov2, "minilm": minilm, "whisper": whisper}
 
 
 def rows(task: Task) -> Iterator[dict[str, Any]]:
@@ -180,10 +253,10 @@ def rows(task: Task) -> Iterator[dict[str, Any]]:
     if task.peer is not None:
         found = [task.peer(feeds) for feeds in task.batches]
         yield {"method": "published ToMe", "times": "", "predicted": "", **task.score(original, found)}
-    for name, method in task.methods.items():
+    for name, methods in task.methods.items():
         graph = copy_of(task.graph)
         graph.sources = dict(task.graph.sources)
-        Pipeline([method]).run(graph)
+        Pipeline(list(methods)).run(graph, calibration=lambda _: list(task.calibration))
         session = Session(graph)
         found = [session(feeds) for feeds in task.batches]
         slow, fast = times([whole, session], longest)
@@ -196,9 +269,13 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=[*TASKS], metavar="MODEL", help=", ".join(TASKS))
     parser.add_argument("--image", type=int, default=112, help="pixels of an enlarged picture's side")
     parser.add_argument("--merged", type=int, help="tokens fewer behind every layer of DINOv2")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4, 0.3], help="of MiniLM, for each layer")
-    parser.add_argument("--layers", default="0-2", help="of MiniLM")
+    parser.add_argument("--keep", type=float, nargs="+", help="of MiniLM and Whisper, for each layer")
+    parser.add_argument("--layers", help="of MiniLM and Whisper")
     parser.add_argument("--words", type=int, default=60, help="in a passage")
+    parser.add_argument("--text", default="brown_k", help="that passages are of, a file in data")
+    parser.add_argument("--heal", type=int, default=0, help="tokens that MiniLM is healed on")
+    parser.add_argument("--adapters", type=int, default=384, help="rank of what heals; 384 is all of it")
+    parser.add_argument("--clips", type=int, default=12, help="recordings")
     parser.add_argument("--score", type=int, default=100, help="half as many as pictures asked about, or passages")
     parser.add_argument("--name", default="latest", help="of the file in benchmarks/results")
     options = parser.parse_args()

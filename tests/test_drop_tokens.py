@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from backends.onnx import emit, propose, verify
 from compiler.errors import PassError, TargetError
@@ -185,6 +186,16 @@ def test_learnt_tokens_remain():
     for name, learnt in (("vit", 1), ("deit", 2), ("dinov2", 1), ("clip_vision", 1), ("siglip_vision", 0)):
         _, reduced = dropped(name, keep=0.5)
         assert {node.attr("prefix") for node in reduced.nodes_named("token_select")} == {learnt}
+
+
+def test_registers_remain_beside_the_class_token():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    graph = capture(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)).eval())
+    given = {"pixel_values": torch.randn(2, 3, 24, 24)}
+    Pipeline([DropTokens(keep=0.5, merge="bipartite", compare="stream")]).run(graph)
+    values, _ = observed(graph, given)
+    assert all((index[:, :4] == torch.arange(4)).all() for index in composed(graph, values))
+    assert {node.attr("prefix") for node in graph.nodes_named("token_match")} == {4}
 
 
 REFUSED = {
