@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backends.gguf import emit
+from benchmarks.gguf_blocks import by_llama_cpp
 from compiler.ir.execute import run
 from compiler.job import compress
 from compiler.pipeline import Pipeline
@@ -15,10 +16,12 @@ from compiler.plan import make_plan
 from compiler.recipe import Recipe
 from compiler.target import gguf_emission
 from compiler.weights.checkpoint import open_checkpoint
+from compiler.weights.ops.gguf.blocks import Blocks
 from compiler.weights.ops.gguf.layouts import LAYOUTS
 from passes import Quantize
 from tests.captures import saved
 from tests.llama_cpp import gpt2_tokenizer, log_probabilities
+from tests.test_gguf_blocks import laplace, loss
 from tests.test_gguf_written import FAMILY_OPTIONS, WIDTHS
 
 TOKENS = [3, 17, 40, 22, 9, 31, 5, 12]
@@ -53,6 +56,20 @@ def test_families_are_computed_alike(name, tmp_path):
 def test_blocks_are_computed_alike(kind, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 256, "layers": 1}
     assert farthest("llama", tmp_path, [Quantize(type=kind)], **wide) < ROUNDED
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", sorted(LAYOUTS))
+def test_rounding_loses_less_than_llama_cpp_does(kind, weighted):
+    """On the same bytes, with an importance matrix and without."""
+    weight, energy = laplace(16, 1024), torch.ones(1024)
+    if weighted:
+        energy = torch.rand(1024, generator=torch.Generator().manual_seed(1)).pow(4) + 1e-3
+    codec = Blocks(kind).for_matrix(weight, energy)
+    parts = weight.unflatten(-1, (-1, codec.group))
+    parameters = codec.fit(parts, energy.reshape(parts.shape[1:]))
+    ours = codec.decode(codec.encode(parts, parameters), parameters).flatten(1)
+    assert loss(ours, weight, energy) < loss(by_llama_cpp(kind, weight, energy if weighted else None), weight, energy)
 
 
 @pytest.fixture(scope="module")
