@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ NO_EXTRACTOR = "nothing says how audio features are made for the model"
 EXTRACTOR = "put the preprocessor_config.json of the model beside it"
 
 
-def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> Any:
-    """The model in ``path`` as plain transformers loads it, in evaluation mode. Raises CheckpointError."""
+def load_model(
+    path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, rounding: bool = True
+) -> Any:
+    """The model in ``path`` as plain transformers loads it, in evaluation mode. Raises CheckpointError.
+
+    Without ``rounding`` a model of compressed-tensors takes activations, and keys and values, as they are.
+    """
     import transformers
 
     location, arguments = location_of(path)
@@ -31,6 +36,8 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
             config = transformers.AutoConfig.from_pretrained(location, **arguments)
             factory = _model_class(transformers, config)
             quantised = getattr(config, "quantization_config", None) is not None
+            if quantised and not rounding:
+                config.quantization_config = _weights_alone(config.quantization_config)
             wanted = "auto" if quantised else getattr(torch, dtype)
             if "gguf_file" not in arguments:
                 arguments["use_safetensors"] = True  # never a pickle
@@ -42,6 +49,13 @@ def load_model(path: str | Path, *, dtype: str = "float32", trust_remote_code: b
             where=str(path),
             remedy="load it with transformers alone, and correct what it names",
         ) from reason
+
+
+def _weights_alone(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of compressed-tensors that says nothing of activations."""
+    groups: Mapping[str, Any] = quantization.get("config_groups", {})
+    plain = {name: {**group, "input_activations": None, "output_activations": None} for name, group in groups.items()}
+    return {**quantization, "config_groups": plain, "kv_cache_scheme": None}
 
 
 def _check_config(file: Path) -> None:
