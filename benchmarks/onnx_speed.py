@@ -31,6 +31,7 @@ PASSES: dict[str, str] = {
     "int4, blocks of 32": "[quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
     "int4, blocks of 64": "[quantize: {where: linear, bits: 4, group: 64, tied: copy}]",
     "int4, blocks of 32, cache int8": "[quantize: {where: linear, bits: 4, group: 32, tied: copy, cache: int8}]",
+    "int4, blocks of 32, zero points": "[quantize: {where: linear, bits: 4, group: 32, symmetric: false, tied: copy}]",
     "latent half, int4 of 32": "[gqa-to-mla: {rank: 128, rope-dim: 64},"
     " quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
 }
