@@ -84,6 +84,12 @@ def test_prompts_of_fewer_tokens(options, tmp_path):
     check_prompts("llama", options, tmp_path)
 
 
+def test_caches_are_not_rounded():
+    _, reduced = dropped("llama", keep=0.6, layers="0")
+    with pytest.raises(TargetError, match="is not rounded"):
+        emission_of(reduced, "generated", cache_bits=8)
+
+
 def test_the_code_can_be_read(tmp_path, golden):
     _, reduced = dropped("llama", depth=4, keep=(0.7, 0.4), layers="0,2", score="last")
     for file, text in written_for(emission_of(reduced, "generated")).items():

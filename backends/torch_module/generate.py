@@ -55,6 +55,8 @@ def _assembly(graph: Graph, cache_bits: int) -> Assembly:
     extras = Extras()
     _add_extras(list(graph.nodes), extras)
     staged = add_stages(graph, extras)
+    if staged and cache_bits:
+        raise TargetError("what scores tokens of prompts reads keys as they are: their cache is not rounded")
     _check_by_token(graph, "input_ids", graph.nodes)
     nodes = [*graph.nodes, *(staged.nodes if staged else ())]
     body_path = _body_path(graph)
