@@ -108,7 +108,7 @@ def test_sizes_by_layer_are_kept_where_they_are_nearer_to_the_original(tmp_path)
     assert {"sizes uniform", "sizes by layer", "as it is cut", "refitted"} == tried.keys()
     chosen = min((tried["sizes uniform"], tried["sizes by layer"]), key=lambda trial: trial.distance)
     assert chosen.chosen
-    assert chosen.distance == pytest.approx(tried["as it is cut"].distance, rel=1e-5), "what is weighed is not what is cut"
+    assert chosen.distance == pytest.approx(tried["as it is cut"].distance, rel=1e-5), "not what is cut"
     widths = [site.down.input(0).shape[-1] for site in mlp_sites(job.graph)]
     assert all(width % 8 == 0 for width in widths)
 
