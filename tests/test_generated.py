@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, BertForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from backends.safetensors import emit
 from backends.torch_module.code import wrapped
@@ -277,87 +277,6 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", ["sizes by layer", "windows", "some layers", "no rotation"])
-def test_latents_are_cached_in_few_bits(kind, bits, tmp_path):
-    """Without the cache nothing changes; with it the error is that of rounding, and a token takes so many bytes."""
-    name, ranks, pairs, normed = LATENT[kind]
-    graph = latent_graph(capture(FAMILIES[name].build(3, layers=3)), ranks, pairs, normed=normed)
-    directory = tmp_path / f"{kind.replace(' ', '_')}_{bits}"
-    directory.mkdir()
-    emit(emission_of(graph, cache_bits=bits), graph.sources, directory)
-    layers = check_rounded_cache(graph, load_model(directory, trust_remote_code=True), bits, name)
-    for layer, rank, count in zip(layers, ranks, pairs, strict=True):
-        assert layer.keys.dtype == torch.uint8
-        if rank >= 0:
-            assert layer.keys.shape[-1] == packed_bytes(rank, bits)
-            assert layer.values.shape[-1] == packed_bytes(2 * count, bits)
-
-
-def check_rounded_cache(graph: Graph, model, bits: int, name: str) -> list:
-    """What a cache of few bits has to be like. Gives back its layers after twelve tokens."""
-    given = FAMILIES[name].inputs(batch=2, tokens=12)
-    logits = run(graph, given)["logits"]
-    with torch.no_grad():
-        assert error(model(**given, use_cache=False).logits, logits) <= tolerance(graph)
-        output = model(**given)
-        assert tolerance(graph) < error(output.logits, logits) < {8: 0.05, 4: 0.6}[bits]  # the weights are random
-        ids = given["input_ids"]
-        cache = model(input_ids=ids[:, :7]).past_key_values
-        continued = model(input_ids=ids[:, 7:], past_key_values=cache).logits
-        assert error(continued, output.logits[:, 7:]) <= tolerance(graph)
-        model.config.cache_bits = 0
-        assert error(model(**given).logits, logits) <= tolerance(graph)
-    return output.past_key_values.layers
-
-
-@pytest.mark.parametrize(("name", "bits"), [("llama", 8), ("llama", 4), ("gemma2", 8), ("gemma3", 4), ("gpt_oss", 8)])
-def test_keys_and_values_are_cached_in_few_bits(name, bits, tmp_path):
-    """Of windows only what they see; one group of bytes for each token and head."""
-    graph = capture(FAMILIES[name].build(3, layers=2))
-    emit(emission_of(graph, cache_bits=bits), graph.sources, tmp_path)
-    layers = check_rounded_cache(graph, load_model(tmp_path, trust_remote_code=True), bits, name)
-    for layer, node in zip(layers, graph.nodes_named("attention"), strict=True):
-        _, groups, _, size = node.input(1).shape
-        kept = (node.attr("window") or 13) - 1
-        assert layer.keys.dtype == torch.uint8
-        assert layer.keys.shape == layer.values.shape == (2, groups, min(kept, 12), packed_bytes(size, bits))
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", [1, 7, 16, 64, 65, 130, 192])
-def test_what_is_packed_comes_back_rounded(bits, size, tmp_path):
-    """Within half a step of the group that an element is in; a bfloat16 scale makes a step up to 2^-8 off."""
-    graph = latent_graph(capture(FAMILIES["llama"].build(3, layers=2)), (8, 8), (2, 2))
-    directory = tmp_path / "packed"
-    directory.mkdir()
-    emit(emission_of(graph, cache_bits=bits), graph.sources, directory)
-    module = sys.modules[type(load_model(directory, trust_remote_code=True)).__module__]
-    magnitudes = torch.tensor([1e-6, 1, 40, 1e4, 3])[:, None]
-    x = torch.randn(2, 5, size, generator=torch.Generator().manual_seed(size)) * magnitudes
-    x[0, 0] = 0
-    found = module.unpack(module.pack(x, bits), size, bits, torch.float32)
-    width = -(-size // -(-size // 64))
-    width += width % 2
-    for start in range(0, size, width):
-        part = slice(start, start + width)
-        largest = x[..., part].abs().amax(-1, keepdim=True)
-        step = largest / (2 ** (bits - 1) - 1)
-        assert ((found - x)[..., part].abs() <= 0.5 * step + largest * 2.0**-8 + 1e-30).all()
-    basis = module.CompressedLlamaLatentRotation.basis(size)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(size), rtol=0, atol=4 * size * torch.finfo(torch.float32).eps)
-
-
-def packed_bytes(size: int, bits: int) -> int:
-    """One group: codes of an even number of elements, and a scale of two bytes."""
-    return (size + size % 2) * bits // 8 + 2 if size else 0
-
-
-def test_few_bits_need_a_cache():
-    with pytest.raises(TargetError, match="a cache of fewer bits is for models that continue"):
-        emission_of(capture(FAMILIES["bert"].config(), architecture=FAMILIES["bert"].architecture), cache_bits=8)
-
-
 GOLDEN = ROOT / "tests" / "golden" / "generated"
 KERNELS = ROOT / "backends" / "kernels"
 SHOWN = {"sizes by layer": None, "windows": None, "caps": 4, "some layers": None, "norms of heads": 8}
@@ -394,51 +313,6 @@ def test_the_code_is_formatted_and_typed(command, tmp_path):
     tool = Path(sys.executable).with_name(command[0])
     done = subprocess.run([tool, *command[1:], "generated"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-ENCODERS = [
-    "bert", "roberta", "modernbert", "vit", "deit", "dinov2", "clip_vision", "clip_text", "siglip_vision",
-    "siglip_text",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_a_generated_encoder_computes_what_its_graph_computes(name, tmp_path, golden):
-    family = FAMILIES[name]
-    graph = capture(family.build(3, layers=3))
-    model = written(graph, tmp_path / name)
-    if name in ("modernbert", "vit"):
-        for file in (tmp_path / name).glob("*.py"):
-            golden(GOLDEN / name / file.name, file.read_text())
-    given = {key: value for key, value in family.inputs().items() if key in graph.inputs}
-    with torch.no_grad():
-        found = model(**given)
-    for key, value in run(graph, given).items():
-        assert error(found[key], value) <= tolerance(graph)
-    model.save_pretrained(tmp_path / "again")
-    again = load_model(tmp_path / "again", trust_remote_code=True)
-    with torch.no_grad():
-        assert torch.equal(again(**given)[0], found[0])
-
-
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_padding_of_encoders_is_not_seen(name, tmp_path):
-    family = FAMILIES[name]
-    model = written(capture(family.build(3, layers=3)), tmp_path / name)
-    ids = family.inputs(batch=2, tokens=9)["input_ids"]
-    mask = torch.cat((torch.ones(2, 9), torch.zeros(2, 4)), 1).long()
-    with torch.no_grad():
-        alone = model(input_ids=ids).logits
-        padded = model(input_ids=torch.cat((ids, ids[:, :4]), 1), attention_mask=mask, labels=ids[:, [0] * 13])
-    assert error(padded.logits[:, :9], alone) <= 1e-5
-    assert padded.loss > 0
-
-
-def test_image_classes_learn(tmp_path):
-    family = FAMILIES["vit"]
-    model = written(capture(family.build(3, layers=2)), tmp_path / "vit").train()
-    model(**family.inputs(), labels=torch.tensor([0, 1])).loss.backward()
-    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_what_cannot_be_generated_is_refused_by_name():
@@ -487,21 +361,6 @@ def test_it_compiles_without_graph_breaks(kind, tmp_path):
         caches = [model(input_ids=ids).past_key_values for _ in range(2)]
         step = compiled(input_ids=ids[:, :1], past_key_values=caches[0]).logits
         torch.testing.assert_close(step, model(input_ids=ids[:, :1], past_key_values=caches[1]).logits)
-
-
-def test_sequences_are_classified_and_classes_learn(tmp_path):
-    config = FAMILIES["bert"].config(layers=2)
-    config.num_labels, config.architectures = 3, ["BertForSequenceClassification"]
-    torch.manual_seed(0)
-    source = BertForSequenceClassification(config).eval()
-    graph = capture(source)
-    model = written(graph, tmp_path / "classes")
-    given = FAMILIES["bert"].inputs(batch=3)
-    with torch.no_grad():
-        assert error(model(**given).logits, source(**given).logits) <= tolerance(graph)
-    model.train()(**given, labels=torch.tensor([0, 2, 1])).loss.backward()
-    assert all(weight.grad is not None for weight in model.parameters())
-    assert model.config.num_labels == 3
 
 
 SAME = """

@@ -12,10 +12,12 @@ from backends.safetensors import emit
 from compiler.evaluate import load_model
 from compiler.frontend.capture import capture
 from compiler.target import emission_of
+from passes.prune.depth import blocks_of, take_out
 from tests import test_generated_pairs as pairs
 from tests.families import FAMILIES
 from tests.latent import latent_graph
-from tests.test_generated import CAUSAL, LATENT, NEW_TOKENS, error, generated, greedy, written
+from tests.test_generated import CAUSAL, LATENT, NEW_TOKENS, error, generated, greedy, tolerance, written
+from tests.test_prune import context
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
@@ -56,6 +58,22 @@ def test_static_caches_hold_latents(kind, tmp_path):
         model(input_ids=ids, past_key_values=cache)
     for layer, rank, pair in zip(cache.layers, ranks, count, strict=True):
         assert rank < 0 or (*layer.keys.shape[:2], layer.keys.shape[3], layer.values.shape[3]) == (2, 1, rank, 2 * pair)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_a_first_layer_may_have_no_attention(name, tmp_path):
+    """Then it holds nothing, and another one knows how many tokens came before."""
+    graph = capture(FAMILIES[name].build(3, layers=3))
+    take_out(graph, blocks_of(graph, context(graph), ["sublayers"])[:1])
+    assert len(graph.nodes_named("attention")) == 2
+    model, ids = written(graph, tmp_path / name), FAMILIES[name].inputs(batch=2, tokens=6)["input_ids"]
+    check_static(model, graph, ids)
+    longer, mask = padded(ids)
+    with torch.no_grad():
+        whole = model(input_ids=longer, attention_mask=mask).logits
+        cache = model(input_ids=longer[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+        last = model(input_ids=longer[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    assert error(last, whole[:, -1:]) <= tolerance(graph)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -10,16 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from compiler.ir.graph import Graph
+from compiler.ir.layers import layer_of
 
 
 def cache_context(graph: Graph, bits: int) -> dict[str, Any]:
     """What the templates of attention and of caches need to know."""
     keyed = any(node.attr("causal") for node in graph.nodes_named("attention"))
     return {
+        "first_cached": first_cached(graph),
         "latent_softcap": any(node.attr("softcap") for node in graph.nodes_named("latent_attention")),
         "rounded_keys": bool(bits and keyed),
         "cache_bits": bits,
     }
+
+
+def first_cached(graph: Graph) -> int:
+    """The first layer of which something is cached: it knows how many tokens came before."""
+    nodes = [node for node in graph.nodes_named("attention", "latent_attention") if node.attr("causal")]
+    return min((layer.index for node in nodes if (layer := layer_of(node.scope))), default=0)
 
 
 def cache_helpers(graph: Graph, context: dict[str, Any]) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_helpers, window_config
+from backends.torch_module.caches import cache_helpers, first_cached, window_config
 from backends.torch_module.code import names_in
 from backends.torch_module.model_code import TopWriter, without_call
 from backends.torch_module.module import Model
@@ -40,13 +40,14 @@ class CausalAssembly(Assembly):
         return {"use_cache": True, **window_config(windows), **bits}
 
     def _window(self, layer: Body) -> int | None:
+        """None where it sees all tokens before, 0 where it does not attend."""
         found = [item for body in layer.walk() for item in body.items if isinstance(item, Node)]
         windows = [node.attr("window") for node in found if node.op.name in ATTENTION]
         if len(windows) > 1:
             raise TargetError(
                 f"{layer.path} attends {len(windows)} times, which a generated module's cache cannot hold"
             )
-        return windows[0] or None if windows else None
+        return windows[0] or None if windows else 0
 
     def top(self) -> str:
         extras, prefix = self.model.extras, self.model.prefix
@@ -116,7 +117,8 @@ class CausalAssembly(Assembly):
         if len(masks) > 1:
             self.model.helpers.add("causal_masks")
             return f"causal_masks({known}, self.config.attention_windows)"
-        return f"causal_mask({known}{'' if 0 in masks else ', 0, self.config.attention_windows[0]'})"
+        first = first_cached(self.graph)
+        return f"causal_mask({known}{'' if 0 in masks else f', {first}, self.config.attention_windows[{first}]'})"
 
     def _embedding(self, tokens: Value) -> str:
         node = next((user for user in tokens.users if user.op.name == "embedding"), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_helpers
+from backends.torch_module.caches import cache_helpers, first_cached
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
 from backends.torch_module.model_code import TopWriter, without_call
@@ -196,7 +196,7 @@ class PairAssembly(Assembly):
                 "past = past_length(past_key_values, input_ids.device)",
                 "keys = length = input_ids.shape[1]",
                 "if past_key_values is not None:",
-                "    keys, _ = past_key_values.get_mask_sizes(length, 0)",
+                f"    keys, _ = past_key_values.get_mask_sizes(length, {first_cached(self.graph)})",
                 f"{KEYS} = torch.arange(keys, device=input_ids.device)",
                 f"{QUERIES} = torch.arange(length, device=input_ids.device) + past",
             ]
