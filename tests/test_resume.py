@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compiler import job
 from compiler.errors import OutputError
 from compiler.output import OutputDirectory
+from compiler.recipe import Recipe
 from compiler.weights.expr import load
 from compiler.weights.journal import Journal
 from compiler.weights.source import MemorySource
+from compiler.weights.spill import Progress
 from compiler.weights.writer import write
 from tests.jobs import LAYERS, run_job, run_recipe, start
 from tests.small import write_folder, write_recipe
@@ -96,6 +99,22 @@ def test_a_whole_job_killed_and_run_again_gives_the_same_output(passes, rest, tm
         assert untimed(out) == expected
 
 
+def test_a_run_that_stopped_in_its_reports_reports_the_same(tmp_path, monkeypatch):
+    recipe = Recipe.load(write_recipe(write_folder(tmp_path)))
+
+    def stop(findings, directory):
+        (directory / "README.md").write_text("half of a")
+        raise Stop
+
+    monkeypatch.setattr(job, "write_reports", stop)
+    with pytest.raises(Stop):
+        job.compress(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    job.compress(recipe, tmp_path / "out")
+    job.compress(recipe, tmp_path / "whole")
+    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")
+
+
 def untimed(directory):
     return {name: data for name, data in contents(directory).items() if not name.endswith("timings.json")}
 
@@ -166,6 +185,20 @@ def test_a_torn_journal_loses_only_its_last_line(tmp_path):
     assert Journal(path, "job").finished == {"b", "d"}
 
 
+def test_a_damaged_line_or_bundle_is_done_again(tmp_path):
+    journal = Journal(tmp_path / "journal", "job")
+    journal.begin([])
+    journal.add(["layers.1"])
+    (tmp_path / "journal").write_text((tmp_path / "journal").read_text().replace("layers.1", "layers.7"))
+    assert Journal(tmp_path / "journal", "job").finished == frozenset()
+    progress = Progress(tmp_path)
+    progress.save("solved", {"w": torch.arange(64.0)})
+    (file,) = tmp_path.glob("solved*")
+    assert torch.equal(progress.load("solved")["w"], torch.arange(64.0))
+    file.write_bytes(file.read_bytes()[:-40] + b"x" + file.read_bytes()[-39:])
+    assert progress.load("solved") is None
+
+
 def test_an_output_appears_complete_or_not_at_all(tmp_path):
     with OutputDirectory(tmp_path / "out", "job") as output:
         (output.files / "weights").write_text("w")
@@ -217,8 +250,8 @@ def test_a_finished_job_says_so(tmp_path):
 
 
 def test_work_of_abandoned_jobs_goes_when_the_output_is_made(tmp_path):
-    for name, job in (("out", "0" * 16), ("out.v2", "1" * 16)):
-        with OutputDirectory(tmp_path / name, job):
+    for name, key in (("out", "0" * 16), ("out.v2", "1" * 16)):
+        with OutputDirectory(tmp_path / name, key):
             pass
     with OutputDirectory(tmp_path / "out", "2" * 16) as output:
         assert len(list(tmp_path.glob(".out.*.partial"))) == 3
