@@ -25,7 +25,7 @@ FAMILY_OPTIONS = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 128},
-    "qwen3_moe": {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 128},
+    "qwen3_moe": {"moe_intermediate_size": 768, "norm_topk_prob": True, "head_dim": 128},
     "gemma2": GEMMA,
     "gemma3": {**GEMMA, "layer_types": ["sliding_attention"] * 2},
 }
