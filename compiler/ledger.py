@@ -58,7 +58,7 @@ def bytes_by_layer(graph: Graph, bytes_of: Bytes | None = None) -> dict[str, int
     totals: dict[str, int] = {}
     for param in stored_params(graph):
         layer = layer_of(param.name)
-        scope = layer.scope if layer else ""
+        scope = layer.scope if layer and layer.scope != param.name else ""  # a numbered weight is no layer
         totals[scope] = totals.get(scope, 0) + (bytes_of or stored_bytes)(param)
     return totals
 
@@ -66,9 +66,7 @@ def bytes_by_layer(graph: Graph, bytes_of: Bytes | None = None) -> dict[str, int
 def matrices(graph: Graph, bytes_of: Bytes | None = None) -> list[Matrix]:
     """Every stored parameter of two or more axes, in order; no weight is read."""
     found = [param for param in stored_params(graph) if len(param.type.shape) > 1]
-    return [
-        Matrix(param.name, tuple(map(int, param.type.shape)), (bytes_of or stored_bytes)(param)) for param in found
-    ]
+    return [Matrix(param.name, tuple(map(int, param.type.shape)), (bytes_of or stored_bytes)(param)) for param in found]
 
 
 def stored_params(graph: Graph) -> list[Param]:

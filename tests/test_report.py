@@ -119,12 +119,14 @@ def test_model_card_reads_well(folder):
         "## What was done",
         "## Loading it",
         "## Before and after",
+        "## What to keep in mind",
         "## What was left alone, and why",
         "## Making it again",
     ]
     assert "DeepseekV3ForCausalLM.from_pretrained" in card
     assert "| perplexity | " in card
-    assert "computes the same function" in card and "changes what the model computes" in card
+    assert "computes the same as before" in card and "changes what the model computes" in card
+    assert "`quantize` with `where: [linear, norm], skip: [lm_head], bits: 4, group: 16` rewrote" in card
 
 
 def test_model_card_has_the_recipe_that_made_it(folder):

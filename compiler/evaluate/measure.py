@@ -201,7 +201,8 @@ def _given(
 def _inputs(text: TextData | None, items: Path | None, samples: int, length: int, seed: int) -> dict[str, Any]:
     data = fingerprint(text.data) if text else "random"
     asked = {} if items is None else {"items": fingerprint(items)}
-    return {"data": data, **asked, "samples": samples, "length": length, "seed": seed}
+    kind = kind_of(text.data) if text else "random"
+    return {"data": data, "kind": kind, **asked, "samples": samples, "length": length, "seed": seed}
 
 
 def _check_tokens(ours: int | None, theirs: int | None) -> None:

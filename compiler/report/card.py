@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from compiler.console import human_bytes
 from compiler.report.lock import recipe_text
-from compiler.report.text import Document, comparison, evaluated_on, skips, spelt, verification_sentence
+from compiler.report.text import Document, chosen_options, comparison, evaluated_on, skips, spelt, verification_sentence
 
 
 def model_card(document: Document) -> str:
     """The card as Markdown: what was done, how to load it, what was measured, what was left out, how to repeat it."""
-    sections = (_head, _done, _load, _measured, _left_alone, _repeat)
+    sections = (_head, _done, _load, _measured, _limits, _left_alone, _repeat)
     return "\n".join(line for section in sections for line in section(document)) + "\n"
 
 
@@ -26,13 +27,31 @@ def _head(document: Document) -> Iterator[str]:
     yield ""
     yield f"# {_name(model)}, compressed"
     yield ""
-    steps = [entry["name"] for entry in document["passes"]]
-    done = f"by {', then '.join(f'`{step}`' for step in steps)}" if steps else "without changing what it computes"
+    steps = [f"`{entry['name']}`" for entry in document["passes"]]
+    done = f"by {', then by '.join(steps)}" if steps else "without changing what it computes"
+    before, after = document["ledger"]["before"]["stored_bytes"], document["output"]["tensor_bytes"]
+    source, result = document["inputs"]["model"]["architecture"], document["output"]["architecture"]
+    kept = "the class is still" if source == result else "the class is now"
     yield (
-        f"This is `{_name(model)}` ({document['inputs']['model']['architecture']}), rewritten {done}. "
-        f"It is now a {document['output']['architecture']}."
+        f"This is `{_name(model)}`, rewritten {done} with compress-model; {kept} {result}. "
+        f"Its weights take {human_bytes(after)}, where the original's take {human_bytes(before)}."
     )
+    yield from _in_short(document["evaluation"])
     yield ""
+
+
+def _in_short(found: Document | None) -> Iterator[str]:
+    """One sentence on quality, where it was measured."""
+    if found is None:
+        return
+    ours, theirs = found["metrics"].get("perplexity"), found["reference"].get("perplexity")
+    if ours and theirs:
+        noise = (found.get("changes", {}).get("perplexity") or {}).get("noise")
+        said = ", a difference within noise" if noise == "within" else ""
+        yield (
+            f"Its perplexity on held-out data is {ours['value']:.4g}, where the original's is "
+            f"{theirs['value']:.4g}{said}; more is [below](#before-and-after)."
+        )
 
 
 def _name(model: str) -> str:
@@ -44,12 +63,12 @@ def _done(document: Document) -> Iterator[str]:
     yield "## What was done"
     yield ""
     for index, entry in enumerate(document["passes"], 1):
-        exact = "computes the same function" if entry["exact"] else "changes what the model computes"
-        options = spelt(entry["options"])
+        exact = "The model computes the same as before it." if entry["exact"] else "It changes what the model computes."
+        options = spelt(chosen_options(entry["name"], entry["options"]))
         places = len(entry["rewritten"])
         yield (
-            f"{index}. `{entry['name']}`{f' with `{options}`' if options else ''}: "
-            f"{places} {'place' if places == 1 else 'places'} rewritten; this step {exact}."
+            f"{index}. `{entry['name']}`{f' with `{options}`' if options else ''} rewrote "
+            f"{places} {'place' if places == 1 else 'places'}. {exact}"
         )
     if not document["passes"]:
         yield "Nothing but the file format."
@@ -90,6 +109,21 @@ def _measured(document: Document) -> Iterator[str]:
     yield ""
     yield verification_sentence(document)
     yield evaluated_on(document)
+    yield ""
+
+
+def _limits(document: Document) -> Iterator[str]:
+    yield "## What to keep in mind"
+    yield ""
+    if not all(entry["exact"] for entry in document["passes"]):
+        yield (
+            "- It does not answer exactly as the original does. The numbers above hold for the data they were measured "
+            "on; other data, such as code or another language, may lose more. Try it on what you need it for."
+        )
+    if "calibration" in document["recipe"]:
+        data = document["recipe"]["calibration"]["data"]
+        yield f"- It was calibrated on `{data}`. What that does not show may have been taken for useless."
+    yield "- What the original may be used for, its licence and its biases hold for this model too."
     yield ""
 
 

@@ -81,7 +81,7 @@ def matrix_picture(before: Sequence[Document], after: Sequence[Document]) -> str
     end is what the row takes in all. "" when no matrix lies in a layer.
     """
     old, new = ({matrix["name"]: matrix for matrix in each} for each in (before, after))
-    names = [name for name in {**old, **new} if layer_of(name) is not None]
+    names = [name for name in {**old, **new} if inside_layer(name)]
     most, totals = dict[str, int](), dict[str, list[int]]()
     for name in names:
         row = _place(_short(name))[0]
@@ -99,6 +99,12 @@ def matrix_picture(before: Sequence[Document], after: Sequence[Document]) -> str
     }
     aside = {row: f"{human_bytes(one)} → {human_bytes(other)}" for row, (one, other) in totals.items()}
     return _grid(cells, "every matrix before and after, by layer", aside) if cells else ""
+
+
+def inside_layer(name: str) -> bool:
+    """Whether a weight of this name lies in a layer; a numbered weight is no layer of its own."""
+    layer = layer_of(name)
+    return layer is not None and layer.scope != name
 
 
 def bits_of(matrix: Document) -> float:

@@ -8,13 +8,27 @@ from typing import Any
 
 from compiler.console import human_bytes, human_count
 from compiler.ir.layers import layer_of
-from compiler.report.grid import bits_of, curve_picture, error_picture, kept_picture, matrix_picture
+from compiler.report.grid import (
+    bits_class,
+    bits_of,
+    curve_picture,
+    error_picture,
+    inside_layer,
+    kept_picture,
+    matrix_picture,
+)
 from compiler.report.lock import recipe_text
 from compiler.report.picture import layer_picture
 from compiler.report.text import Document, comparison, evaluated_on, skips, spelt, verification_sentence
 
 FOLDER = Path(__file__).parent
 BITS = {"bits2": "2", "bits4": "4", "bits8": "8", "bits16": "16", "bits32": "32"}
+QUALITY = {
+    "perplexity": "perplexity",
+    "kl": "KL to the original",
+    "agreement": "same top token",
+    "cosine": "cosine to the original",
+}
 Tile = Mapping[str, str]
 
 
@@ -24,7 +38,7 @@ def page(document: Document) -> str:
         "page.html.jinja",
         kicker="compress-model report",
         verified=verification_sentence(document),
-        conditions=evaluated_on(document),
+        conditions=evaluated_on(document).replace("`", ""),
         command=f"compress-model recipe.yaml -o {_file_name(document)}",
         command_note="recipe.yaml is what follows; compress/recipe.lock.yaml has the hashes of all that went into it.",
         **_common(document),
@@ -74,7 +88,7 @@ def _common(document: Document) -> dict[str, Any]:
         "comparison": comparison(document),
         "matrix_picture": drawn(matrix_picture(matrices["before"], matrices["after"])),
         "matrices": list(_matrices(matrices["before"], matrices["after"])),
-        "bits": list(BITS.items()),
+        "bits": [(kind, text) for kind, text in BITS.items() if kind in _bits(matrices["after"])],
         "sizes": list(_sizes(matrices["before"], matrices["after"])),
         "layer_picture": drawn(layer_picture(*(_layers(document["layers"][which]) for which in ("before", "after")))),
         "steps": list(_step_rows(document)),
@@ -86,6 +100,10 @@ def _common(document: Document) -> dict[str, Any]:
         "recipe": recipe_text(document["recipe"]),
         "versions": ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     }
+
+
+def _bits(matrices: Sequence[Document]) -> set[str]:
+    return {bits_class(bits_of(matrix)) for matrix in matrices if inside_layer(matrix["name"])}
 
 
 def _layers(sizes: Mapping[str, int]) -> Mapping[str, int]:
@@ -105,12 +123,12 @@ def _tiles(document: Document) -> Iterator[Tile]:
     yield _change("FLOPs a token", before["flops_per_token"], after["flops_per_token"], human_count)
     if before["cache_bytes_per_token"]:
         yield _change("cache a token", before["cache_bytes_per_token"], after["cache_bytes_per_token"], human_bytes)
-    for name in ("perplexity", "kl", "agreement", "cosine"):
+    for name, title in QUALITY.items():
         found = (document["evaluation"] or {"metrics": {}})["metrics"].get(name)
         if found is not None:
             note = f"{found['low']:.4g} to {found['high']:.4g}"
             theirs = document["evaluation"]["reference"].get(name)
-            yield {"name": name, "value": f"{found['value']:.4g}", "note": _was(theirs) or note}
+            yield {"name": title, "value": f"{found['value']:.4g}", "note": _was(theirs) or note}
 
 
 def _was(found: Mapping[str, float] | None) -> str:
@@ -119,7 +137,8 @@ def _was(found: Mapping[str, float] | None) -> str:
 
 def _change(name: str, before: float, after: float, show: Any) -> Tile:
     change = f", {100 * (after / before - 1):+.1f}\N{NO-BREAK SPACE}%" if before else ""
-    return {"name": name, "value": show(after), "note": f"was {show(before)}{change}"}
+    note = "as before" if after == before else f"was {show(before)}{change}".replace(" ", "\N{NO-BREAK SPACE}", 2)
+    return {"name": name, "value": show(after), "note": note}
 
 
 def _matrices(before: Sequence[Document], after: Sequence[Document]) -> Iterator[Sequence[str]]:
@@ -153,7 +172,7 @@ def _sizes(before: Sequence[Document], after: Sequence[Document]) -> Iterator[Ti
 
 def _part(name: str) -> str:
     layer = layer_of(name)
-    if layer is None:
+    if layer is None or not inside_layer(name):
         return name.removesuffix(".weight").rpartition(".")[2]
     inside = name.removeprefix(layer.scope).lstrip(".").split(".")
     return f"layers: {inside[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,13 @@ def comparison(document: Document) -> list[Row]:
 
 
 def _row(name: str, before: float, after: float, show: Any) -> Row:
-    return name, show(before), show(after), f"{100 * (after / before - 1):+.1f} %" if before else ""
+    return name, show(before), show(after), _change(before, after)
+
+
+def _change(before: float, after: float) -> str:
+    if not before:
+        return ""
+    return "same" if after == before else f"{100 * (after / before - 1):+.1f} %"
 
 
 def evaluation_text(found: Mapping[str, Any]) -> str:
@@ -74,7 +81,7 @@ def evaluation_text(found: Mapping[str, Any]) -> str:
             for name in ("prefill", "decode")
         ]
     inputs = found["inputs"]
-    conditions = f"{inputs['samples']} windows of {inputs['length']} tokens, in {found['dtype']}, 95 % intervals"
+    conditions = f"{items(inputs)}, in {found['dtype']}, 95 % intervals"
     if found["against"] is None:
         return "\n".join(
             [table([("", found["model"]), *((name, value) for name, _, value, _ in rows)]), "", conditions]
@@ -103,10 +110,15 @@ def evaluated_on(document: Document) -> str:
         return "The quality of the result was not measured: the recipe has no `evaluate`."
     inputs, data = found["inputs"], document["recipe"].get("evaluate", {}).get("data", "random tokens")
     return (
-        f"Quality was measured in {found['dtype']} on {inputs['samples']} windows of {inputs['length']} tokens of "
-        f"`{data}`; intervals are 95 % bootstrap intervals over the windows, and a difference whose paired interval "
-        "holds zero is within noise."
+        f"Quality was measured in {found['dtype']} on {items(inputs)} of `{data}`; intervals are 95 % bootstrap "
+        "intervals over these, and a difference whose paired interval holds zero is within noise."
     )
+
+
+def items(inputs: Mapping[str, Any]) -> str:
+    """How much was measured on: pictures, clips, or windows of tokens."""
+    what = {"pictures": "pictures", "speech": "clips"}.get(inputs.get("kind", "text"))
+    return f"{inputs['samples']} {what}" if what else f"{inputs['samples']} windows of {inputs['length']} tokens"
 
 
 def skips(entry: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -115,6 +127,23 @@ def skips(entry: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     for skip in entry["skipped"]:
         reasons.setdefault(skip["reason"], []).append(skip["scope"])
     return list(reasons.items())
+
+
+def chosen_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a pass's ``options`` that differ from its defaults."""
+    from compiler.report.lock import plain
+    from passes import pass_class, pass_names
+
+    if name not in pass_names():
+        return dict(options)
+    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(pass_class(name))}
+    usual = {key: plain(field.default) for key, field in fields.items() if field.default is not dataclasses.MISSING}
+    made = {
+        key: plain(field.default_factory())
+        for key, field in fields.items()
+        if field.default_factory is not dataclasses.MISSING
+    }
+    return {key: value for key, value in options.items() if key not in (usual | made) or value != (usual | made)[key]}
 
 
 def spelt(options: Mapping[str, Any]) -> str:
