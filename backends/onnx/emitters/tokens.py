@@ -16,7 +16,6 @@ from compiler.ir.graph import Node
 from compiler.ir.types import Dim, resolve_dim
 
 END = torch.iinfo(torch.int64).max
-HIGH = torch.finfo(torch.float32).max
 TINY = 1e-12
 APART = -4.0  # less than any cosine
 
@@ -128,15 +127,15 @@ def _pad(build: Builder, node: Node, keep: Dim, exists: ir.Value, index: ir.Valu
 def _protected(build: Builder, node: Node, exists: ir.Value | None) -> ir.Value:
     """The scores [B, T], with those of the ends above and those of padding below all others."""
     scores, tokens = build.arg(node, 0), node.input(0).shape[1]
-    prefix, suffix = node.attr("prefix"), node.attr("suffix")
+    prefix, suffix, high = node.attr("prefix"), node.attr("suffix"), torch.finfo(build.target.real).max
     place = build.masks.count(tokens) if exists is None else _places(build, exists)
     total = build.dim(tokens) if exists is None else _total(build, exists)
     if prefix:
         first = build.op("Less", place, build.scalar(prefix, torch.int64))
-        scores = build.op("Where", first, build.scalar(HIGH), scores)
+        scores = build.op("Where", first, build.scalar(high / 2), scores)
     if suffix:
         last = build.op("GreaterOrEqual", place, build.op("Sub", total, build.scalar(suffix, torch.int64)))
-        scores = build.op("Where", last, build.scalar(torch.inf), scores)
+        scores = build.op("Where", last, build.scalar(high), scores)
     if exists is None:
         return scores
     return build.op("Where", build.op("Cast", exists, to=ir.DataType.BOOL), scores, build.scalar(-torch.inf))
