@@ -10,7 +10,8 @@ from typing import Any
 from backends.torch_module.caches import cache_context
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import names_in, wrapped
-from backends.torch_module.module import ClassWriter, Model
+from backends.torch_module.model import Model
+from backends.torch_module.module import ClassWriter
 from backends.torch_module.packing import packed, shipped, tied_parts
 from backends.torch_module.program import Body, Extras
 from backends.torch_module.rendering import environment, field_of, render

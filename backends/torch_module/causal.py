@@ -8,8 +8,8 @@ from typing import Any
 from backends.torch_module.assembly import Assembly
 from backends.torch_module.caches import cache_helpers, first_cached, window_config
 from backends.torch_module.code import names_in
+from backends.torch_module.model import Model
 from backends.torch_module.model_code import TopWriter, without_call
-from backends.torch_module.module import Model
 from backends.torch_module.program import ATTENTION, Body, Loop
 from backends.torch_module.rendering import mapping, render, strings
 from backends.torch_module.stages import Staged

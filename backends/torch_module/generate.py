@@ -11,7 +11,7 @@ from backends.torch_module.classes import classes_of
 from backends.torch_module.code import camel, identifier
 from backends.torch_module.encoder import EncoderAssembly, add_masks, ending
 from backends.torch_module.layout import layout_of, parent
-from backends.torch_module.module import Model
+from backends.torch_module.model import Model
 from backends.torch_module.pair import (
     DECODER,
     PairAssembly,

@@ -8,7 +8,8 @@ from dataclasses import replace
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import call
 from backends.torch_module.forward import Forward
-from backends.torch_module.module import ClassWriter, Model
+from backends.torch_module.model import Model
+from backends.torch_module.module import ClassWriter
 from backends.torch_module.program import Body, Call, Loop
 from compiler.errors import TargetError
 from compiler.ir.graph import Node, Value

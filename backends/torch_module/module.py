@@ -3,100 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import call, identifier
 from backends.torch_module.forward import Context, Forward
-from backends.torch_module.layout import Layout, Leaf, below
-from backends.torch_module.names import argument_name
+from backends.torch_module.layout import Leaf, below
+from backends.torch_module.model import Model
 from backends.torch_module.packing import MODULES, SCHEME, scheme_name
-from backends.torch_module.program import Body, Call, Extras, Item, Loop
-from backends.torch_module.sizes import Sizes, frequencies_name, likely
+from backends.torch_module.program import Body, Call, Item, Loop
+from backends.torch_module.quantities import HINTS, OPERAND_SIZES, WORDS, heads_of, is_size, known, number_at, word
+from backends.torch_module.sizes import frequencies_name, likely
 from compiler.errors import TargetError
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.layers import layer_of
-from compiler.weights.source import Source
 
-ORDER = (
-    "input_ids",
-    "pixel_values",
-    "hidden_states",
-    "encoder_hidden_states",
-    "cos",
-    "sin",
-    "position_ids",
-    "attention_mask",
-    "encoder_attention_mask",
-    "past_key_values",
-)
 TYPES = {"attention_mask": "torch.Tensor | None", "encoder_attention_mask": "torch.Tensor | None"}
-OPERAND_SIZES = {
-    ("experts", 3): ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
-    ("experts", 4): ("num_experts", "hidden_size", "moe_intermediate_size"),
-    ("experts", 5): ("num_experts", "2 * moe_intermediate_size"),
-    ("experts", 6): ("num_experts", "hidden_size"),
-    ("attention", 5): ("num_attention_heads",),
-    ("matmul", 1): ("num_attention_heads", "head_dim", "qk_nope_head_dim + qk_rope_head_dim"),
-}
-"""What the sizes of weights are that operations take without a module around them."""
-
-WORDS = {"keep": "kept_tokens"}
-HINTS = {
-    "keep": ("kept_tokens",),
-    "count": ("num_experts_per_tok",),
-    "value": ("v_head_dim", "head_dim"),
-    "rotated": ("qk_rope_head_dim",),
-}
-"""What numbers of operations may be."""
-
-Argument = tuple[str, Value | None]
-
-
-@dataclass
-class Model:
-    """Everything about one generated model that its classes share. ``paired`` models are an encoder and a decoder;
-    ``helpers`` collects what classes use."""
-
-    prefix: str
-    layout: Layout
-    extras: Extras
-    sizes: Sizes
-    classes: dict[str, ModuleClass]
-    stacks: dict[str, Loop]
-    sources: Mapping[str, Source]
-    cache_bits: int = 0
-    paired: bool = False
-    helpers: set[str] = field(default_factory=set[str])
-
-    def arguments(self, body: Body) -> list[Argument]:
-        """What a module is called with, by name. Layers of one stack all take the same, used or not."""
-        stack = self.stacks.get(body.path.rpartition(".")[0])
-        own = self._named(body, stack)
-        if stack is None:
-            return own
-        if len(body.outputs) > 1:  # it is called by itself
-            return own
-        alike = [layer for layer in stack.layers if len(layer.outputs) == 1]
-        names = {name for layer in alike for name, _ in self._named(layer, stack)}
-        given = dict(own)
-        return [(name, given.get(name)) for name in sorted(names, key=_place)]
-
-    def _named(self, body: Body, stack: Loop | None) -> list[Argument]:
-        made = {value for layer in stack.layers for value in layer.outputs} if stack else set[Value]()
-        carried = {value for value in made if value.type.rank == 3} | ({stack.entering} if stack else set[Value]())
-        found: dict[str, Value] = {}
-        for value in sorted(body.inputs, key=lambda value: value not in carried):
-            kind = "hidden_states" if value in carried else argument_name(value, body, self.extras)
-            name = next(n for n in (kind, *(f"{kind}_{i}" for i in range(2, 99))) if n not in found)
-            found[name] = value
-        return sorted(found.items(), key=lambda pair: _place(pair[0]))
-
-
-def _place(name: str) -> tuple[int, str]:
-    base = name.rstrip("0123456789").rstrip("_")
-    return (ORDER.index(base) if base in ORDER else len(ORDER)), name
 
 
 class ClassWriter:
@@ -251,15 +173,15 @@ class ClassWriter:
 
     def _size(self, index: int, name: str, place: int | None) -> str:
         """A number at item ``index``: the same everywhere, an expression of quantities, or a quantity of its own."""
-        values = {body.path: _number_at(body.items[index], name, place) for body in self.module.bodies}
+        values = {body.path: number_at(body.items[index], name, place) for body in self.module.bodies}
         item = self._items()[index]
         distinct = set(values.values())
         if name == "scale":
             return self._scale(values)
-        if len(distinct) == 1 and not _is_size(item, name):
+        if len(distinct) == 1 and not is_size(item, name):
             return str(distinct.pop())
-        hints = HINTS.get(name) or _heads_of(item)
-        return self._attribute(values, hints, WORDS.get(name) or f"{_word(item)}_{name}")
+        hints = HINTS.get(name) or heads_of(item)
+        return self._attribute(values, hints, WORDS.get(name) or f"{word(item)}_{name}")
 
     def _scale(self, values: dict[str, Any]) -> str:
         hints = ("head_dim**-0.5", "(qk_nope_head_dim + qk_rope_head_dim) ** -0.5")
@@ -291,7 +213,7 @@ class ClassWriter:
         sizes = self.model.sizes
         word = identifier(word)
         name = next(
-            n for n in (word, *(f"{word}_{i}" for i in range(2, 99))) if not _known(sizes, sizes.known(n, self.part))
+            n for n in (word, *(f"{word}_{i}" for i in range(2, 99))) if not known(sizes, sizes.known(n, self.part))
         )
         for path, value in values.items():
             sizes.note(name, path, value)
@@ -471,61 +393,6 @@ def _plain(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else str(values)
 
 
-def _number_at(item: Item, name: str, place: int | None) -> Any:
-    assert isinstance(item, Node)
-    if name == "width":
-        return item.attr("stop") - item.attr("start")
-    if name in ("value", "rotated"):  # the width of the second of the two that attention caches
-        return item.input(2).shape[-1] if item.optional_input(2) is not None else 0
-    value = item.attr(name)
-    return value if place is None else value[place]
-
-
-def _is_size(item: Item, name: str) -> bool:
-    if name == "count":  # of a top-k that chooses experts
-        return isinstance(item, Node) and any(user.op.name == "experts" for user in item.outputs[1].users)
-    return name in ("heads", "width", "start", "stop", "shape", "value", "rotated", "keep")
-
-
 def _cached(node: Node) -> bool:
     """Whether what ``node`` attends to is cached token by token."""
     return node.op.name in ("attention", "latent_attention") and node.attr("causal")
-
-
-def _heads_of(item: Item) -> tuple[str, ...]:
-    """Whose heads a ``split_heads`` makes: those of the operand of attention that it becomes."""
-    if not isinstance(item, Node) or item.op.name != "split_heads":
-        return ()
-    either = ("num_attention_heads", "num_key_value_heads")
-    pending, seen = list(item.output.users), set[Node]()
-    while pending:
-        node = pending.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op.name == "attention":
-            ours = {value for value in node.inputs[:1] if value}
-            return either if _reaches(item, ours) else either[::-1]
-        if node.op.name in ("rope", "rms_norm", "layer_norm", "slice", "concat"):
-            pending += [user for output in node.outputs for user in output.users]
-    return either
-
-
-def _reaches(node: Node, values: set[Value]) -> bool:
-    """Whether ``node`` is among what makes ``values``, by way of operations that keep heads apart."""
-    pending = list(values)
-    while pending:
-        maker = pending.pop().node
-        if maker is node:
-            return True
-        if maker is not None and maker.op.name in ("rope", "rms_norm", "layer_norm", "slice", "concat", "mul"):
-            pending += [value for value in maker.inputs if value is not None and not isinstance(value, Param)]
-    return False
-
-
-def _word(item: Item) -> str:
-    return item.op.name if isinstance(item, Node) else "size"
-
-
-def _known(sizes: Sizes, name: str) -> bool:
-    return name in sizes.everywhere or name in sizes.by_layer

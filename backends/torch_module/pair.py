@@ -10,8 +10,8 @@ from backends.torch_module.assembly import Assembly
 from backends.torch_module.caches import cache_helpers, first_cached
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
+from backends.torch_module.model import Model
 from backends.torch_module.model_code import TopWriter, without_call
-from backends.torch_module.module import Model
 from backends.torch_module.program import ATTENTION, NOTHING, Body, Call, Extras, Loop
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
