@@ -197,8 +197,8 @@ def _processor(value: Any, new: Mapping[int, int]) -> Any:
 
 def _tokenizer(directory: Path) -> Document:
     document = _read(directory / TOKENIZER)
-    model = document.get("model")
-    kind = model.get("type") if _is_document(model) else None
+    model: Any = document.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
     if kind not in KINDS:
         cause = f"tokens of the kind {kind} cannot be left out" if document else f"there is no {TOKENIZER}"
         raise CheckpointError(cause, where=str(directory), remedy=f"tokenizers of {', '.join(KINDS)} can lose tokens")
