@@ -170,7 +170,7 @@ def minilm(options: argparse.Namespace) -> Task:
     windows: list[Mapping[str, Tensor]] = []
     if options.heal:
         budget: dict[str, Any] = {"layer_tokens": 0, "tokens": options.heal, "adapters": options.adapters}
-        heal = Heal(where=LINEARS, rate=5e-3, of="means", **budget)
+        heal = Heal(where=LINEARS, of="means", **budget)
         methods = {"merge: bipartite, compare: stream, healed": [by_stream, heal]} | methods
         windows = calibration(tokenizer, options)
     return Task(capture(load_model(MODELS / "minilm")), batches, score, methods, calibration=windows)
