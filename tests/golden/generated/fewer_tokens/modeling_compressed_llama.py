@@ -183,9 +183,7 @@ def select_prompt_tokens(
     return index, rank < keep
 
 
-def restore_prompt_tokens(
-    x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, present: torch.Tensor
-) -> torch.Tensor:
+def restore_prompt_tokens(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """x [batch, length, width] with y at the places ``index``, but for those that are padding."""
     y = torch.where(present[..., None], y, take_tokens(x, index))
     return x.scatter(1, index[..., None].expand(-1, -1, x.shape[2]), y)
