@@ -16,7 +16,7 @@ from compiler.plan import open_recipe_model
 from compiler.recipe import Recipe
 from compiler.report.card import model_card
 from compiler.report.grid import curve_picture, kept_picture
-from compiler.report.lock import job_key, lock_text, make_lock
+from compiler.report.lock import job_key, lock_text, make_lock, resolved
 from compiler.report.page import page
 from compiler.report.picture import layer_picture
 from compiler.report.text import comparison, summary
@@ -363,3 +363,8 @@ def test_letters_that_a_terminal_lacks_are_no_error():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Console(out=stream).result("caf\u00e9")
     assert stream.buffer.getvalue() == b"caf?\n"
+
+
+def test_the_lock_says_how_large_pictures_are(folder):
+    recipe = Recipe.load(write_recipe(folder, "[]", "inputs: {image: 32}\n", name="pictures.yaml"))
+    assert resolved(recipe)["inputs"] == {"image": 32}

@@ -43,6 +43,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with its includes merged in and every option spelt out."""
     text = recipe.text
     settled: dict[str, Any] = {"model": without_folder(text.get("model", recipe.model))}
+    if recipe.inputs.image is not None:
+        settled["inputs"] = {"image": recipe.inputs.image}
     if recipe.calibration is not None:
         settled["calibration"] = _options(recipe.calibration, text.get("calibration", {}))
     places = recipe.entries or (None,) * len(recipe.passes)
