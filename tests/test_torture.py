@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiler import cli
 from compiler.errors import CheckpointError, PassError
 from compiler.latency.table import Table
 from compiler.weights.tensorfile import read_header
@@ -69,6 +70,15 @@ def test_any_table_of_latencies_is_read_or_refused(tmp_path_factory, value):
     file.write_text(json.dumps(value if isinstance(value, list) else {"microseconds": value}), encoding="utf-8")
     outcome = judged(lambda: "" if all(seconds >= 0 for seconds in Table.read(file).seconds.values()) else "negative")
     assert outcome.kind in GOOD, outcome.detail
+
+
+def test_running_out_of_memory_is_one_error(monkeypatch, capsys):
+    def fail(options, console):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setitem(cli.COMMANDS, "passes", (cli._passes_options, fail))
+    assert cli.main(["passes"]) == 2
+    assert capsys.readouterr().err.startswith("error[memory]: there is not enough memory\nhelp: free some")
 
 
 def test_outcomes_are_told_apart():

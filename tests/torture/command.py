@@ -17,6 +17,7 @@ Preparation = Callable[..., None]
 
 def start(recipe: Path, out: Path, log: Path, prepare: Preparation | None = None, *arguments: object):
     """`compress-model RECIPE -o OUT` in a fresh process, after ``prepare(*arguments)`` there. ``log``: its messages."""
+    log.unlink(missing_ok=True)
     process = PROCESSES.Process(target=_run, args=(recipe, out, log, prepare, arguments))
     process.start()
     return process

@@ -71,6 +71,8 @@ def resumed(recipe: Path, out: Path, expected: dict[str, bytes]) -> Outcome:
 
 def _interrupted(recipe: Path, out: Path, sent: signal.Signals, wait: float) -> int | None:
     process = start(recipe, out, _log(out))
+    while process.exitcode is None and not _log(out).exists():  # the command has not begun
+        process.join(0.01)
     process.join(wait)
     if process.exitcode is None and process.pid is not None:
         os.kill(process.pid, sent)

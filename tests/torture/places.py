@@ -68,8 +68,8 @@ def full_disk(case: Case) -> Outcome:
 
 
 def little_memory(case: Case) -> Outcome:
-    """Some megabytes more than the program takes by itself."""
-    return case.after(case.attempt(_limit_memory, case.chance.randrange(1, 150) << 20))
+    """Up to 16 megabytes more than the program takes by itself."""
+    return case.after(case.attempt(_limit_memory, case.chance.randrange(1, 1000) << 14))
 
 
 def nowhere_to_write(case: Case) -> Outcome:
