@@ -11,7 +11,7 @@ from backends.torch_module.model_code import TopWriter
 from backends.torch_module.program import ATTENTION, Extras
 from backends.torch_module.rendering import mapping, render, strings
 from compiler.errors import TargetError
-from compiler.frontend.sizes import image_size
+from compiler.ir.facts import image_size
 from compiler.ir.graph import Graph, Value
 
 OUTPUTS = {

@@ -34,6 +34,7 @@ __all__ = [
     "coupling_groups",
     "expert_sites",
     "flops_per_token",
+    "image_size",
     "kv_cache_values",
     "latent_sites",
     "layers",
@@ -64,6 +65,15 @@ def model_dtype(graph: Graph) -> torch.dtype:
         if param.storage.is_floating_point and param.persistent:
             counts[param.storage] += param.type.numel
     return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def image_size(graph: Graph) -> dict[str, int | list[int]]:
+    """``image_size`` of a config, as the pictures that ``graph`` takes have it; nothing where it takes none."""
+    pixels = graph.inputs.get("pixel_values")
+    if pixels is None or pixels.type.rank != 4:
+        return {}
+    height, width = (int(size) for size in pixels.shape[2:])
+    return {"image_size": height if height == width else [height, width]}
 
 
 def kv_cache_values(graph: Graph) -> int:

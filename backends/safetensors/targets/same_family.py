@@ -9,7 +9,7 @@ from backends.safetensors.emission import Proposal, Refusal, missing_names
 from backends.safetensors.targets.sizes import smaller_config
 from backends.safetensors.targets.target import Target
 from backends.safetensors.unify import Mismatch
-from compiler.frontend.sizes import image_size
+from compiler.ir.facts import image_size
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint, bind
