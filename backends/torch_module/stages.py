@@ -139,6 +139,10 @@ def _code(node: ast.expr, name: str) -> str:
             return f"({scaled} + {more}) // {bottom}" if more else f"{scaled} // {bottom}"
         case ast.Call(func=ast.Name(id="Min"), args=[ast.Constant(value=int(most)), ast.Name()]):
             return f"{name}.clamp(max={most})"
+        case ast.Call(func=ast.Name(id="Max"), args=[part, ast.Call(args=[ast.Constant(value=int(least)), _])]):
+            return f"({_code(part, name)}).clamp(min={least})"  # no sample keeps more than it has
+        case ast.Call(func=ast.Name(id="Max"), args=[ast.Call(args=[ast.Constant(value=int(least)), _]), part]):
+            return f"({_code(part, name)}).clamp(min={least})"
         case _:
             raise TargetError(f"a generated module cannot keep {ast.unparse(node)} tokens")
 

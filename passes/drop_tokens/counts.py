@@ -15,7 +15,7 @@ FINEST = 1000  # parts of symbolic lengths are fractions with no larger denomina
 
 
 def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
-    """What remains of ``tokens`` after each of ``steps``; at least ``least``, where the length is known.
+    """What remains of ``tokens`` after each of ``steps``; at least ``least``, where there are as many.
 
     Raises PassError for a list of another length, one that grows, and a number in steps of an unknown length.
     """
@@ -78,9 +78,10 @@ def _between(tokens: Dim, keep: int, step: int, steps: int) -> int:
 
 def _count(tokens: Dim, keep: float | int, least: int) -> Dim:
     if isinstance(keep, int):
-        return max(keep, least) if isinstance(tokens, int) else canonical_dim(f"Min({keep},{tokens})")
+        return max(keep, least) if isinstance(tokens, int) else canonical_dim(f"Min({max(keep, least)},{tokens})")
     part = Fraction(keep).limit_denominator(FINEST)
     if isinstance(tokens, int):
         return max(math.ceil(part * tokens), least)
     top, bottom = part.numerator, part.denominator
-    return canonical_dim(f"floor(({tokens}*{top}+{bottom - 1})/{bottom})")
+    found = f"floor(({tokens}*{top}+{bottom - 1})/{bottom})"
+    return canonical_dim(f"Max({found},Min({least},{tokens}))" if least > 1 else found)

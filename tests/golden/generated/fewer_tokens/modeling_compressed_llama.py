@@ -298,7 +298,7 @@ class CompressedLlamaReducingLayer(GradientCheckpointingLayer):
         whole = hidden_states + self_attn_output
         scores = prompt_scores(query, key, present, self.scaling, rows="last")
         index, present = select_prompt_tokens(
-            scores, present, (7 * lengths + 9) // 10, past_key_values, self.layer_idx, prefix=1, suffix=1
+            scores, present, ((7 * lengths + 9) // 10).clamp(min=2), past_key_values, self.layer_idx, prefix=1, suffix=1
         )
         x = take_tokens(whole, index)
         return whole, index, present, x + self.mlp(self.post_attention_layernorm(x))
@@ -389,7 +389,7 @@ class CompressedLlamaReducingLayer2(GradientCheckpointingLayer):
         whole = hidden_states + self_attn_output
         scores = prompt_scores(query, key, present, self.scaling, rows="last")
         index, present = select_prompt_tokens(
-            scores, present, (2 * lengths + 4) // 5, past_key_values, self.layer_idx, prefix=1, suffix=1
+            scores, present, ((2 * lengths + 4) // 5).clamp(min=2), past_key_values, self.layer_idx, prefix=1, suffix=1
         )
         x = take_tokens(whole, index)
         return whole, index, present, x + self.mlp(self.post_attention_layernorm(x))
