@@ -94,7 +94,14 @@ def out_of_memory(reason: BaseException | None) -> bool:
     return known or said or out_of_memory(reason.__cause__ or reason.__context__)
 
 
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "Cannot allocate memory", "can't start new thread")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "std::bad_alloc",
+    "could not create a primitive",  # all that oneDNN says
+)
 
 
 def memory_error() -> RunError:
