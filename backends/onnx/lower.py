@@ -169,6 +169,8 @@ def _go_on_from_cache(build: Builder, graph: Graph) -> None:
             f"`{build.target.name}` has one length for the caches of all layers, and prompts lose tokens behind some"
         )
         raise TargetError(cause, where=named[0].choice.scope, remedy="write `target: ort-cpu` or `onnx`")
+    for node in graph.nodes_named("latent_attention") if named else ():
+        raise TargetError("latents are cached in one length for all layers", where=node.scope, remedy="drop no tokens")
     places = given_positions(graph, TOKENS)
     graph.prune()
     named = own_places(graph, named)
