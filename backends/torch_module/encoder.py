@@ -27,7 +27,7 @@ LOSSES = {
     "ForSequenceClassification": "self.loss_function(labels=labels, pooled_logits=logits, config=self.config)",
     "ForImageClassification": "self.loss_function(labels=labels, pooled_logits=logits, config=self.config)",
 }
-KEPT = ("id2label", "label2id", "problem_type", "num_channels")
+KEPT = ("id2label", "label2id", "problem_type", "image_size", "num_channels")
 
 
 def ending(graph: Graph) -> str:
@@ -59,8 +59,8 @@ class EncoderAssembly(Assembly):
         self.auto_classes: Mapping[str, str] = {f"AutoModel{self.ending.removesuffix('Model')}": self.ending}
 
     def own_config(self) -> dict[str, Any]:
-        source = self.graph.origin.config or {}
-        return {name: source[name] for name in KEPT if source.get(name) is not None} | image_size(self.graph)
+        source = {**(self.graph.origin.config or {}), **image_size(self.graph)}
+        return {name: source[name] for name in KEPT if source.get(name) is not None}
 
     def top(self) -> str:
         masks, prefix = self.model.extras.masks, self.model.prefix
