@@ -13,7 +13,7 @@ GGUF := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench bench-mla bench-smaller bench-gpu torture clean
+.PHONY: help demo test lint api matrix bench bench-mla bench-smaller bench-gpu torture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -49,6 +49,19 @@ test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, th
 	$(BIN)/python -m pytest -q -m "not real" -n 2 --ignore=tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 	$(BIN)/python -m pytest -q -m real
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+api: $(VENV)/.docs ## pages of all public docstrings, in out/api
+	$(BIN)/pdoc --output-directory out/api compiler.job compiler.frontend.capture compiler.pipeline compiler.recipe \
+	  compiler.ir.graph compiler.ir.facts compiler.ir.select compiler.ir.execute compiler.rewrite compiler.weights.expr \
+	  compiler.weights.ops.basic compiler.calibration compiler.evaluate passes backends.safetensors.emission \
+	  backends.torch_module.generate backends.onnx.emission backends.onnx.runner backends.gguf
+
+matrix: $(VENV)/.dev ## which pass goes with which family and target, written to docs/matrix.md
+	$(BIN)/python -m tests.matrix
 
 bench: $(VENV)/.user $(GGUF) ## measure what README's tables say
 	$(BIN)/python benchmarks/exactness.py
