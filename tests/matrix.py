@@ -1,12 +1,13 @@
 """What goes together: each family's tiny model, planned with each pass, and who would load the result.
 
-``python -m tests.matrix`` writes docs/matrix.md, ``--families llama bert`` shows the rows of these. A test holds some rows of the page to
-what the code says.
+``python -m tests.matrix`` writes docs/matrix.md, ``--families llama bert`` shows the rows of these. A test holds some
+rows of the page to what the code says.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,10 +40,12 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
 }
 HEAD = """# Which pass goes with which family, and what loads the result
 
-Made by `python -m tests.matrix` from the tiny models of the tests; a test holds rows of it to the code. **S**: a stock class of transformers;
-**G**: code of its own, where no stock class holds it; **O**: ONNX Runtime (`ort-cpu`); **L**: a GGUF file for llama.cpp; `-`: refused, for the
-reason below. Passes are taken with one setting each: `low-rank: {keep: 70%}`, `prune: {what: channels, keep: 80%}`, `gqa-to-mla` in its exact
-form, `drop-tokens: {keep: 50%}`. What is planned here is also run and reloaded by the tests of each pass, on the families that its page names.
+Made by `python -m tests.matrix` from the tiny models of the tests; a test holds rows of it to the code. **S**: a stock
+class of transformers; **G**: code of its own, where no stock class holds it; **O**: ONNX Runtime (`ort-cpu`); **L**: a
+GGUF file for llama.cpp; `-`: refused, for the reason below. Passes are taken with one setting each:
+`low-rank: {keep: 70%}`, `prune: {what: channels, keep: 80%}`, `gqa-to-mla` in its exact form,
+`drop-tokens: {keep: 50%}`. What is planned here is also run and reloaded by the tests of each pass, on the families
+that its page names.
 
 """
 
@@ -86,8 +89,9 @@ def _works(make: object, graph: Graph) -> bool:
 
 
 def _general(cause: str) -> str:
-    """A reason without the name of the weight or the number that one model has there."""
-    return cause.split("`: ")[-1] if cause.startswith("`") else cause
+    """A reason without the places and numbers that one model has there."""
+    cause = re.sub(r" \(\d+ more layers? .*\)$", "", cause)
+    return re.sub(r"(?<=[ :])[\w]+(\.[\w]+){2,}", "…", cause)
 
 
 def table(rows: Mapping[str, Row]) -> str:

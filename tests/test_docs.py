@@ -12,6 +12,8 @@ import passes
 from compiler import cli
 from compiler.cli import main
 from compiler.recipe import Recipe
+from tests import matrix
+from tests.families import FAMILIES
 from tests.small import write_folder
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,49 @@ def test_the_recipes_of_the_page_load(tmp_path):
         (tmp_path / name).write_text(text)
     loaded = [Recipe.load(tmp_path / name) for name, text in found if "model:" in text]
     assert [len(recipe.passes) for recipe in loaded] == [2, 3, 2]
+
+
+COOKBOOK = blocks("cookbook.md", "yaml")
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory):
+    """A folder with a tiny model and a text, and every recipe of the cookbook."""
+    folder = write_folder(tmp_path_factory.mktemp("kitchen"))
+    for name, text in COOKBOOK:
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, _ in COOKBOOK])
+def test_recipes_of_the_cookbook_are_planned(name, kitchen, capsys):
+    assert main(["plan", str(kitchen / f"{name}.yaml")]) == 0
+    assert "loads in" in capsys.readouterr().out
+
+
+def test_the_pipeline_of_the_cookbook_runs(kitchen, monkeypatch, capsys):
+    monkeypatch.chdir(kitchen)
+    ((_, text),) = blocks("cookbook.md", "python")
+    exec(compile(text, "cookbook.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("bytes\n")
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_rows_of_the_matrix_are_true(family):
+    written = matrix.PAGE.read_text().splitlines()
+    assert matrix.table({family: matrix.row_of(family)}).splitlines()[-1] in written
+
+
+def test_the_matrix_has_all_passes_and_families():
+    text = matrix.PAGE.read_text()
+    assert all(f"| {family} |" in text for family in FAMILIES)
+    assert set(passes.pass_names()) - {"heal"} == {title.split()[0] for title in list(matrix.PASSES)[1:]}
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 def options_of(command):
