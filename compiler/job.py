@@ -89,9 +89,10 @@ class _Run:
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
-        if has_labelled(wanted.data):
-            return picture_batches(graph, wanted.data, wanted.samples)
-        if image_files(wanted.data):
+        pictures = "pixel_values" in graph.inputs
+        if pictures and has_labelled(wanted.data):
+            return picture_batches(graph, path, wanted.data, wanted.samples)
+        if pictures and image_files(wanted.data):
             size = graph.inputs["pixel_values"].shape[2:]
             found = photographs(path, wanted.data, wanted.samples, wanted.seed, (int(size[0]), int(size[1])))
             return [{"pixel_values": each} for each in found]

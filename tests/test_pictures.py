@@ -51,6 +51,47 @@ def test_a_resized_table_is_a_table(mode, corners, antialias, after):
     torch.testing.assert_close(output, module(pixels), rtol=0, atol=1e-5)
 
 
+class Twice(nn.Module):
+    """One parameter, used in two ways that each make a table of it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.table, self.other = nn.Parameter(torch.randn(1, 6, 4, 4)), nn.Parameter(torch.randn(1, 2, 4, 4))
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.table[:, :2], self.table[:, 2:4]
+        if self.way == "parts":
+            made = [interpolate(part, size=(8, 8), mode="bilinear") for part in (first, second)]
+        elif self.way == "modes":
+            made = [interpolate(first, size=(8, 8), mode=mode) for mode in ("bilinear", "bicubic")]
+        else:
+            made = [torch.cat([first, self.other], 2), torch.cat([first, second], 2)]
+        return x + made[0] - 2 * made[1]
+
+
+@pytest.mark.parametrize("way", ["parts", "modes", "joined"])
+def test_tables_of_one_parameter_are_told_apart(way):
+    module = Twice(way).eval()
+    x = torch.randn(1, 2, 8, 4 if way == "joined" else 8)
+    (output,) = run(capture(module, inputs={"x": x}), {"x": x}).values()
+    torch.testing.assert_close(output, module(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [torch.clamp, torch.mul])
+def test_a_number_that_is_read_out_is_no_constant(way):
+    class ReadsOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("limit", torch.tensor(0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return way(x, self.limit.item())
+
+    with pytest.raises(CaptureError, match="a number that is computed"):
+        capture(ReadsOut().eval(), inputs={"x": torch.randn(2, 3)})
+
+
 def test_what_is_computed_is_not_resized():
     class Resized(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +159,7 @@ def folder(tmp_path):
 
 
 def test_image_files_are_pictures(folder):
-    assert kind_of(folder) == "pictures" and [path.name for path in image_files(folder)][-1] == "5.webp"
+    assert kind_of(folder, "pixel_values") == "pictures" and [path.name for path in image_files(folder)][-1] == "5.webp"
     before = fingerprint(folder)
     (folder / "1.jpg").unlink()
     assert fingerprint(folder) != before
@@ -155,6 +196,29 @@ def test_what_is_no_picture(folder, tmp_path):
     (folder / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot read the picture"):
         photographs(tmp_path, folder, 6, 0, (8, 8))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_eight_bits(mode, tmp_path):
+    Image.new(mode, (9, 9)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match="not one of eight bits"):
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+
+
+def test_what_a_file_is_called_does_not_decide_how_it_is_read(tmp_path):
+    (tmp_path / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(DataError, match="cannot read the picture"):
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+
+
+def test_a_directory_of_several_kinds_is_what_the_model_takes(folder):
+    before = fingerprint(folder)
+    (folder / "speech.wav").write_bytes(b"RIFF")
+    assert kind_of(folder, "input_features") == "speech" and kind_of(folder, "pixel_values") == "pictures"
+    with_sound = fingerprint(folder)
+    (folder / "1.jpg").write_bytes(b"other")
+    assert len({before, with_sound, fingerprint(folder)}) == 3
+    check_kind(["input_features"], folder, "Whisper")
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):

@@ -34,10 +34,11 @@ def data_windows(
     Raises DataError when the model takes other data, or the data is unfit.
     """
     check_kind([model.main_input_name], data.data, type(model).__name__)
-    if has_labelled(data.data):
+    pictures = model.main_input_name == "pixel_values"
+    if pictures and has_labelled(data.data):
         pixels = read_pictures(data.data, "t10k", data.samples).pixels
         return [Window({"pixel_values": each}) for each in model_pictures(model, path, pixels, image)]
-    if image_files(data.data):
+    if pictures and image_files(data.data):
         _, *size = image_shape(model.config)
         size = (image, image) if image else (size[0], size[1])
         found = photographs(path, data.data, data.samples, data.seed, size)

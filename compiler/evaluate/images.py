@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from compiler.datafiles import picture_files
 from compiler.errors import DataError
 from compiler.frontend.sizes import image_shape
 from compiler.ir.graph import Graph
+from compiler.weights.tensorfile import parse_json, read_document
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST = 1 << 31  # a compressed file can claim, and hold, any number of bytes
@@ -90,19 +90,30 @@ def model_pictures(model: Any, path: str | Path, pixels: Pixels, image: int | No
     """
     found = _preprocessor(Path(path))
     side = image or _side(found.get("crop_size") or found.get("size")) or image_shape(model.config)[-1]
-    return picture_tensors(pixels, side, found.get("image_mean", MEAN), found.get("image_std", SPREAD))
+    return picture_tensors(pixels, side, *_scale(found))
 
 
-def picture_batches(graph: Graph, folder: Path, samples: int) -> list[dict[str, Tensor]]:
-    """The first ``samples`` training pictures as inputs of ``graph``, of the size that it takes."""
+def picture_batches(graph: Graph, path: str | Path, folder: Path, samples: int) -> list[dict[str, Tensor]]:
+    """The first ``samples`` training pictures as inputs of ``graph``, of the size that it takes, with the mean and
+    spread that ``preprocessor_config.json`` of the model in ``path`` says."""
     side = int(graph.inputs["pixel_values"].type.shape[-1])
     pixels = read_pictures(folder, "train", samples).pixels
-    return [{"pixel_values": each} for each in picture_tensors(pixels, side, MEAN, SPREAD)]
+    return [{"pixel_values": each} for each in picture_tensors(pixels, side, *_scale(_preprocessor(Path(path))))]
 
 
 def _preprocessor(path: Path) -> dict[str, Any]:
     file = path / "preprocessor_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return parse_json(read_document(file), file) if file.is_file() else {}
+
+
+def _scale(preprocessor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and spread of the three colours. Raises DataError where a preprocessor names other than three numbers."""
+    scale = preprocessor.get("image_mean", MEAN), preprocessor.get("image_std", SPREAD)
+    for numbers in scale:
+        if not isinstance(numbers, list | tuple) or [isinstance(each, int | float) for each in numbers] != [True] * 3:
+            cause = f"the preprocessor scales pictures by {numbers}, which are no three numbers"
+            raise DataError(cause, remedy="correct preprocessor_config.json")
+    return scale
 
 
 def _side(size: Any) -> int | None:

@@ -128,7 +128,8 @@ def evaluate_model(
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
     text = None if data is None else TextData(Path(data), samples, length, seed)
     file_of_items = None if items is None else Path(items)
-    names = choose(metrics, _situation(model, against is not None, text, file_of_items is not None))
+    situation = _situation(model, against is not None, text, file_of_items is not None)
+    names = choose(metrics, situation)
     given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
     looks = any(isinstance(METRICS[name], Metric) for name in names)
     steps = (len(given.windows) if looks else 0) + len(_tasks(names))
@@ -148,7 +149,7 @@ def evaluate_model(
     return Evaluation(
         model=str(path),
         against=None if against is None else str(against),
-        inputs=_inputs(text, file_of_items, samples, length, seed),
+        inputs=_inputs(situation.data, text, file_of_items, samples, length, seed),
         dtype=dtype,
         positions=ours.positions,
         metrics=ours.estimates(seed),
@@ -169,7 +170,7 @@ def _situation(model: Any, compared: bool, text: TextData | None, items: bool) -
         paired=is_paired(model),
         generates=model.can_generate(),
         compared=compared,
-        data="" if text is None else kind_of(text.data),
+        data="" if text is None else kind_of(text.data, model.main_input_name),
         items=items,
     )
 
@@ -198,11 +199,12 @@ def _given(
     return Given(windows, base, text.data if text else None, items, samples, length, seed, tokenizer, image)
 
 
-def _inputs(text: TextData | None, items: Path | None, samples: int, length: int, seed: int) -> dict[str, Any]:
+def _inputs(
+    kind: str, text: TextData | None, items: Path | None, samples: int, length: int, seed: int
+) -> dict[str, Any]:
     data = fingerprint(text.data) if text else "random"
     asked = {} if items is None else {"items": fingerprint(items)}
-    kind = kind_of(text.data) if text else "random"
-    return {"data": data, "kind": kind, **asked, "samples": samples, "length": length, "seed": seed}
+    return {"data": data, "kind": kind or "random", **asked, "samples": samples, "length": length, "seed": seed}
 
 
 def _check_tokens(ours: int | None, theirs: int | None) -> None:

@@ -16,6 +16,9 @@ from compiler.evaluate.loading import quiet
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pictures, which most models of pictures are trained with."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+"""What is read, whatever a file is called: others run programs, or read other files."""
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 MOST_PIXELS = 64 * 2**20
 """A file that claims to be larger is refused before it is unpacked."""
 
@@ -79,9 +82,12 @@ def _opened(path: Path) -> Any:
             "image files need Pillow, which is not installed", remedy="pip install 'compress-model[pictures]'"
         ) from reason
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise DataError(f"a picture of {picture.width} x {picture.height} is too large", where=str(path))
+            if picture.mode not in MODES:
+                cause = f"a picture whose numbers are `{picture.mode}` is not one of eight bits a channel"
+                raise DataError(cause, where=str(path), remedy="save it with eight bits a channel")
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as reason:
         raise DataError(f"cannot read the picture: {reason}", where=str(path), remedy="leave it out") from reason
@@ -89,10 +95,19 @@ def _opened(path: Path) -> Any:
 
 def _made(processor: Any, picture: Any, size: tuple[int, int]) -> Tensor:
     if processor is not None:
-        return processor(picture, return_tensors="pt")["pixel_values"]
+        return _processed(processor, picture)
     pixels = torch.from_numpy(np.asarray(_cut(picture, size)).copy()).float() / 255
     centre, spread = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, SPREAD))
     return ((pixels.permute(2, 0, 1) - centre) / spread)[None]
+
+
+def _processed(processor: Any, picture: Any) -> Tensor:
+    try:
+        return processor(picture, return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, KeyError) as reason:
+        raise DataError(
+            f"the model's preprocessor does not take pictures: {reason}", remedy="correct preprocessor_config.json"
+        ) from reason
 
 
 def _cut(picture: Any, size: tuple[int, int]) -> Any:

@@ -187,6 +187,10 @@ class Importer:
         if isinstance(node.meta.get("val"), Tensor):
             self.out = self._type(node.meta["val"])
         handler = HANDLERS.get(name)
+        if isinstance(node.meta.get("val"), Tensor) and any(map(_is_read_out, node.all_input_nodes)):
+            raise self.fail(
+                "a number that is computed, and then taken for a constant, is not in the graph's vocabulary"
+            )
         if handler is None:
             raise self.fail(f"the operation `{node.target}` is not in the graph's vocabulary")
         try:
@@ -271,6 +275,11 @@ def _apply(handler: Callable[..., Any], args: list[Any], kwargs: Mapping[str, An
         return handler(*args, **kwargs)
     parts = [[a[index] if isinstance(a, Complex) else a for a in args] for index in (0, 1)]
     return Complex(handler(*parts[0], **kwargs), handler(*parts[1], **kwargs))
+
+
+def _is_read_out(node: fx.Node) -> bool:
+    """Whether a node is a number of Python that only a run knows, or is worked out from sizes."""
+    return isinstance(node.meta.get("val"), torch.SymFloat | torch.SymBool)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import count
 
 from compiler.ir.graph import Graph, Param, Value
 from compiler.weights.expr import Expr
@@ -27,6 +28,13 @@ def part(graph: Graph, param: Param, index: int, expr: Expr) -> Param:
     if name in graph.params:
         return graph.params[name]
     return graph.add_param(name, expr, param.storage, persistent=param.persistent)
+
+
+def table(graph: Graph, param: Param, expr: Expr) -> Param:
+    """A parameter ``<name>.table0`` that ``expr`` makes of ``param`` and maybe others, each different one another."""
+    names = (f"{param.name}.table{number}" for number in count())
+    name = next(name for name in names if name not in graph.params or graph.params[name].expr == expr)
+    return graph.params[name] if name in graph.params else graph.add_param(name, expr, param.storage)
 
 
 def of_parameter(value: Value) -> tuple[Param, Expr] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compiler.frontend.aten.shared import Handler
-from compiler.frontend.params import of_parameter, part
+from compiler.frontend.params import of_parameter, table
 from compiler.ir.graph import Value
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast, literal, matmul, reshape, transpose
@@ -30,8 +30,8 @@ def _resized(importer: Importer, x: Value, size: Any, corners: bool, scales: Any
     vertical, horizontal = scales or (None, None)
     across = _matrix(name, int(x.shape[3]), width, corners, horizontal)
     down = _matrix(name, int(x.shape[2]), height, corners, vertical)
-    param, table = found
-    return part(importer.graph, param, 0, _last_axis(_last_axis(cast(table, torch.float32), across), down))
+    param, stored = found
+    return table(importer.graph, param, _last_axis(_last_axis(cast(stored, torch.float32), across), down))
 
 
 def _last_axis(table: Expr, matrix: Expr) -> Expr:

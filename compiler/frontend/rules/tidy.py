@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from compiler.frontend.params import constant_values, of_parameter, part
+from compiler.frontend.params import constant_values, of_parameter, part, table
 from compiler.ir.graph import Node, Param, Value
 from compiler.rewrite.pattern import Match, attr, op, rule, var
 from compiler.rewrite.site import Refused, Rule, Site, made_by
@@ -193,7 +193,7 @@ def table_of_parts(site: Site) -> Value | None:
     if len(parts) < len(site.node.inputs) or len(parts) < 2:
         return None
     whole, axis = parts[0][0], site.node.attr("axis")
-    return part(site.graph, whole, 1, concat([cast(expr, whole.type.dtype) for _, expr in parts], axis))
+    return table(site.graph, whole, concat([cast(expr, whole.type.dtype) for _, expr in parts], axis))
 
 
 def _takes_rows(node: Node) -> bool:
