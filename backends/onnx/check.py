@@ -43,9 +43,9 @@ def largest_error(path: Path, vectors: Arrays) -> float:
     given = {name.removeprefix("in."): value for name, value in vectors.items() if name.startswith("in.")}
     expected = {name.removeprefix("out."): value for name, value in vectors.items() if name.startswith("out.")}
     if any(value.name.startswith(PAST) for value in model.get_inputs()):
-        return max(_decoded(model, given["input_ids"], expected["logits"], {}, vectors.get("decoded.logits")))
+        return _largest(_decoded(model, given["input_ids"], expected["logits"], {}, vectors.get("decoded.logits")))
     found = _run(model, given)
-    return max(_distance(found[name], value) for name, value in expected.items())
+    return _largest([_distance(found[name], value) for name, value in expected.items()])
 
 
 def _paired_error(encoder: Any, decoder: Any, vectors: Arrays) -> float:
@@ -57,7 +57,7 @@ def _paired_error(encoder: Any, decoder: Any, vectors: Arrays) -> float:
     crossed = {f"{PAST}.{name}": value for name, value in found.items() if ".encoder." in name}
     if "attention_mask" in given:
         crossed["encoder_attention_mask"] = given["attention_mask"]
-    return max(errors + _decoded(decoder, ids, vectors["out.logits"], crossed))
+    return _largest(errors + _decoded(decoder, ids, vectors["out.logits"], crossed))
 
 
 def _run(model: Any, feeds: Arrays) -> dict[str, Any]:
@@ -131,6 +131,11 @@ def dtype_of(value: Any) -> Any:
 
 def _distance(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / (np.abs(expected).max() or 1.0))
+
+
+def _largest(errors: list[float]) -> float:
+    """The largest error; NaN if one is NaN, which ``max`` keeps only where it comes first."""
+    return float(np.max(errors))
 
 
 def main() -> int:
