@@ -132,7 +132,7 @@ OPTIONS = {
     "by numbers": {"keep": (9, 5)},
     "by the first": {"keep": 0.5, "score": "class"},
     "by the last": {"keep": 0.5, "score": "last"},
-    "by some": {"keep": 0.5, "every": 3},
+    "by some": {"keep": 0.5, "score": "received", "every": 3},
     "keys": {"keep": 0.5, "score": "key-norm"},
     "recent": {"keep": 0.5, "score": "recency"},
     "ends": {"keep": 0.5, "prefix": 2, "suffix": 3},

@@ -75,7 +75,9 @@ class DropTokens(Pass):
                 option="score",
                 remedy="write `score: class`, `received` or `last`",
             )
-
+        if self.merge == "average" and self.score is not None:
+            cause = "`merge: average` merges neighbours, whatever the score"
+            raise PassError(cause, option="score", remedy="leave out `score`, or write `merge: none`")
         if self.tokens == "pictures" and (self.merge != "none" or self.alike):
             cause = "of pictures in a text, tokens are dropped by score"
             raise PassError(cause, option="tokens", remedy="leave out `merge`, and `score: similarity`")
@@ -85,6 +87,21 @@ class DropTokens(Pass):
         if self.skip == "mlp" and self.merge == "extra":
             cause = "what an MLP adds to a token more than there are has no place"
             raise PassError(cause, option="merge", remedy="write `merge: bipartite`, or leave it out")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """Raises PassError for an option that differs from its default where nothing reads it."""
+        weighed = self.skip == "layers" and self.merge in ("bipartite", "average")
+        received = self.score in (None, "received") and self.merge in ("none", "extra")
+        random = self.score == "random"
+        for option, read, when in (
+            ("compare", self.alike, "tokens are matched, as by `merge: bipartite` or `score: similarity`"),
+            ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
+            ("every", received, "queries are counted, by `score: received`"),
+            ("seed", random, "tokens go by chance, by `score: random`"),
+        ):
+            if not read and getattr(self, option) != getattr(DropTokens, option):
+                raise PassError(f"`{option}` is read where {when}", option=option, remedy=f"leave out `{option}`")
 
     @property
     def exact(self) -> bool:

@@ -43,6 +43,9 @@ def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -
     if kind == "class" and node.attr("causal"):
         cause = "the first token of a causal model attends to itself alone"
         raise PassError(cause, option="score", remedy="write `score: last` or `received`")
+    if kind != "received" and options.every != 1:
+        cause = "causal models score by their last token, and `every` is of `received`"
+        raise PassError(cause, option="every", remedy="write `score: received`, or leave out `every`")
     if kind in ROWS:
         attrs = {"rows": ROWS[kind], "scale": node.attr("scale"), "causal": node.attr("causal")}
         return ops("token_scores", query, key, **attrs, step=options.every if kind == "received" else 1)
