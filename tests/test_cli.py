@@ -341,6 +341,7 @@ def test_diff_of_equals(folder, run):
     assert [line for line in out.splitlines() if "the same" in line] == [
         "config.json: the same",
         "made by: the same",
+        "what passes did, and the error it made: the same",
         "tensors: the same",
         "values of the tensors that both have: the same",
     ]

@@ -1,5 +1,6 @@
 """Every recipe that ships is short, says what it is for, and runs on a tiny model into something that loads."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,20 @@ from compiler import Recipe, compress
 from passes import DropTokens
 from passes.heal import Heal
 from tests.captures import saved
+from tests.llama_cpp import gpt2_tokenizer
 from tests.small import write_model
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 LONGEST = 20
 OTHERS = {"tome-dinov2": "dinov2", "fewer-tokens-minilm": "bert"}
 """Recipes whose results no class of transformers holds, and the family of a tiny model of four layers for each."""
+BLOCKS = 256  # of a matrix whose rows have blocks of llama.cpp
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True, max_position_embeddings=512)
+    sizes = {"intermediate_size": BLOCKS, "max_position_embeddings": 512}
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True, **sizes)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -37,7 +41,18 @@ def test_a_recipe_for_onnx_alone_runs_in_onnx_runtime(name, tmp_path):
     assert verification["performed"] and (tmp_path / "out" / "onnx" / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in OTHERS], ids=lambda path: path.stem)
+def test_a_recipe_for_llama_cpp_alone_runs(tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "tiny")
+    gpt2_tokenizer(256).save_pretrained(model)
+    result = compress(Recipe.load(RECIPES[0].parent / "gguf-q4k.yaml", model=str(model)), tmp_path / "out")
+    assert result.document["gguf"]["verification"]["performed"]
+    assert (result.path / "gguf" / "model.gguf").exists()
+
+
+CHECKPOINTS = [path for path in RECIPES if path.stem not in {*OTHERS, "gguf-q4k"}]
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
 def test_a_recipe_runs_and_loads_in_transformers(path, tiny, tmp_path):
     result = compress(shortened(Recipe.load(path, model=str(tiny))), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)

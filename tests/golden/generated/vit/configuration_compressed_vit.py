@@ -19,8 +19,8 @@ class CompressedViTConfig(PreTrainedConfig):
     num_key_value_heads: int = 4
     head_dim: int = 12
     intermediate_size: int = 80
-    num_channels: int = 3
     image_size: int = 24
+    num_channels: int = 3
     tie_word_embeddings: bool = False
 
 
