@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ def trust_option(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let Python code that comes with a checkpoint run on this machine",
     )
+
+
+def whole(least: int, most: int = (1 << 63) - 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        if not least <= (value := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
+
+    read.__name__ = "whole number"  # what argparse says of a text that is none
+    return read
 
 
 def write_page(path: Path, text: str) -> None:
@@ -38,13 +51,25 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DATA", help="a text, recordings or pictures; random inputs without"
     )
     parser.add_argument("--items", type=Path, metavar="JSONL", help="questions, rated pairs or transcripts, one a line")
-    parser.add_argument("--samples", type=int, default=16, help="windows of the text, clips or pictures (16)")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a window (512)")
-    parser.add_argument("--seed", type=int, default=0, help="where the windows lie (0)")
+    parser.add_argument("--samples", type=whole(1), help="windows of the text, clips or pictures (16)")
+    parser.add_argument("--length", type=whole(2), help="tokens in a window (512)")
+    parser.add_argument("--seed", type=whole(0), help="where the windows lie (0)")
+    parser.add_argument("--image", type=whole(1), metavar="N", help="pixels that pictures are high and wide")
     parser.add_argument("--metrics", type=lambda text: text.split(","), help="comma-separated; default: those that fit")
     parser.add_argument("--speed", action="store_true", help="also time the models, in turns")
     parser.add_argument("--json", action="store_true", help="print JSON")
     trust_option(parser)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """Those options that say what to measure, as far as they are given: the others are as ``evaluate_model`` has them.
+
+    Raises UsageError for a size of pictures where there are none.
+    """
+    if options.image is not None and options.data is None:
+        raise UsageError("`--image` is the size of pictures, and there are none", remedy="add `--data PICTURES`")
+    names = ("against", "data", "items", "metrics", "samples", "length", "seed", "image")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _measured(options: argparse.Namespace, model: str, console: Console) -> dict[str, Any]:
@@ -53,13 +78,7 @@ def _measured(options: argparse.Namespace, model: str, console: Console) -> dict
     with console.progress(f"evaluate {Path(model).name}") as advance:
         return evaluate_model(
             model,
-            against=options.against,
-            data=options.data,
-            items=options.items,
-            metrics=options.metrics,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
+            **_asked(options),
             trust_remote_code=options.trust_remote_code,
             on_progress=advance,
         ).to_dict()
@@ -78,17 +97,18 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         raise UsageError("`--speed` compares two models", remedy="add `--against REF`")
     from compiler.report.text import evaluation_text
 
-    found = _measured(options, options.model, console)
+    timed: dict[str, Any] = {}
+    if options.speed:  # first: it says at once when there is nothing to time
+        from compiler.evaluate import compare_speed
+
+        speed = compare_speed(options.model, options.against, trust_remote_code=options.trust_remote_code)
+        timed = {"speed": dataclasses.asdict(speed)}
+    found = _measured(options, options.model, console) | timed
     if options.lm_eval:
         from compiler.evaluate.harness import harness
 
         tasks = options.lm_eval.split(",")
         found["metrics"] |= harness(options.model, tasks, trust_remote_code=options.trust_remote_code)
-    if options.speed:
-        from compiler.evaluate import compare_speed
-
-        speed = compare_speed(options.model, options.against, trust_remote_code=options.trust_remote_code)
-        found["speed"] = dataclasses.asdict(speed)
     console.result(json.dumps(found, indent=2) if options.json else evaluation_text(found))
 
 
@@ -116,7 +136,7 @@ def compare_outputs(options: argparse.Namespace, console: Console) -> None:
     from compiler.compare import compare, comparison_text, read_output
 
     outputs = [read_output(path) for path in options.outputs]
-    if options.data is not None or options.items is not None:
+    if _asked(options):
         outputs = [
             dataclasses.replace(output, evaluation=_measured(options, str(path), console))
             for output, path in zip(outputs, options.outputs, strict=True)

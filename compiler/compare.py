@@ -22,6 +22,7 @@ COSTS = {
     "flops": "FLOPs a token",
     "speed": "tokens/s, decoding",
 }
+MEASURE = "measure them now: `--data TEXT --against ORIGINAL`"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def read_output(path: Path) -> Output:
             "cache": float(ledger["cache_bytes_per_token"]),
             "flops": float(ledger["flops_per_token"]),
         }
-        return Output(path.name, costs, document["evaluation"] or {"metrics": {}})
-    except (OSError, ValueError, LookupError, TypeError) as reason:
+        original = document.get("inputs", {}).get("model", {}).get("files")  # hashes: the name may be another's too
+        return Output(path.name, costs, {"against": original, **(document["evaluation"] or {"metrics": {}})})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as reason:
         raise CheckpointError(
             "is no output of compress-model: it has no report that can be read",
             where=str(file),
@@ -112,16 +114,17 @@ def compare(outputs: Sequence[Output], *, quality: str | None = None, cost: str 
 
 
 def _check_alike(outputs: Sequence[Output], shared: Sequence[str]) -> None:
-    """Raises DataError when nothing was measured of all outputs, or not on the same data."""
+    """Raises DataError when nothing was measured of all outputs, or not alike: on the same data, in the same dtype, and
+    metrics that only a comparison gives against the same original."""
     if not shared:
-        raise DataError(
-            "no metric was measured of all outputs", remedy="measure them now: `--data TEXT --against ORIGINAL`"
-        )
-    inputs = [output.evaluation["inputs"] for output in outputs]
-    if any(each != inputs[0] for each in inputs):
-        raise DataError(
-            "the outputs were evaluated on different data", remedy="measure them now: `--data TEXT --against ORIGINAL`"
-        )
+        raise DataError("no metric was measured of all outputs", remedy=MEASURE)
+    alike = {"inputs": "evaluated on different data", "dtype": "evaluated in different dtypes"}
+    if any(name not in output.evaluation.get("reference", {}) for output in outputs for name in shared):
+        alike["against"] = "compared with different originals"
+    for name, cause in alike.items():
+        first, *others = (output.evaluation.get(name) for output in outputs)
+        if any(each != first for each in others):
+            raise DataError(f"the outputs were {cause}", remedy=MEASURE)
 
 
 def _pairs(outputs: Sequence[Output], quality: str) -> dict[tuple[str, str], Change]:
@@ -163,7 +166,7 @@ def sentences(found: Comparison) -> list[str]:
 
 def _pair(title: str, one: str, other: str, found: Change) -> str:
     interval = f"{found.value:+.4g} ({found.low:+.4g} to {found.high:+.4g})"
-    ends = {"within": "within noise", "beyond": "beyond noise", "unknown": "too few items to tell from noise"}
+    ends = {"within": "within noise", "beyond": "beyond noise", "unknown": "not to be told from noise"}
     return f"{title}, {other} less {one}: {interval}, {ends[found.noise]}"
 
 

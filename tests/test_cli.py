@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTModel
 
 from compiler import cli
 from compiler.cli import main
@@ -327,6 +328,23 @@ def test_eval(folder, run):
 
 def test_eval_speed_needs_two_models(folder, run):
     assert run("eval", folder / "tiny", "--speed")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--seed=-1", "--seed=9223372036854775808", "--samples=0", "--length=1", "--length=x", "--image=0", "--image=8"],
+)
+def test_numbers_that_measure_nothing_are_wrong_usage(folder, run, option):
+    code, out, err = run("eval", folder / "tiny", option)
+    assert code == 1 and not out
+    assert err.startswith("error[usage]: ") and option.partition("=")[0] in err
+
+
+def test_a_model_that_writes_nothing_has_no_speed(run, tmp_path):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTModel(ViTConfig(**small, image_size=32, patch_size=16)).save_pretrained(tmp_path)
+    code, _, err = run("eval", tmp_path, "--against", tmp_path, "--speed")
+    assert code == 1 and "a ViTModel does not continue a text" in err
 
 
 def test_run(folder, run):

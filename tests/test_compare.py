@@ -4,6 +4,7 @@ import json
 import sys
 import types
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,61 @@ def test_what_cannot_be_compared_is_one_clear_error(tmp_path, outputs):
         compare([first, nothing])
     with pytest.raises(DataError, match="not all outputs have `kl`"):
         compare([first, read_output(outputs[1])], quality="kl")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "different dtypes"),
+        ({"against": "small"}, {"against": "large"}, "different originals"),
+    ],
+)
+def test_what_was_not_measured_alike_is_not_compared(tmp_path, ours, theirs, said):
+    one, other = (
+        read_output(write_output(tmp_path, name, 1, np.ones(6), **changes))
+        for name, changes in (("one", ours), ("other", theirs))
+    )
+    with pytest.raises(DataError, match=said):
+        compare([one, other])
+
+
+def test_the_original_matters_where_the_original_alone_gives_no_number(tmp_path):
+    """Perplexity, which the original has too, is compared whatever the original was."""
+    paths = [write_output(tmp_path, name, 1, np.ones(6), reference={"perplexity": {}}) for name in "ab"]
+    for path in paths:
+        document = json.loads((path / "compress" / "report.json").read_text())
+        document["inputs"] = {"model": {"files": {"model.safetensors": path.name}}}
+        (path / "compress" / "report.json").write_text(json.dumps(document))
+    one, other = map(read_output, paths)
+    assert one.evaluation["against"] != other.evaluation["against"]
+    assert compare([one, other]).quality == "perplexity"
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (["--against", "x"], {"against": "x"}),
+        (["--metrics", "kl,agreement"], {"metrics": ["kl", "agreement"]}),
+        (["--samples", "3"], {"samples": 3}),
+        (["--length", "9"], {"length": 9}),
+        (["--seed", "0"], {"seed": 0}),
+        (["--data", "x", "--image", "8"], {"data": Path("x"), "image": 8}),
+        ([], None),
+    ],
+)
+def test_any_option_of_what_to_measure_measures(outputs, monkeypatch, capsys, options, given):
+    asked = []
+
+    def measured(path, **options):
+        asked.append(
+            {name: value for name, value in options.items() if name not in ("trust_remote_code", "on_progress")}
+        )
+        return types.SimpleNamespace(to_dict=lambda: read_output(Path(path)).evaluation)
+
+    monkeypatch.setattr("compiler.evaluate.evaluate_model", measured)
+    assert cli.main(["compare", *map(str, outputs), *options]) == 0
+    assert asked == ([] if given is None else [given] * len(outputs))
+    capsys.readouterr()
 
 
 def test_the_command_writes_a_page_and_overwrites_none(outputs, tmp_path, capsys):

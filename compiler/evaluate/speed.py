@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from compiler.errors import UsageError
 from compiler.evaluate.decode import timed
+from compiler.evaluate.inputs import is_causal
 from compiler.evaluate.loading import load_model
 
 
@@ -50,8 +52,15 @@ def compare_speed(
 def speeds(
     paths: Sequence[str | Path], length: int, new_tokens: int, rounds: int, dtype: str, trust_remote_code: bool
 ) -> list[tuple[float, float]]:
-    """Of each model the tokens per second of reading, and of writing; all are in memory and take turns."""
+    """Of each model the tokens per second of reading, and of writing; all are in memory and take turns.
+
+    Raises UsageError for a model that continues no sequence of tokens.
+    """
     models = [load_model(each, dtype=dtype, trust_remote_code=trust_remote_code) for each in paths]
+    for model in models:
+        if not is_causal(model):
+            cause = f"a {type(model).__name__} does not continue a text, and has no speed in tokens"
+            raise UsageError(cause, remedy="leave `--speed` out")
     timings = [[timed(model, length, new_tokens) for model in models] for _ in range(rounds + 1)][1:]
     return [
         (length / median(turn[which][0] for turn in timings), new_tokens / median(turn[which][1] for turn in timings))
