@@ -18,13 +18,13 @@ from compiler.evaluate.estimates import change, draws, estimate, ratio
 from compiler.evaluate.images import read_idx
 from compiler.evaluate.items import read_items
 from compiler.evaluate.metrics import METRICS
-from compiler.evaluate.metrics.base import Scored
-from compiler.evaluate.metrics.choices import Answered
+from compiler.evaluate.metrics.base import Given, Scored, stacked
+from compiler.evaluate.metrics.choices import Answered, questions
 from compiler.evaluate.metrics.divergence import buckets
 from compiler.evaluate.metrics.features import linear_probe, nearest
 from compiler.evaluate.metrics.generation import first_difference, repetition
 from compiler.evaluate.metrics.position import window_losses
-from compiler.evaluate.metrics.similarity import column_correlation, pair_rows, pairs_correlation
+from compiler.evaluate.metrics.similarity import column_correlation, pair_rows, pairs_correlation, rating
 from compiler.evaluate.metrics.words import WORD_ERRORS, Heard, word_edits, words
 from tests.speech import write_speech, write_whisper
 from tests.test_evaluate import llama, save
@@ -61,6 +61,13 @@ def test_a_difference_of_nothing_is_within_noise():
     assert change(rows, rows, MEAN, seed=0).noise == "within"
 
 
+def test_of_what_is_no_number_nothing_is_said():
+    rows = np.ones((8, 2))
+    for broken in (np.array([[math.nan, 1.0]] * 8), np.concatenate([rows[:7], [[math.nan, 1.0]]])):
+        assert change(broken, rows, MEAN, seed=0).noise == "unknown"
+        assert change(rows, broken, MEAN, seed=0).noise == "unknown"
+
+
 @given(items=st.integers(1, 30), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_draws_are_as_many_as_items(items, seed):
@@ -78,18 +85,30 @@ def test_calibration_error_of_known_confidences():
 
 
 def test_buckets_cover_every_position_once():
-    assert list(buckets(600)) == [(0, 128), (128, 256), (256, 512), (512, 600)]
+    assert list(buckets(600)) == [(0, 128), (128, 256), (256, 512), (512, 1024)]
     for length in (1, 127, 128, 129, 4096):
-        assert [place for begin, end in buckets(length) for place in range(begin, end)] == list(range(length))
+        assert [place for begin, end in buckets(length) for place in range(begin, end)][:length] == list(range(length))
+        assert all(begin < length for begin, _ in buckets(length))
 
 
 def test_by_position_adds_up_to_the_whole():
     source = torch.Generator().manual_seed(0)
     window = Scored(*(torch.randn(300, 7, generator=source) for _ in range(2)))
     whole, parts = (METRICS[name].score(window) for name in ("kl", "kl-by-position"))
-    assert list(parts) == ["1 to 128", "129 to 256", "257 to 300"]
+    assert list(parts) == ["1 to 128", "129 to 256", "257 to 512"]
     assert sum(over for over, _ in parts.values()) == pytest.approx(whole[""][0])
     assert sum(under for _, under in parts.values()) == 300
+
+
+def test_windows_of_several_lengths_share_their_parts():
+    """What the decoder of an encoder-decoder writes ends where it likes."""
+    lengths = (40, 52, 130)
+    windows = [Scored(torch.zeros(length, 4), torch.zeros(length, 4)) for length in lengths]
+    found = stacked([METRICS["kl-by-position"].score(window) for window in windows])
+    assert {part: rows[:, 1].tolist() for part, rows in found.items()} == {
+        "1 to 128": [40, 52, 128],
+        "129 to 256": [0, 0, 2],
+    }
 
 
 def test_the_first_difference_and_repetition():
@@ -103,6 +122,21 @@ def test_choices_by_token_by_byte_and_among_themselves():
     one = Answered([-4.0, -6.0], [4, 12], right=1)
     assert (one.chosen, one.chosen_by_byte) == (0, 1)
     assert one.confidence == pytest.approx(math.log(1 / (1 + math.exp(2))))
+
+
+def question_answered(tmp_path, answer):
+    item = {"question": "?", "choices": ["one", "two", "three"], "answer": answer}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    (found,) = questions(Given([], "", items=tmp_path / "items.jsonl"))
+    return found.answer
+
+
+def test_an_answer_is_a_place_a_letter_or_a_choice(tmp_path):
+    for answer in (1, "B", "b", "two"):
+        assert question_answered(tmp_path, answer) == 1
+    for answer in (3, -1, "D", "AB", "BC", "", "?", "\N{LATIN SMALL LIGATURE ST}", 10**400):
+        with pytest.raises(DataError, match="names none of the 3 choices"):
+            question_answered(tmp_path, answer)
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=8))
@@ -119,6 +153,25 @@ def test_word_errors_of_known_strings():
     assert word_edits(words("a cat sat, on mat"), said) == 2
     assert word_edits(words("the cat sat on the big mat"), said) == 1
     assert words("Don\u2019t say \u201cna\u00efve\u201d\u2014\u2018please\u2019") == ["don't", "say", "naive", "please"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940, \u092e\u0947\u0902!",
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902",
+        ),  # Hindi: vowel signs, virama
+        (
+            "\u0e01\u0e34\u0e19 \u0e17\u0e35\u0e48\u0e19\u0e31\u0e48\u0e19",
+            "\u0e01\u0e34\u0e19 \u0e17\u0e35\u0e48\u0e19\u0e31\u0e48\u0e19",
+        ),  # Thai: vowels above, tones
+        ("\u05e9\u05b8\u05dc\u05d5\u05b9\u05dd", "\u05e9\u05dc\u05d5\u05dd"),  # Hebrew points may be left out
+        ("\u2764\ufe0f \u0301 '", ""),  # a mark alone is no word
+    ],
+)
+def test_marks_that_spell_a_word_stay_in_it(text, expected):
+    assert words(text) == expected.split()
 
 
 def test_word_errors_are_of_what_was_said_and_of_what_the_original_writes():
@@ -143,6 +196,13 @@ def test_similarity_is_spearmans_correlation_of_all_pairs():
 def test_ratings_are_spearmans_correlation_with_people():
     rows = np.array([(0.1, 1.0), (0.4, 2.0), (0.2, 2.0), (0.9, 5.0)])
     assert column_correlation(rows, np.ones((1, 4)))[0] == pytest.approx(spearmanr(*rows.T).statistic)
+
+
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "NaN", "-Infinity"])
+def test_a_rating_is_a_finite_number(score):
+    assert rating({"score": 4}, "here") == 4.0
+    with pytest.raises(DataError, match="no finite number"):
+        rating({"score": json.loads(score)}, "here")
 
 
 def test_neighbours_and_the_probe_name_classes_that_lie_apart():
@@ -249,6 +309,7 @@ def test_what_is_heard_is_compared_with_what_was_said(tmp_path):
     ("line", "said"),
     [
         ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
         ("[1]", "is no JSON object"),
         ('{"question": 3}', "has no `question` that is a text"),
         ('{"question": "?", "choices": ["a", "b"], "answer": true}', "has no `answer` that is a number or a text"),
@@ -305,3 +366,16 @@ def test_idx_files_are_checked(tmp_path):
     (tmp_path / "broken.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot read the pictures"):
         read_idx(tmp_path / "broken.gz", 1, 1)
+
+
+def test_no_damage_to_a_compressed_file_is_more_than_one_error(tmp_path):
+    """Each byte of it in turn is turned over: what is read is the entries, or an error of ours."""
+    entries = np.random.default_rng(0).integers(0, 8, 200).astype(np.uint8).tobytes()
+    whole, refused = gzip.compress(b"\0\0\x08\x01" + (200).to_bytes(4) + entries), 0
+    for place in range(len(whole)):
+        (tmp_path / "x.gz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert read_idx(tmp_path / "x.gz", 1, 150).shape == (150,)
+        except DataError:
+            refused += 1
+    assert refused > len(whole) / 4

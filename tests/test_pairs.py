@@ -107,6 +107,16 @@ def test_what_is_no_recording_is_one_clear_error(tmp_path):
         read_wave(tmp_path / "y.wav", RATE)
 
 
+@pytest.mark.parametrize("rate", [0, 999, 1_000_001, 2**32 - 5])
+def test_rates_that_no_recording_has_are_refused(tmp_path, rate):
+    wavfile.write(tmp_path / "x.wav", RATE, np.zeros(100, np.uint8))
+    whole = bytearray((tmp_path / "x.wav").read_bytes())
+    whole[24:28] = whole[28:32] = rate.to_bytes(4, "little")  # samples, and bytes, a second
+    (tmp_path / "x.wav").write_bytes(whole)
+    with pytest.raises(DataError, match="recording"):
+        read_wave(tmp_path / "x.wav", RATE)
+
+
 def test_features_of_another_shape_than_the_model_hears_are_refused(whisper, tmp_path):
     path = write_whisper(tmp_path / "longer", max_source_positions=60)
     with pytest.raises(DataError, match="audio features are 8 x 100 where the model takes 8 x 120"):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from compiler.errors import CheckpointError, CompressError, DataError, RecipeError
+from compiler.evaluate.items import read_items
 from compiler.evaluate.loading import load_extractor, load_model, load_tokenizer
 from compiler.evaluate.texts import read_text
 from compiler.frontend.capture import capture
@@ -317,6 +318,13 @@ def test_texts_without_end_are_refused(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "endless"):
         with at_once(), pytest.raises(DataError):
             read_text(path)
+
+
+def test_items_without_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with at_once(), pytest.raises(CompressError, match="no regular file"):
+            list(read_items(path, {"question": str}, "choices"))
 
 
 def test_a_recipe_names_no_device_as_data(tmp_path):

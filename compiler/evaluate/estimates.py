@@ -34,7 +34,8 @@ class Estimate:
 class Change:
     """A number of one model less that of another on the same items, with the 95 % interval of a paired bootstrap.
 
-    ``noise``: the interval holds zero (``within``) or not (``beyond``); ``unknown`` of fewer than six items.
+    ``noise``: the interval holds zero (``within``) or not (``beyond``); ``unknown`` of fewer than six items, and
+    where one of the three is no number.
     """
 
     value: float
@@ -66,8 +67,9 @@ def change(ours: Array, theirs: Array, statistic: Statistic, seed: int) -> Chang
     whole, weights = np.ones((1, len(ours))), draws(len(ours), seed)
     value = statistic(ours, whole) - statistic(theirs, whole)
     low, high = _interval(statistic(ours, weights) - statistic(theirs, weights))
+    known = len(ours) >= FEWEST and not np.isnan([value[0], low, high]).any()
     noise: Noise = "within" if low <= 0 <= high else "beyond"
-    return Change(float(value[0]), low, high, noise if len(ours) >= FEWEST else "unknown")
+    return Change(float(value[0]), low, high, noise if known else "unknown")
 
 
 def draws(items: int, seed: int) -> Array:

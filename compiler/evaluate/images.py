@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
                 cause = f"{count} entries of {shape[1:]} are more than {LARGEST} bytes"
                 raise DataError(cause, where=str(path), remedy="ask for fewer samples, or fetch the file again")
             data = file.read(size)
-    except (OSError, EOFError, gzip.BadGzipFile) as reason:
+    except (OSError, EOFError, zlib.error) as reason:
         raise DataError(f"cannot read the pictures: {reason}", where=str(path)) from reason
     if len(data) < size:
         raise DataError(f"the file ends {size - len(data)} bytes early", where=str(path))

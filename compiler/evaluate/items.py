@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from compiler.errors import DataError
+from compiler.weights.tensorfile import open_regular
 
 Item = Mapping[str, Any]
 
@@ -16,13 +18,13 @@ def read_items(path: Path | None, fields: Mapping[str, Any], metric: str) -> Ite
     """The objects in the lines of ``path`` and where each stands, ``file:line``; empty lines are none.
 
     ``fields`` maps the names that each must have to the types of their values. Raises DataError when there is no file,
-    no item in it, or a line is not such an object.
+    no item in it, or a line is not such an object; CheckpointError when the file is a pipe or a device.
     """
     if path is None:
         raise DataError(f"`{metric}` needs items", remedy=f"name a JSONL file by `items`; a line has {_shape(fields)}")
     found = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_regular(path) as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     found += 1
@@ -43,7 +45,7 @@ def refuse(cause: str, where: str, remedy: str) -> NoReturn:
 def _item(line: str, fields: Mapping[str, Any], where: str) -> Item:
     try:
         found: Any = json.loads(line)
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise DataError(f"is no JSON: {reason}", where=where, remedy="write one object a line") from reason
     if not isinstance(found, dict):
         refuse("is no JSON object", where, f"a line has {_shape(fields)}")

@@ -13,6 +13,8 @@ from torch import Tensor
 from compiler.datafiles import recordings
 from compiler.errors import DataError
 
+RATES = 1_000, 1_000_000  # samples a second; a damaged header claims any number, and resampling takes as much memory
+
 
 def speech_features(extractor: Any, data: Path, samples: int, seed: int) -> list[Tensor]:
     """Audio features [1, bands, frames] of ``samples`` clips, those that ``seed`` picks, in the order of the files.
@@ -61,6 +63,9 @@ def read_wave(path: Path, rate: int) -> Any:
     except Exception as reason:  # of a damaged header scipy makes errors of many kinds
         raise DataError(f"cannot read the recording: {reason}", where=str(path), remedy="give .wav files") from reason
     given, wave = found
+    if not RATES[0] <= given <= RATES[1]:
+        cause = f"the recording has {given} samples a second, which is not from {RATES[0]} to {RATES[1]}"
+        raise DataError(cause, where=str(path), remedy="fetch or record it again")
     if not len(wave):
         raise DataError("the recording is empty", where=str(path))
     wave = _as_float(wave)

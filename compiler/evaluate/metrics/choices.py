@@ -64,10 +64,15 @@ def questions(given: Given) -> Iterator[Question]:
 def _place(item: Item, choices: Sequence[str], where: str) -> int:
     answer = item["answer"]
     if isinstance(answer, str):
-        answer = choices.index(answer) if answer in choices else string.ascii_uppercase.find(answer.upper() or "?")
+        answer = choices.index(answer) if answer in choices else _letter(answer)
     if not 0 <= answer < len(choices):
         refuse(f"`answer` names none of the {len(choices)} choices", where, "give its place from 0, or its letter")
     return int(answer)
+
+
+def _letter(answer: str) -> int:
+    """The place that a letter stands for; -1 of all else."""
+    return string.ascii_uppercase.find(answer.upper()) if len(answer.upper()) == 1 else -1
 
 
 def answered(model: Any, tokenizer: Any, question: Question) -> Answered:

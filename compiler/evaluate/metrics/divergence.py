@@ -51,7 +51,7 @@ def by_position(values: Positions) -> Callable[[Scored], Mapping[str, Row]]:
 def bucketed(values: Tensor, first: int) -> dict[str, Row]:
     """Sums and counts by position of ``values`` [count], which begin at position ``first``, counted from 0."""
     found: dict[str, Row] = {}
-    for begin, end in buckets(first + len(values)):
+    for begin, end in buckets(first + len(values)):  # a label is that of the whole stretch, however long the window
         inside = values[max(begin - first, 0) : max(end - first, 0)]
         if len(inside):
             found[f"{begin + 1} to {end}"] = (inside.sum().item(), float(len(inside)))
@@ -59,10 +59,10 @@ def bucketed(values: Tensor, first: int) -> dict[str, Row]:
 
 
 def buckets(length: int) -> Iterator[tuple[int, int]]:
-    """Stretches of so many positions, from 0: the first of 128, and the others twice as far as all before them."""
+    """Stretches that hold so many positions, from 0: the first of 128, and the others as long as all before them."""
     begin, end = 0, FIRST
     while begin < length:
-        yield begin, min(end, length)
+        yield begin, end
         begin, end = end, 2 * end
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compiler.evaluate.estimates import Array
-from compiler.evaluate.items import read_items
+from compiler.evaluate.items import Item, read_items, refuse
 from compiler.evaluate.metrics.base import Given, Task
 
 AT_ONCE = 50  # draws whose pairs are weighed at once
@@ -77,11 +78,21 @@ def _rated(model: Any, given: Given) -> list[tuple[float, float]]:
     def state(text: str) -> Tensor:
         return mean_state(model, torch.tensor(given.tokenizer(text, truncation=True).input_ids))
 
-    pairs = (item for item, _ in read_items(given.items, FIELDS, "ratings"))
     return [
-        (functional.cosine_similarity(state(item["a"]), state(item["b"]), dim=0).item(), float(item["score"]))
-        for item in pairs
+        (functional.cosine_similarity(state(item["a"]), state(item["b"]), dim=0).item(), rating(item, where))
+        for item, where in read_items(given.items, FIELDS, "ratings")
     ]
+
+
+def rating(item: Item, where: str) -> float:
+    """The score of an item. Raises DataError when a float64 cannot hold it, and when it is NaN or infinite."""
+    try:
+        score = float(item["score"])
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        refuse("`score` is no finite number", where, "give the score that people gave")
+    return score
 
 
 def _scores(ours: Sequence[tuple[float, float]], theirs: Any) -> Mapping[str, Array]:

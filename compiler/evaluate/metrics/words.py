@@ -34,11 +34,24 @@ class Heard:
 
 
 def words(text: str) -> list[str]:
-    """``text`` in lower case, without accents and punctuation, as words; an apostrophe stays inside a word."""
+    """``text`` in lower case, without accents and punctuation, as words; an apostrophe stays inside a word.
+
+    So do marks that spell a word: vowel signs, tones and viramas of the scripts of India and South-East Asia.
+    """
     plain = unicodedata.normalize("NFKD", text.lower()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    spaced = "".join(letter if letter.isalnum() or letter == "'" else " " for letter in letters)
-    return [word.strip("'") for word in spaced.split() if word.strip("'")]
+    letters = "".join(letter for letter in plain if not _accent(letter))
+    spaced = "".join(letter if _in_word(letter) else " " for letter in letters)
+    return [word.strip("'") for word in spaced.split() if any(map(str.isalnum, word))]
+
+
+def _accent(letter: str) -> bool:
+    """Whether it is an accent (combining classes from 200 on), or a point of Hebrew or Arabic (10 to 36)."""
+    order = unicodedata.combining(letter)
+    return order >= 200 or 10 <= order <= 36
+
+
+def _in_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "'" or unicodedata.category(letter).startswith("M")
 
 
 def word_edits(written: Sequence[str], said: Sequence[str]) -> int:
