@@ -43,6 +43,7 @@ from compiler.weights.writer import BUDGET, explained
 if TYPE_CHECKING:
     from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
+    from compiler.evaluate import Evaluation
 
 SMALLEST_BUDGET = 64 << 20
 ONNX_FOLDER = "onnx"
@@ -254,11 +255,11 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     with run.step("verify"):
         verification, reloaded = _verify(run, passed, output, own_code)
         of_gguf = _verify_gguf(run, passed, output)
-    evaluation = _evaluate(run, output, own_code)
+    evaluation, not_evaluated = _evaluate(run, output, own_code)
     findings = Findings(
         passed.report, passed.emission, verification, evaluation, lock, run.seconds, passed.onnx, reloaded
     )
-    findings = replace(findings, gguf=passed.gguf, gguf_verification=of_gguf)
+    findings = replace(findings, gguf=passed.gguf, gguf_verification=of_gguf, not_evaluated=not_evaluated)
     document = write_reports(findings, output.files)
     output.commit()
     return Result(output.path, document, passed.report)
@@ -325,17 +326,29 @@ def _verify(
     return checkpoint, onnx
 
 
-def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> Any:
-    """The comparison with the original that the recipe asks for; None when it asks for none."""
+def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> tuple[Evaluation | None, str]:
+    """The comparison with the original that the recipe asks for, None when it asks for none; or why there is none."""
     from backends.gguf import FILE_NAME
+
+    alone = run.recipe.checkpoint is None
+    path = output.files / GGUF_FOLDER / FILE_NAME if alone else output.files
+    try:
+        return _compared(run, path, own_code), ""
+    except CheckpointError as reason:
+        if not alone or reason.where != str(path):
+            raise
+        return None, f"transformers' reader of GGUF files does not take it: {reason.cause}"
+
+
+def _compared(run: _Run, path: Path, own_code: bool) -> Evaluation | None:
     from compiler.evaluate import evaluate_model
 
-    wanted, checkpoint = run.recipe.evaluate, run.recipe.checkpoint
+    wanted = run.recipe.evaluate
     if wanted is None:
         return None
     with run.step("evaluate"), run.console.progress("evaluate") as advance:
         return evaluate_model(
-            output.files / GGUF_FOLDER / FILE_NAME if checkpoint is None else output.files,
+            path,
             against=run.recipe.model,
             data=wanted.data,
             items=wanted.items,

@@ -68,6 +68,7 @@ def test_keys_are_stable(document):
         "onnx",
         "gguf",
         "evaluation",
+        "not_evaluated",
     ]
     assert list(document["passes"][0]) == [
         "name",

@@ -26,6 +26,7 @@ def summary(document: Document, path: Path) -> str:
         f"  {verification_sentence(document)}",
         *_lines_beside(document, path, "onnx"),
         *_lines_beside(document, path, "gguf"),
+        *([f"  {evaluated_on(document)}"] if document.get("not_evaluated") else []),
         f"  more: {path / 'compress' / 'report.html'}",
     ]
     return "\n".join(lines)
@@ -106,6 +107,8 @@ def verification_sentence(document: Document) -> str:
 def evaluated_on(document: Document) -> str:
     """On what quality was measured, and what the intervals are; or that it was not measured."""
     found = document["evaluation"]
+    if document.get("not_evaluated"):
+        return f"The quality of the result was not measured: {document['not_evaluated']}."
     if found is None:
         return "The quality of the result was not measured: the recipe has no `evaluate`."
     inputs, data = found["inputs"], document["recipe"].get("evaluate", {}).get("data", "random tokens")

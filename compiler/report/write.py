@@ -27,7 +27,10 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run knows when it has written its weights. ``seconds`` are those of each step."""
+    """What a run knows when it has written its weights. ``seconds`` are those of each step.
+
+    ``not_evaluated`` says why an evaluation that was asked for is None.
+    """
 
     report: Report
     emission: Emission | None
@@ -39,6 +42,7 @@ class Findings:
     onnx_verification: Verification | None = None
     gguf: GgufEmission | None = None
     gguf_verification: Verification | None = None
+    not_evaluated: str = ""
 
     @property
     def main(self) -> Emission | OnnxEmission | GgufEmission:
@@ -107,6 +111,7 @@ def make_document(findings: Findings, directory: Path) -> dict[str, Any]:
         "onnx": _onnx(findings, directory),
         "gguf": _gguf(findings, directory),
         "evaluation": _evaluation(findings.evaluation),
+        "not_evaluated": findings.not_evaluated,
     }
 
 
