@@ -118,7 +118,14 @@ def gguf_emission(graph: Graph) -> GgufEmission:
     found = propose(graph, "whole")
     if isinstance(found, Refusal):
         raise TargetError(f"no GGUF file holds this: {found.reason}", remedy="leave `gguf` out of `emit`")
-    return propose_gguf(found.architecture, found.config, found.tensors, tokens=graph.tokens)
+    return propose_gguf(
+        found.architecture,
+        found.config,
+        found.tensors,
+        windows={int(node.attr("window")) for node in graph.nodes_named("attention")},
+        model=graph.sources.get("model"),
+        tokens=graph.tokens,
+    )
 
 
 def _noted(emission: Emission, graph: Graph) -> Emission:

@@ -108,3 +108,21 @@ def test_other_codes_and_other_files_are_refused(tmp_path):
 def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path):
     _, _, emission = written("mistral", tmp_path, sliding_window=5)
     assert "a window of 5" in emission.loads_in[1]
+
+
+QWEN3_WINDOW = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED = {"mixtral": {}, "qwen3": QWEN3_WINDOW, "qwen3_moe": {"use_sliding_window": True, "norm_topk_prob": True}}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_other_windows_are_refused_where_they_change_what_is_computed(name, tmp_path):
+    changes = {**WINDOWED[name], "max_position_embeddings": 64}
+    with pytest.raises(TargetError, match="has no window, and attention of the model has one of 5 tokens"):
+        written(name, tmp_path, sliding_window=5, **changes)
+    _, _, emission = written(name, tmp_path, sliding_window=64, **changes)
+    assert "a window of 64" in emission.loads_in[1]
+
+
+def test_windows_that_llama_cpp_reads_are_no_note(tmp_path):
+    _, _, emission = written("gemma2", tmp_path, **GEMMA)
+    assert emission.notes == () and emission.sizes["gemma2.attention.sliding_window"] == 5

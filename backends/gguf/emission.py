@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from backends.gguf.architectures import ARCHITECTURES, Config, metadata_of, refusal
 from backends.gguf.header import Metadata
 from backends.gguf.tensors import Format, named, stored
+from backends.gguf.tokenizer import Tokenizer, tokenizer_of
 from compiler.errors import TargetError
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import is_quantised
 from compiler.weights.rows import as_dequantize
+from compiler.weights.source import Source
 
 REMEDY = "leave `gguf` out of `emit`, or the pass that made it so"
-WINDOWLESS = ("mistral", "qwen2", "phi3")  # whose windows llama.cpp leaves out
+WINDOWED = ("gemma2", "gemma3")  # whose windows llama.cpp reads
+LEFT_OUT = ("mistral", "qwen2", "phi3")  # whose windows its own converter leaves out
 
 
 @dataclass(frozen=True)
 class GgufEmission:
-    """A file in the making. ``architecture`` is the transformers class whose config and names it is made from."""
+    """A file in the making. ``architecture`` is the transformers class whose config and names it is made from.
+
+    ``tokens`` are those that remain of a vocabulary, whose ``tokenizer`` is made when the file is written; None: all.
+    """
 
     architecture: str
     config: Config
@@ -28,6 +34,7 @@ class GgufEmission:
     sizes: Metadata
     named: Mapping[str, Expr]
     notes: tuple[str, ...] = ()
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
     tokens: Sequence[int] | None = None
 
     @property
@@ -55,18 +62,26 @@ class GgufEmission:
 
 
 def propose(
-    architecture: str, config: Config, tensors: Mapping[str, Expr], *, tokens: Sequence[int] | None = None
+    architecture: str,
+    config: Config,
+    tensors: Mapping[str, Expr],
+    *,
+    windows: Collection[int] = (),
+    model: Source | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> GgufEmission:
     """The file for ``tensors`` of a transformers ``architecture``, by the names that its checkpoints have.
 
-    Reads no weight. Raises TargetError when llama.cpp has no architecture that computes what ``config`` says, or blocks
-    are of no format of its files.
+    ``windows`` are the lengths, in tokens, that attention of the graph is bounded to (0: not bounded), ``model`` is the
+    checkpoint that has the tokenizer, of which ``tokens`` remain (None: all). Reads no weight. Raises TargetError
+    when llama.cpp has no architecture that computes what ``config`` and ``windows`` say, blocks are of no format of its
+    files, or it has no code for the tokenizer.
     """
     kind = ARCHITECTURES.get(str(config["model_type"]))
     if kind is None:
         known = ", ".join(sorted(ARCHITECTURES))
         raise TargetError(f"GGUF files of `{config['model_type']}` are not written; of {known} they are", remedy=REMEDY)
-    reason = refusal(kind, config) or _other_codes(tensors)
+    reason = refusal(kind, config) or _unread_window(kind.name, config, windows) or _other_codes(tensors)
     if reason:
         raise TargetError(f"llama.cpp does not hold this: {reason}", remedy=REMEDY)
     found = named(tensors, kind, config)
@@ -77,8 +92,9 @@ def propose(
         raise TargetError(
             f"blocks of {broken} do not stay whole in the layout of a GGUF file", remedy="quantise others"
         )
-    sizes = metadata_of(kind, config)
-    return GgufEmission(architecture, config, kind.name, sizes, found, _notes(config), tokens)
+    tokenizer = tokenizer_of(model, int(config["vocab_size"])) if tokens is None else Tokenizer()
+    notes = (*_notes(kind.name, windows), *tokenizer.notes)
+    return GgufEmission(architecture, config, kind.name, metadata_of(kind, config), found, notes, tokenizer, tokens)
 
 
 def _other_codes(tensors: Mapping[str, Expr]) -> str:
@@ -94,8 +110,14 @@ def _has_blocks(expr: Expr) -> bool:
     return is_quantised(expr) or any(_has_blocks(arg) for arg in expr.args)
 
 
-def _notes(config: Config) -> tuple[str, ...]:
-    window = config.get("sliding_window") if config["model_type"] in WINDOWLESS else None
-    if window and set(config.get("layer_types") or ()) != {"full_attention"}:
-        return (f"llama.cpp attends to all tokens where the model has a window of {window}",)
-    return ()
+def _unread_window(kind: str, config: Config, windows: Collection[int]) -> str:
+    """Which window would be lost, where that changes what is computed; "" for none and for those that are a note."""
+    lost = [window for window in windows if 0 < window < config["max_position_embeddings"]]
+    if not lost or kind in WINDOWED or config["model_type"] in LEFT_OUT:
+        return ""
+    return f"its architecture {kind} has no window, and attention of the model has one of {min(lost)} tokens"
+
+
+def _notes(kind: str, windows: Collection[int]) -> tuple[str, ...]:
+    lost = [] if kind in WINDOWED else sorted({*windows} - {0})
+    return tuple(f"llama.cpp attends to all tokens where the model has a window of {window}" for window in lost)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backends.gguf.header import Metadata
 from compiler.errors import TargetError
+from compiler.weights.gguf_header import read_gguf_header
+from compiler.weights.source import Source
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
@@ -28,20 +32,77 @@ ADDED_SCORE = -1000.0
 Json = Mapping[str, Any]
 
 
-def tokenizer_metadata(directory: Path, size: int) -> Metadata:
-    """The entries for the tokenizer files in ``directory``, with ``size`` tokens; none without tokenizer.json.
+@dataclass(frozen=True)
+class Tokenizer:
+    """The entries of a header for a tokenizer, and what the user should know of it."""
 
-    Raises TargetError for a tokenizer that llama.cpp has no code for.
+    metadata: Metadata = field(default_factory=lambda: {"tokenizer.ggml.model": "none"})
+    notes: tuple[str, ...] = ()
+
+
+def tokenizer_of(model: Source | None, size: int, kept: Sequence[int] | None = None) -> Tokenizer:
+    """That of a checkpoint with ``size`` tokens: as a GGUF file has it, or made from the files beside its weights.
+
+    ``kept`` are the tokens that remain; None: all. Raises TargetError for a tokenizer that llama.cpp cannot have.
+    """
+    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
+    from compiler.weights.tokens import keep_tokens
+
+    if not isinstance(model, Checkpoint):
+        return Tokenizer()
+    (file, *_) = model.files
+    if kept is None and file.suffix == ".gguf":
+        found = read_gguf_header(file).metadata
+        return Tokenizer({key: value for key, value in found.items() if key.startswith("tokenizer.")})
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(model, Path(folder))
+        if kept is not None:
+            keep_tokens(Path(folder), kept)
+        return tokenizer_in(Path(folder), size)
+
+
+def tokenizer_in(directory: Path, size: int) -> Tokenizer:
+    """What the tokenizer files in ``directory`` give, with ``size`` tokens; no tokenizer without tokenizer.json.
+
+    Added tokens that the model has no row for are left out, with a note. Raises TargetError for a tokenizer that
+    llama.cpp has no code for, or with other tokens beyond ``size``.
     """
     path = directory / "tokenizer.json"
     if not path.exists():
-        return {"tokenizer.ggml.model": "none"}
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        return Tokenizer()
+    tokenizer, notes = _fitting(json.loads(path.read_text(encoding="utf-8")), size)
     config = _read(directory / "tokenizer_config.json")
     found = {**_vocabulary(tokenizer, size), **_special(tokenizer, config)}
     template = directory / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
-    return {**found, "tokenizer.chat_template": text} if isinstance(text, str) else found
+    return Tokenizer({**found, "tokenizer.chat_template": text} if isinstance(text, str) else found, notes)
+
+
+def _fitting(tokenizer: Json, size: int) -> tuple[Json, tuple[str, ...]]:
+    """``tokenizer`` without added tokens beyond ``size``, and a note that names them."""
+    added: list[Json] = tokenizer.get("added_tokens") or []
+    beyond = {entry["content"]: entry["id"] for entry in added if entry["id"] >= size}
+    vocabulary = _numbers(tokenizer["model"])
+    wrong = next((text for text, index in vocabulary.items() if index >= size and text not in beyond), None)
+    if wrong is not None:
+        raise _unknown(f"the token {wrong!r}, number {vocabulary[wrong]}, where the model has {size} tokens")
+    if not beyond:
+        return tokenizer, ()
+    model = dict(tokenizer["model"])
+    if model["type"] == "Unigram":
+        model["vocab"] = model["vocab"][:size]
+    else:
+        model["vocab"] = {text: index for text, index in vocabulary.items() if index < size}
+    left = [entry for entry in added if entry["id"] < size]
+    note = f"tokens that the model has no row for are left out of the tokenizer: {', '.join(sorted(beyond))}"
+    return {**tokenizer, "model": model, "added_tokens": left}, (note,)
+
+
+def _numbers(model: Json) -> Mapping[str, int]:
+    """The number of every token but added ones."""
+    if model["type"] == "Unigram":
+        return {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+    return model["vocab"]
 
 
 def _read(path: Path) -> Json:
@@ -51,7 +112,7 @@ def _read(path: Path) -> Json:
 def _vocabulary(tokenizer: Json, size: int) -> Metadata:
     model = tokenizer["model"]
     if model["type"] == "Unigram":
-        pieces = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+        pieces = _numbers(model)
         scores = {piece: float(score) for piece, score in model["vocab"]}
         return {"tokenizer.ggml.model": "t5", **_tokens(tokenizer, pieces, size), **_scores(pieces, scores, size)}
     if model["type"] != "BPE":
@@ -66,8 +127,31 @@ def _vocabulary(tokenizer: Json, size: int) -> Metadata:
         "tokenizer.ggml.pre": "default",
         **tokens,
         **_scores(model["vocab"], ranks, size),
-        "tokenizer.ggml.add_space_prefix": "Prepend" in json.dumps(tokenizer.get("normalizer")),
+        "tokenizer.ggml.add_space_prefix": _prefixed(tokenizer),
     }
+
+
+def _prefixed(tokenizer: Json) -> bool:
+    """Whether a text gets a space in front.
+
+    llama.cpp writes spaces as U+2581 and cuts nowhere before it merges; what does otherwise is refused.
+    """
+    normalizers = _steps(tokenizer.get("normalizer"), "normalizers")
+    steps = _steps(tokenizer.get("pre_tokenizer"))
+    if not normalizers and len(steps) == 1 and _is_whole(steps[0]):
+        return steps[0].get("prepend_scheme", "always") != "never"
+    prepends = normalizers.count({"type": "Prepend", "prepend": SPACE})
+    replaced = normalizers.count({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    idle = all(step["type"] == "Split" and step["pattern"] == {"String": " "} for step in steps)  # no space is left
+    if prepends <= 1 and replaced == 1 and prepends + replaced == len(normalizers) and idle:
+        return bool(prepends)
+    names = [step["type"] for step in (*normalizers, *steps)]
+    raise _unknown(f"BPE over pieces that are made by {', '.join(names) or 'nothing'} in this way")
+
+
+def _is_whole(step: Json) -> bool:
+    """Whether a pre-tokenizer writes spaces as U+2581 and leaves the text in one piece."""
+    return step["type"] == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True)
 
 
 def _merges(merges: list[str]) -> Metadata:
@@ -123,19 +207,20 @@ def _split(tokenizer: Json) -> str:
     levels = [step for step in steps if step["type"] == "ByteLevel"]
     digits = [step for step in steps if step["type"] == "Digits"]
     others = [step["type"] for step in steps if step["type"] not in ("Split", "ByteLevel", "Digits")]
-    if others or len(levels) != 1 or levels[0].get("add_prefix_space"):
+    whole = [step for step in digits if not step.get("individual_digits")]
+    if others or whole or len(levels) != 1 or levels[0].get("add_prefix_space"):
         raise _unknown(f"pre-tokenizers {', '.join(step['type'] for step in steps) or 'none'}")
     if levels[0].get("use_regex", True) and not patterns:
-        return "smollm" if digits and digits[0].get("individual_digits") else "gpt-2"
+        return "smollm" if digits else "gpt-2"
     if len(patterns) == 1 and patterns[0] in SPLITS and not digits:
         return SPLITS[patterns[0]]
     raise _unknown(f"the split {patterns[0] if patterns else 'of bytes alone'}")
 
 
-def _steps(found: Json | None) -> list[Json]:
+def _steps(found: Json | None, members: str = "pretokenizers") -> list[Json]:
     if not found:
         return []
-    return list(found["pretokenizers"]) if found["type"] == "Sequence" else [found]
+    return list(found[members]) if found["type"] == "Sequence" else [found]
 
 
 def _unknown(what: str) -> TargetError:

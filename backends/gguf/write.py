@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from backends.gguf.emission import GgufEmission
 from backends.gguf.header import GgufFile, Metadata
-from backends.gguf.tokenizer import tokenizer_metadata
-from compiler.weights.gguf_header import read_gguf_header
+from backends.gguf.tokenizer import tokenizer_of
 from compiler.weights.source import Source
 
 FILE_NAME = "model.gguf"
@@ -29,7 +27,7 @@ def emit(
 ) -> None:
     """Write ``emission`` into ``directory``, which exists. ``options`` are those of ``compiler.weights.writer.write``.
 
-    Raises TargetError for a tokenizer that llama.cpp cannot have, and what the writer raises.
+    Raises what the writer raises, and TargetError when llama.cpp cannot have the tokenizer of the tokens that remain.
     """
     from compiler.weights.writer import write
 
@@ -39,25 +37,13 @@ def emit(
         "general.name": str(emission.config.get("_name_or_path") or emission.architecture),
         "general.quantization_version": QUANTIZATION_VERSION,
         **emission.sizes,
-        **_tokenizer(emission, sources.get("model")),
+        **_tokenizer(emission, sources),
     }
     file = GgufFile(FILE_NAME, emission.tensors, metadata, emission.formats)
     write(emission.tensors, sources, directory, shards=[file], on_progress=on_progress, **options)
 
 
-def _tokenizer(emission: GgufEmission, model: Source | None) -> Metadata:
-    """That of the source: as a GGUF file has it, or made from the files beside a checkpoint."""
-    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
-    from compiler.weights.tokens import keep_tokens
-
-    if not isinstance(model, Checkpoint):
-        return {"tokenizer.ggml.model": "none"}
-    (file, *_) = model.files
-    if emission.tokens is None and file.suffix == ".gguf":
-        found = read_gguf_header(file).metadata
-        return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(model, Path(folder))
-        if emission.tokens is not None:
-            keep_tokens(Path(folder), emission.tokens)
-        return tokenizer_metadata(Path(folder), int(emission.config["vocab_size"]))
+def _tokenizer(emission: GgufEmission, sources: Mapping[str, Source]) -> Metadata:
+    if emission.tokens is None:
+        return emission.tokenizer.metadata
+    return tokenizer_of(sources.get("model"), int(emission.config["vocab_size"]), emission.tokens).metadata
