@@ -337,7 +337,7 @@ def _evaluate(run: _Run, output: OutputDirectory, own_code: bool) -> tuple[Evalu
     except CheckpointError as reason:
         if not alone or reason.where != str(path):
             raise
-        return None, f"transformers' reader of GGUF files does not take it: {reason.cause}"
+        return None, f"transformers' reader of GGUF files does not take it: {reason.cause.rstrip('.')}"
 
 
 def _compared(run: _Run, path: Path, own_code: bool) -> Evaluation | None:
