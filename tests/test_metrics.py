@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from compiler.errors import DataError
+from compiler.errors import CompressError, DataError
 from compiler.evaluate import evaluate_model
 from compiler.evaluate.estimates import change, draws, estimate, ratio
 from compiler.evaluate.images import read_idx
@@ -294,6 +294,9 @@ def test_pictures_are_told_apart_by_features(tmp_path):
     assert found["cosine"].value == pytest.approx(1)
     with pytest.raises(DataError, match="12 entries where 13 are asked for"):
         evaluate_model(path, against=path, data=tmp_path, metrics=["cosine"], samples=13)
+    for metric in metrics:
+        with pytest.raises(DataError, match="a ViTModel takes no pictures of 48 x 48 pixels"):
+            evaluate_model(path, against=path, data=tmp_path, metrics=[metric], samples=8, image=48)
 
 
 def test_what_is_heard_is_compared_with_what_was_said(tmp_path):
@@ -335,6 +338,12 @@ def test_questions_that_cannot_be_asked_are_one_clear_error(models, tmp_path, it
     (tmp_path / "items.jsonl").write_text(json.dumps(item))
     with pytest.raises(DataError, match=said):
         evaluate_model(models[0], items=tmp_path / "items.jsonl", metrics=["choices"])
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "missing.jsonl"])
+def test_items_that_no_metric_reads_are_checked_too(models, name):
+    with pytest.raises(CompressError, match=r"no regular file|cannot read the items"):
+        evaluate_model(models[0], data=models[2], items=name, samples=2, length=16)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.errors import DataError
+from compiler.errors import DataError, first_line, out_of_memory
 from compiler.evaluate.texts import TextData
 from compiler.frontend.sizes import image_shape
 
@@ -25,6 +25,20 @@ class Window:
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The arguments, those of floats in ``dtype``."""
         return {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.arguments.items()}
+
+
+def forward(model: Any, arguments: Mapping[str, Tensor]) -> Any:
+    """What ``model`` gives for ``arguments``. Raises DataError for pictures of a size that it does not take."""
+    try:
+        with torch.inference_mode():
+            return model(**arguments)
+    except (ValueError, RuntimeError) as reason:  # each class refuses a size in its own way
+        pixels = arguments.get("pixel_values")
+        if pixels is None or out_of_memory(reason):
+            raise
+        size = " x ".join(map(str, pixels.shape[-2:]))
+        cause = f"a {type(model).__name__} takes no pictures of {size} pixels: {first_line(reason)}"
+        raise DataError(cause, remedy="name the size that it takes by `image`, or none") from reason
 
 
 def is_causal(model: Any) -> bool:

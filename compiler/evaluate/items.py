@@ -14,6 +14,15 @@ from compiler.weights.tensorfile import open_regular
 Item = Mapping[str, Any]
 
 
+def checked_file(path: Path) -> Path:
+    """``path``. Raises DataError when it cannot be opened, CheckpointError when it is a pipe or a device."""
+    try:
+        open_regular(path).close()
+    except OSError as reason:
+        raise DataError(f"cannot read the items: {reason.strerror}", where=str(path)) from reason
+    return path
+
+
 def read_items(path: Path | None, fields: Mapping[str, Any], metric: str) -> Iterator[tuple[Item, str]]:
     """The objects in the lines of ``path`` and where each stands, ``file:line``; empty lines are none.
 

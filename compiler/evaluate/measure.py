@@ -21,7 +21,8 @@ from compiler.datafiles import fingerprint, kind_of
 from compiler.errors import DataError
 from compiler.evaluate.data import data_windows
 from compiler.evaluate.estimates import Array, Change, Estimate, Statistic, change, estimate
-from compiler.evaluate.inputs import Window, is_causal, is_paired, random_windows
+from compiler.evaluate.inputs import Window, forward, is_causal, is_paired, random_windows
+from compiler.evaluate.items import checked_file
 from compiler.evaluate.live_cache import CacheSize, cache_size
 from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.evaluate.metrics import METRICS, Situation, alone, check_names, choose
@@ -127,7 +128,7 @@ def evaluate_model(
     base = path if against is None else against
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
     text = None if data is None else TextData(Path(data), samples, length, seed)
-    file_of_items = None if items is None else Path(items)
+    file_of_items = None if items is None else checked_file(Path(items))
     situation = _situation(model, against is not None, text, file_of_items is not None)
     names = choose(metrics, situation)
     given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
@@ -294,8 +295,7 @@ def _changes(ours: _Measured, theirs: _Measured, seed: int) -> dict[str, Change]
 
 def _output(model: Any, window: Window, needs_logits: bool) -> Tensor:
     """The logits, or the first output, as float32 [positions, width]."""
-    with torch.inference_mode():
-        result = model(**window.cast(model.dtype))
+    result = forward(model, window.cast(model.dtype))
     if needs_logits and "logits" not in result:
         raise DataError(f"a {type(model).__name__} has no logits", remedy="use the metrics cosine and relative-error")
     output: Tensor = result["logits"] if "logits" in result else result[0]

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from compiler.evaluate.estimates import Array
 from compiler.evaluate.images import Pictures, model_pictures, read_pictures
+from compiler.evaluate.inputs import forward
 from compiler.evaluate.metrics.base import Given, Task, share
 
 NEIGHBOURS, KNOWN, RIDGE = 10, 4, 1e-3
@@ -39,7 +40,7 @@ def linear_probe(known: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
 def feature(model: Any, pixels: Tensor) -> Tensor:
     """What stands for a picture [1, 3, height, width]: the first token of the last layer, or the mean of a map."""
     with torch.inference_mode():
-        states = model(pixel_values=pixels)[0].float()
+        states = forward(model, {"pixel_values": pixels})[0].float()
     return states[0, 0].clone() if states.ndim == 3 else states[0].flatten(1).mean(-1).clone()
 
 
