@@ -87,7 +87,9 @@ def verify_gguf(graph: Graph, file: Path, *, memory: int) -> Verification:
     try:
         return verify_by_reload(graph, file, memory=memory)
     except CheckpointError as reason:
-        return Verification(False, skipped=f"transformers' reader of GGUF files does not take it: {reason.cause.rstrip('.')}")
+        return Verification(
+            False, skipped=f"transformers' reader of GGUF files does not take it: {reason.cause.rstrip('.')}"
+        )
 
 
 def verify_onnx(emission: OnnxEmission, directory: Path, *, memory: int) -> Verification:
