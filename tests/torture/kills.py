@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.torture.command import finish, outcome_of, run, start
@@ -75,7 +76,8 @@ def _interrupted(recipe: Path, out: Path, sent: signal.Signals, wait: float) -> 
         process.join(0.01)
     process.join(wait)
     if process.exitcode is None and process.pid is not None:
-        os.kill(process.pid, sent)
+        with suppress(ProcessLookupError):  # it has just come to its end
+            os.kill(process.pid, sent)
     return finish(process)
 
 
