@@ -370,3 +370,11 @@ def test_a_config_that_makes_no_model_is_one_error(change, reason):
     values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, **change}
     with pytest.raises(CaptureError, match=reason):
         build_on_meta(config_from_dict(values))
+
+
+@pytest.mark.parametrize("metadata", [[], {"format": 1}, {"format": None}])
+def test_metadata_that_other_readers_refuse(tmp_path, metadata):
+    text = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match="its metadata is not an object of texts"):
+        read_header(tmp_path / "model.safetensors")

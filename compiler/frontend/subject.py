@@ -321,7 +321,11 @@ def computed_buffers(model: Any) -> dict[str, Expr]:
         value: Tensor = child._buffers[name]
         child._buffers[name] = meta
         if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
-            raise CaptureError("the buffer is in no checkpoint, and the model does not compute it", where=path)
+            raise CaptureError(
+                "the buffer is in no checkpoint, and the model does not compute it",
+                where=path,
+                remedy="correct the settings of the config that it is made from",
+            )
         found[path] = _literal(path, value)
     return found
 

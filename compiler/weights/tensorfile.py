@@ -69,8 +69,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     except OSError as reason:
         raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
     entries = parse_json(text, path)
-    if not isinstance(entries.pop("__metadata__", {}), dict):
-        raise _damaged(path, "its metadata is not an object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in cast("Any", metadata).values()):
+        raise _damaged(path, "its metadata is not an object of texts")
     base = 8 + length
     stored = {name: _stored(name, entry, base, path) for name, entry in entries.items()}
     ordered = dict(sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)))
