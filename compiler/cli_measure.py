@@ -62,12 +62,7 @@ def _measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """Those options that say what to measure, as far as they are given: the others are as ``evaluate_model`` has them.
-
-    Raises UsageError for a size of pictures where there are none.
-    """
-    if options.image is not None and options.data is None:
-        raise UsageError("`--image` is the size of pictures, and there are none", remedy="add `--data PICTURES`")
+    """Those options that say what to measure that are given: the others are as ``evaluate_model`` has them."""
     names = ("against", "data", "items", "metrics", "samples", "length", "seed", "image")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

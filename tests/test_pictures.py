@@ -17,6 +17,7 @@ from backends.safetensors import emit, require
 from compiler.cli import main
 from compiler.datafiles import check_kind, fingerprint, image_files, kind_of
 from compiler.errors import CaptureError, DataError
+from compiler.evaluate import evaluate_model
 from compiler.evaluate.photographs import MEAN, SPREAD, photographs
 from compiler.frontend import capture
 from compiler.ir.execute import run
@@ -196,6 +197,24 @@ def test_what_is_no_picture(folder, tmp_path):
     (folder / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot read the picture"):
         photographs(tmp_path, folder, 6, 0, (8, 8))
+
+
+def test_random_pictures_are_of_the_size_asked_for(model, tmp_path):
+    """What was made for smaller pictures is measured on these, beside the original, which resizes its table."""
+    size = model.config.image_size // 2
+    graph = of_size(model, size, tmp_path / "source")
+    (tmp_path / "written").mkdir()
+    emit(require(graph), graph.sources, tmp_path / "written")
+    asked = {"against": tmp_path / "source", "samples": 2, "image": size}
+    found = evaluate_model(tmp_path / "written", **asked)
+    assert found.metrics["relative-error"].value < TOLERANCE
+    assert (found.inputs["kind"], found.inputs["image"]) == ("pictures", size)
+
+
+def test_a_model_of_text_is_not_measured_on_pictures(tmp_path):
+    FAMILIES["llama"].build(seed=1).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="takes no pictures"):
+        evaluate_model(tmp_path, image=16)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

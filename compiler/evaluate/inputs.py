@@ -66,10 +66,13 @@ def text_windows(model: Any, tokenizer: Any, text: TextData) -> list[Window]:
     ]
 
 
-def random_windows(model: Any, samples: int, length: int, seed: int) -> list[Window]:
-    """``samples`` calls with random tokens (``length`` of them), standard normal pixels or audio features."""
+def random_windows(model: Any, samples: int, length: int, seed: int, image: int | None = None) -> list[Window]:
+    """``samples`` calls with random tokens (``length`` of them), standard normal pixels or audio features.
+
+    Pictures are ``image`` pixels high and wide, by default as the config says.
+    """
     source = torch.Generator().manual_seed(seed)
-    return [Window(_random_arguments(model, length, source)) for _ in range(samples)]
+    return [Window(_random_arguments(model, length, source, image)) for _ in range(samples)]
 
 
 def random_ids(model: Any, length: int, source: torch.Generator) -> Tensor:
@@ -89,9 +92,9 @@ def _check_length(model: Any, length: int) -> None:
         raise DataError(f"windows of {length} tokens are longer than the {limit} that the model takes")
 
 
-def _random_arguments(model: Any, length: int, source: torch.Generator) -> dict[str, Tensor]:
+def _random_arguments(model: Any, length: int, source: torch.Generator, image: int | None) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": _random_image(model.config, source)}
+        return {"pixel_values": _random_image(model.config, source, image)}
     _check_length(model, length)
     ids = random_ids(model, length, source)
     if model.main_input_name == "input_features":
@@ -109,5 +112,6 @@ def _token_arguments(model: Any, ids: Tensor, source: torch.Generator) -> dict[s
     return arguments
 
 
-def _random_image(config: Any, source: torch.Generator) -> Tensor:
-    return torch.randn(1, *image_shape(config), generator=source)
+def _random_image(config: Any, source: torch.Generator, image: int | None = None) -> Tensor:
+    channels, height, width = image_shape(config)
+    return torch.randn(1, channels, image or height, image or width, generator=source)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.datafiles import fingerprint, kind_of
+from compiler.datafiles import TAKES, fingerprint, kind_of
 from compiler.errors import DataError
 from compiler.evaluate.data import data_windows
 from compiler.evaluate.estimates import Array, Change, Estimate, Statistic, change, estimate
@@ -129,6 +129,8 @@ def evaluate_model(
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
     text = None if data is None else TextData(Path(data), samples, length, seed)
     file_of_items = None if items is None else checked_file(Path(items))
+    if image is not None and model.main_input_name != "pixel_values":
+        raise DataError(f"a {type(model).__name__} takes no pictures", remedy="leave out the size of pictures")
     situation = _situation(model, against is not None, text, file_of_items is not None)
     names = choose(metrics, situation)
     given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
@@ -150,7 +152,7 @@ def evaluate_model(
     return Evaluation(
         model=str(path),
         against=None if against is None else str(against),
-        inputs=_inputs(situation.data, text, file_of_items, samples, length, seed),
+        inputs=_inputs(situation, text, file_of_items, image, (samples, length, seed)),
         dtype=dtype,
         positions=ours.positions,
         metrics=ours.estimates(seed),
@@ -193,7 +195,7 @@ def _given(
     windows: list[Window] = []
     if any(METRICS[name].needs in ("windows", "text") for name in names):
         windows = (
-            random_windows(model, samples, length, seed)
+            random_windows(model, samples, length, seed, image)
             if text is None
             else data_windows(model, base, text, tokenizer=tokenizer, image=image, trust_remote_code=trusted)
         )
@@ -201,11 +203,15 @@ def _given(
 
 
 def _inputs(
-    kind: str, text: TextData | None, items: Path | None, samples: int, length: int, seed: int
+    situation: Situation, text: TextData | None, items: Path | None, image: int | None, sizes: tuple[int, int, int]
 ) -> dict[str, Any]:
+    """What was measured on: two evaluations are alike where these are equal."""
+    samples, length, seed = sizes
     data = fingerprint(text.data) if text else "random"
-    asked = {} if items is None else {"items": fingerprint(items)}
-    return {"data": data, "kind": kind or "random", **asked, "samples": samples, "length": length, "seed": seed}
+    kind = situation.data or TAKES.get(situation.takes, "text")
+    asked = {"items": None if items is None else fingerprint(items), "image": image}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return {"data": data, "kind": kind, **given, "samples": samples, "length": length, "seed": seed}
 
 
 def _check_tokens(ours: int | None, theirs: int | None) -> None:

@@ -120,7 +120,7 @@ def evaluated_on(document: Document) -> str:
 
 def items(inputs: Mapping[str, Any]) -> str:
     """How much was measured on: pictures, clips, or windows of tokens."""
-    if "items" in inputs and inputs["kind"] == "random":
+    if "items" in inputs and inputs["data"] == "random":
         return "the items"
     what = {"pictures": "pictures", "speech": "clips"}.get(inputs.get("kind", "text"))
     return f"{inputs['samples']} {what}" if what else f"{inputs['samples']} windows of {inputs['length']} tokens"
