@@ -132,6 +132,13 @@ def test_pictures_of_another_size(model, factor, tmp_path):
     assert isinstance(propose_onnx(graph, "ort-cpu"), OnnxEmission)
 
 
+def test_a_live_model_is_captured_for_pictures_of_another_size(model):
+    size = model.config.image_size // 2
+    assert capture(model, image=size).inputs["pixel_values"].shape[2:] == (size, size)
+    with pytest.raises(CaptureError, match="say already how large"):
+        capture(model, image=size, inputs={"pixel_values": torch.zeros(1, 3, size, size)})
+
+
 def test_a_model_of_text_takes_no_pictures(tmp_path):
     with pytest.raises(CaptureError, match="takes no pictures"):
         of_size(FAMILIES["llama"].build(seed=1), 32, tmp_path)

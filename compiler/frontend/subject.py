@@ -7,7 +7,6 @@ the CPU by the model's own initialiser, because their values are part of the arc
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiler.errors import CaptureError, CompressError, first_line
+from compiler.frontend.examples import default_inputs, dims_of, shaped_like
 from compiler.frontend.interfaces import register
-from compiler.frontend.sizes import image_shape
 from compiler.ir.graph import Origin
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, load
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MODEL = "model"
-_BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
 _MAX_LITERAL = 1 << 22
 
 
@@ -64,8 +62,10 @@ def subject_of(
     image: int | None = None,
 ) -> Subject:
     """Prepare ``model`` for tracing. Raises CaptureError, or CheckpointError for a damaged checkpoint."""
+    if inputs is not None and image is not None:
+        raise CaptureError("example inputs say already how large pictures are", remedy="leave out `image`")
     if isinstance(model, nn.Module):
-        return _from_module(model, inputs)
+        return _from_module(model, inputs, image)
     if isinstance(model, str | Path):
         return _from_checkpoint(model, inputs, architecture, image)
     return _from_config(model, inputs, architecture, image)
@@ -103,7 +103,7 @@ def _from_checkpoint(
     return subject
 
 
-def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subject:
+def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None, image: int | None) -> Subject:
     from transformers import PreTrainedModel
 
     if live.training:
@@ -119,7 +119,7 @@ def _from_module(live: nn.Module, inputs: Mapping[str, Tensor] | None) -> Subjec
         else load(MODEL, name, TensorType(tensor.dtype, tuple(tensor.shape)))
         for name, tensor in tensors.items()
     }
-    subject = _subject(module, inputs, weights, _origin(live, getattr(live, "config", None)))
+    subject = _subject(module, inputs, weights, _origin(live, getattr(live, "config", None)), image)
     subject.sources[MODEL] = MemorySource({name: t for name, t in tensors.items() if name not in transient})
     return subject
 
@@ -129,15 +129,15 @@ def _subject(
     inputs: Mapping[str, Tensor] | None,
     weights: dict[str, Expr],
     origin: Origin,
-    image: int | None = None,
+    image: int | None,
 ) -> Subject:
     _settle_frequencies(module)
-    examples = _default_inputs(module, image) if inputs is None else _shaped_like(inputs)
+    examples = default_inputs(module, image) if inputs is None else shaped_like(inputs)
     names = _first_names(module)
     return Subject(
         module=module,
         inputs=_without_data(module, examples),
-        dims=_dims(examples),
+        dims=dims_of(examples),
         weights=weights,
         names=names,
         transient=_transient(module),
@@ -361,67 +361,3 @@ def _storage(config: PretrainedConfig, model: Any) -> Callable[[str, Tensor], to
         return torch.float32 if any(f".{part}." in f".{name}." for part in kept) else default
 
     return dtype_of
-
-
-# --- example inputs ------------------------------------------------------------------------------------------
-
-
-def _default_inputs(module: nn.Module, image: int | None) -> dict[str, Tensor]:
-    main = getattr(module, "main_input_name", None)
-    config = getattr(module, "config", None)
-    if not isinstance(main, str) or config is None:
-        raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
-    inputs = {main: _example(main, config, image)}
-    if main == "input_ids" and hasattr(config, "vision_config") and not cast(Any, module).can_generate():
-        inputs["pixel_values"] = _example("pixel_values", config, image)
-    if image is not None and "pixel_values" not in inputs:
-        raise CaptureError(f"a {type(module).__name__} takes no pictures", remedy="leave out the size of pictures")
-    takes_decoder_ids = "decoder_input_ids" in inspect.signature(module.forward).parameters
-    if takes_decoder_ids and getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = _tokens(_DECODER_TOKENS)
-    return inputs
-
-
-def _example(name: str, config: Any, image: int | None) -> Tensor:
-    if name == "input_ids":
-        return _tokens(_TOKENS)
-    if name == "pixel_values":
-        channels, height, width = image_shape(config)
-        return torch.zeros(_BATCH, channels, image or height, image or width, device="meta")
-    if name == "input_features":
-        return torch.zeros(_BATCH, config.num_mel_bins, 2 * config.max_source_positions, device="meta")
-    raise CaptureError(f"no example of the input `{name}` is known", remedy="pass inputs=")
-
-
-def _tokens(length: int) -> Tensor:
-    return torch.zeros(_BATCH, length, dtype=torch.int64, device="meta")
-
-
-def _shaped_like(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs of these shapes on the meta device; sizes of 1 on dynamic axes grow, since tracing would fix them."""
-    examples: dict[str, Tensor] = {}
-    for name, tensor in inputs.items():
-        shape = list(tensor.shape)
-        for axis in _dynamic_axes(tensor):
-            shape[axis] = max(shape[axis], 2)
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        examples[name] = torch.zeros(shape, dtype=dtype, device="meta")
-    return examples
-
-
-def _dynamic_axes(tensor: Tensor) -> list[int]:
-    """The batch axis, and the token axis of ids [B, T] and of embeddings [B, T, D]."""
-    tokens = tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
-    return [0, 1] if tokens else [0][: tensor.dim()]
-
-
-def _dims(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Names of the axes that stay symbolic: B, and T, or S for the encoder beside a decoder."""
-    has_decoder = any(name.startswith("decoder_") for name in inputs)
-    return {
-        name: {
-            axis: ("B", "S" if has_decoder and not name.startswith("decoder_") else "T")[axis]
-            for axis in _dynamic_axes(tensor)
-        }
-        for name, tensor in inputs.items()
-    }
