@@ -232,7 +232,7 @@ def _schema_options(parser: argparse.ArgumentParser) -> None:
 
 def _schema(options: argparse.Namespace, console: Console) -> None:
     """The JSON Schema of recipes, with every installed pass."""
-    from compiler.recipe.schema import json_schema
+    from compiler.recipe.json_schema import json_schema
 
     console.result(json.dumps(json_schema(), indent=2))
 

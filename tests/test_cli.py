@@ -332,12 +332,20 @@ def test_eval_speed_needs_two_models(folder, run):
 
 @pytest.mark.parametrize(
     "option",
-    ["--seed=-1", "--seed=9223372036854775808", "--samples=0", "--length=1", "--length=x", "--image=0", "--image=8"],
+    ["--seed=-1", "--seed=9223372036854775808", "--samples=0", "--length=1", "--length=x", "--image=0"],
 )
 def test_numbers_that_measure_nothing_are_wrong_usage(folder, run, option):
     code, out, err = run("eval", folder / "tiny", option)
     assert code == 1 and not out
     assert err.startswith("error[usage]: ") and option.partition("=")[0] in err
+
+
+@pytest.mark.parametrize("data", [(), ("--data", "text.txt")])
+def test_a_model_of_text_is_given_no_size_of_pictures(folder, run, data):
+    given = [folder / each if each.endswith(".txt") else each for each in data]
+    code, out, err = run("eval", folder / "tiny", *given, "--image=8", "--length=16")
+    assert code == 1 and not out
+    assert "error[data]: a LlamaForCausalLM takes no pictures" in err and "help: leave out the size of pictures" in err
 
 
 def test_a_model_that_writes_nothing_has_no_speed(run, tmp_path):

@@ -5,9 +5,7 @@ import re
 import pytest
 
 from compiler.evaluate.metrics import METRICS
-from compiler.recipe.schema import (
-    json_schema,
-)
+from compiler.recipe.json_schema import json_schema
 from compiler.recipe.yamltree import read_tree
 from tests.test_recipe import SHIPPED, write
 

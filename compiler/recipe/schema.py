@@ -1,4 +1,4 @@
-"""What a recipe may say: its sections as typed dataclasses, values checked against them, and the JSON Schema.
+"""What a recipe may say: its sections as typed dataclasses, and values checked against them.
 
 The options of a pass are the fields of its dataclass, so a pass is typed, checked and completed by editors
 without being written down anywhere else. Option names have dashes where fields have underscores.
@@ -156,10 +156,10 @@ KEYS = ("model", "inputs", "calibration", "passes", "emit", "evaluate", "run", "
 
 def option_names(cls: type) -> list[str]:
     """The options of a section or pass, as recipes spell them."""
-    return [_option(field.name) for field in dataclasses.fields(cls)]
+    return [option_name(field.name) for field in dataclasses.fields(cls)]
 
 
-def _option(field: str) -> str:
+def option_name(field: str) -> str:
     """A field as recipes spell it; one that ends in an underscore would be a keyword of Python without it."""
     return field.rstrip("_").replace("_", "-")
 
@@ -176,7 +176,7 @@ def spell(section: Any) -> dict[str, Any]:
     for field in dataclasses.fields(section):
         value, hint = getattr(section, field.name), hints[field.name]
         sized = isinstance(value, int) and Memory in (hint, *get_args(hint))
-        spelt[_option(field.name)] = format_memory(value) if sized else value
+        spelt[option_name(field.name)] = format_memory(value) if sized else value
     return spelt
 
 
@@ -216,7 +216,7 @@ def _fractions(cls: type, tree: Tree) -> dict[str, Any]:
 
 def _explain(cls: type, tree: Tree, name: str, failure: ValidationError) -> RecipeError:
     error = failure.errors()[0]
-    option = _option(str(error["loc"][0])) if error["loc"] else name
+    option = option_name(str(error["loc"][0])) if error["loc"] else name
     path = (option, *error["loc"][1:])
     if error["type"] == "missing":
         remedy = f"add `{option}: …`"
@@ -334,84 +334,3 @@ def _alternatives(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         return [part for member in get_args(hint) for part in _alternatives(member)]
     return [hint]
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of recipes, with every installed pass."""
-    from passes import pass_class, pass_names
-
-    text = {"type": "string"}
-    passes = {key: pass_class(key) for key in pass_names()}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "compress-model recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            "model": {**text, "description": "A checkpoint directory, a hub id, or a .gguf file"},
-            "include": {
-                "anyOf": [text, {"type": "array", "items": text}],
-                "description": "Recipes to build on; their passes come first",
-            },
-            "passes": {"type": "array", "items": _entry_schema(passes, ("included",))},
-            "emit": {"type": "array", "items": _entry_schema(EMITTERS)},
-            **{name: _options_schema(cls) for name, cls in SECTIONS.items()},
-        },
-    }
-
-
-def _entry_schema(classes: Mapping[str, type], bare: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A list entry: a name, or a mapping of one name to its options."""
-    properties = {key: {"anyOf": [_options_schema(cls), {"type": "null"}]} for key, cls in classes.items()}
-    named = {
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-        "minProperties": 1,
-        "maxProperties": 1,
-    }
-    return {"anyOf": [{"enum": [*classes, *bare]}, named]}
-
-
-def _options_schema(cls: type) -> dict[str, Any]:
-    schema = _inline(TypeAdapter(cls).json_schema())
-    properties = {_option(name): _percent(value) for name, value in schema.get("properties", {}).items()}
-    required = [_option(name) for name in schema.get("required", [])]
-    return {
-        "type": "object",
-        "description": (cls.__doc__ or "").strip(),
-        "properties": properties,
-        "additionalProperties": False,
-        **({"required": required} if required else {}),
-    }
-
-
-def _inline(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` with its ``$defs`` written out where they are referred to."""
-    definitions = schema.pop("$defs", {})
-
-    def resolve(part: Any) -> Any:
-        if isinstance(part, list):
-            return [resolve(item) for item in typing.cast("list[Any]", part)]
-        if not isinstance(part, dict):
-            return part
-        mapping = typing.cast("dict[str, Any]", part)
-        if "$ref" in mapping:
-            return resolve(definitions[mapping["$ref"].rsplit("/", 1)[-1]])
-        return {name: resolve(value) for name, value in mapping.items() if name != "title"}
-
-    return {
-        name: {key: resolve(value) for key, value in schema[name].items()} if name == "properties" else value
-        for name, value in schema.items()
-    }
-
-
-def _percent(schema: dict[str, Any]) -> dict[str, Any]:
-    """A number may be written as a percentage."""
-    percent = {"type": "string", "pattern": f"^{PERCENT}$"}
-    if schema.get("type") == "number":
-        number = {name: value for name, value in schema.items() if name != "default"}
-        return {"anyOf": [number, percent], **({"default": schema["default"]} if "default" in schema else {})}
-    if any(choice.get("type") == "number" for choice in schema.get("anyOf", [])):
-        return {**schema, "anyOf": [*schema["anyOf"], percent]}
-    return schema
