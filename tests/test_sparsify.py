@@ -30,7 +30,7 @@ from passes import Heal
 from passes.sparsify import Sparsify
 from passes.sparsify.masks import largest, largest_by_row
 from passes.sparsify.places import Pattern
-from passes.sparsify.solve import Problem, damped, fitted, solve, surgeon
+from passes.sparsify.solve import Problem, _chosen, damped, fitted, solve, surgeon
 from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
@@ -120,6 +120,13 @@ def test_more_kept_never_costs_more_in_what_the_method_minimises(method, rows, g
     assert costs[-1] <= FLOAT64 * costs[0]
     patterns = [judge.cost(solve(one, method, Pattern(kept, 4))[1]) for kept in (1, 2, 3)]
     assert all(after <= before + FLOAT64 * costs[0] for before, after in pairwise(patterns))
+
+
+def test_a_choice_that_costs_more_with_more_kept_is_grown_instead():
+    """Here three eighths chosen column by column cost more than two."""
+    one = problem(4, 28, 3339)
+    two, three = (one.cost(surgeon(one, eighths * 14)[1]) for eighths in (2, 3))
+    assert three < two < one.cost(_chosen(one, 3 * 14)[1])
 
 
 def test_masks_take_the_largest():

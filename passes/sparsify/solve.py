@@ -21,6 +21,8 @@ from passes.sparsify.places import Part, Pattern
 
 DAMPING = 0.01  # of the mean energy of inputs
 BLOCK = 128  # columns of which the elements that remain are chosen together
+STEPS = 8  # of the elements of a small matrix, each of which may be grown into the next
+SMALL = 1 << 16  # elements
 FITTING = 8  # steps of conjugate gradients; the first few gain most
 
 
@@ -73,7 +75,33 @@ def _wanda(problem: Problem, part: Part) -> Tensor:
 
 
 def surgeon(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
-    """SparseGPT, fitted; never worse than what `wanda` keeps as it is."""
+    """SparseGPT, fitted; never worse than what `wanda` keeps as it is, nor, of a small matrix, than a smaller part.
+
+    Choices made in the order of columns can cost more where more may remain, if there are few of them: over many they
+    average out. So a part of a small matrix is also grown from the step below it, whose elements remain: fitting from
+    there costs no more than that step did.
+    """
+    found = _chosen(problem, part)
+    less = _step_below(part, problem.weight.numel())
+    if less is None or problem.weight.numel() > SMALL:
+        return found
+    kept, sparse = surgeon(problem, less)
+    gain = problem.rows[:, None] * ((problem.weight - sparse) @ problem.second).square() / problem.second.diagonal()
+    scores = gain.masked_fill(kept, torch.inf)
+    more = of_each(scores, part) if isinstance(part, Pattern) else largest(scores, part)
+    grown = fitted(problem, more, sparse)
+    return (more, grown) if problem.cost(grown) < problem.cost(found[1]) else found
+
+
+def _step_below(part: Part, whole: int) -> Part | None:
+    """The next smaller part that a solution is grown from; None below the first."""
+    if isinstance(part, Pattern):
+        return Pattern(part.kept - 1, part.of) if part.kept > 1 else None
+    steps = {round(whole * step / STEPS) for step in range(1, STEPS)}
+    return max((step for step in steps if 0 < step < part), default=None)
+
+
+def _chosen(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
     kept, sparse = _in_order(problem, part)
     other = _wanda(problem, part)
     plain = problem.weight * other
