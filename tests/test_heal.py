@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import passes.heal.whole
+import compiler.calibration.distil.whole
+from compiler.calibration.distil.loss import divergence
+from compiler.calibration.distil.weights import Adam, Trained
+from compiler.calibration.distil.windows import divide, order
 from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.sweep import differentiable
 from compiler.errors import PassError, SelectorError
@@ -22,9 +25,6 @@ from compiler.weights.spill import Progress
 from passes.drop_tokens import DropTokens
 from passes.gqa_to_mla import GqaToMla
 from passes.heal import Heal
-from passes.heal.loss import divergence
-from passes.heal.weights import Adam, Trained
-from passes.heal.windows import divide, order
 from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.graphs import tiny_llama
@@ -115,7 +115,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("saves", [1, 2, 3])
 def test_an_interrupted_run_ends_in_the_same_bytes(saves, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes.heal.whole, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(compiler.calibration.distil.whole, "SAVE_SECONDS", 0.0)
     expected, _ = healed("llama", Damage(), Heal(**QUICK))
     whole, count = Progress.save, 0
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.calibration.distil.job import Job
+from compiler.calibration.distil.loss import relative_error
+from compiler.calibration.distil.weights import Adam, Trained
+from compiler.calibration.distil.windows import STEP_TOKENS, Batch, merged, order, tokens
+from compiler.calibration.distil.zeros import keep, kept_of
 from compiler.calibration.fidelity import spread
 from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Param, Value
 from compiler.ir.layers import layer_of, segments
-from passes.heal.job import Job
-from passes.heal.loss import relative_error
-from passes.heal.weights import Adam, Trained
-from passes.heal.windows import STEP_TOKENS, Batch, merged, order, tokens
-from passes.heal.zeros import keep, kept_of
 
 Loss = Callable[[int, Mapping[Value, Tensor]], Tensor]
 

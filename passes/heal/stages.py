@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from compiler.calibration.distil.job import Job, key_of
+from compiler.calibration.distil.whole import distil
+from compiler.calibration.distil.windows import divide
 from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError
 from compiler.instrument import peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
-from passes.heal.job import Job, key_of
 from passes.heal.layers import heal_layers
-from passes.heal.whole import distil
-from passes.heal.windows import divide
 
 if TYPE_CHECKING:
     from passes.heal import Heal

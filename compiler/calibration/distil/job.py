@@ -1,4 +1,4 @@
-"""What both stages of healing share."""
+"""What is trained, and on what."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compiler.calibration.distil.windows import Windows
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
-from passes.heal.windows import Windows
 
 
 @dataclass(frozen=True)
 class Job:
-    """Heal ``params`` of ``graph`` so that it computes what ``original`` does. ``key`` names this very work.
+    """Train ``params`` of ``graph`` so that it computes what ``original`` does. ``key`` names this very work.
 
     ``means``: what is compared end to end are means over tokens.
     """
@@ -30,6 +30,6 @@ class Job:
 
 
 def key_of(params: Sequence[Param], *options: object) -> str:
-    """A name that changes with the weights that are to be healed and with how."""
+    """A name that changes with the weights that are to be trained and with how."""
     text = "\n".join([*map(str, options), *(f"{param.name} {param.expr.key}" for param in params)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compiler.calibration.distil.job import Job
+from compiler.calibration.distil.loss import divergence, relative_error
+from compiler.calibration.distil.weights import Adam, Trained
+from compiler.calibration.distil.windows import STEP_TOKENS, Batch, merged, order, tokens
+from compiler.calibration.distil.zeros import keep, kept_of
 from compiler.calibration.fidelity import of_samples
 from compiler.calibration.sweep import differentiable, quick_products
 from compiler.ir.execute import read_param
 from compiler.ir.graph import Graph, Param, Value
 from compiler.weights.expr import Expr
-from passes.heal.job import Job
-from passes.heal.loss import divergence, relative_error
-from passes.heal.weights import Adam, Trained
-from passes.heal.windows import STEP_TOKENS, Batch, merged, order, tokens
-from passes.heal.zeros import keep, kept_of
 
 SAVE_SECONDS = 60.0
 TOGETHER = 512  # tokens that go through the model at a time: logits over a vocabulary are large
@@ -51,7 +51,7 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
 
 
 class _Pair:
-    """The original and the model being healed, their weights in memory, those that are the same once."""
+    """The original and the model being trained, their weights in memory, those that are the same once."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

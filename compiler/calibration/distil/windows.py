@@ -31,7 +31,7 @@ def divide(batches: Sequence[Batch]) -> Windows:
     """Hold every eighth window out, at most 8. Raises PassError when there are fewer than two."""
     if len(batches) < 2:
         raise PassError(
-            "healing needs two windows of calibration data: one to train on and one to judge by",
+            "training needs two windows of calibration data: one to train on and one to judge by",
             remedy="raise `samples` of `calibration`",
         )
     step = max(HELD_EVERY, len(batches) // HELD_MOST)
