@@ -9,17 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from backends.onnx import emit, propose, verify
-from compiler.errors import PassError, TargetError
+from compiler.errors import PassError
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.facts import flops_per_token
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
-from compiler.ir.ops import op_named
 from compiler.ir.parse import parse_graph
 from compiler.ir.text import print_graph
 from compiler.ir.types import TensorType
@@ -29,7 +26,6 @@ from passes.drop_tokens.counts import counts
 from tests.captures import graph_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
-from tests.test_onnx import error, tolerance, written
 
 LATENT = ("deepseek_v2", "deepseek_v3")
 WITH_KEYS = [name for name in FAMILIES if name not in LATENT]
@@ -210,6 +206,7 @@ REFUSED = {
     "steps of what": ("llama", {"keep": 4}, "in steps"),
     "latent": ("deepseek_v3", {"keep": 0.5}, "keys of their own"),
     "no pairs by norm": ("vit", {"keep": 0.5, "merge": "bipartite", "score": "key-norm"}, "pairs that are alike"),
+    "no pairs by attention": ("vit", {"keep": 0.5, "merge": "bipartite", "score": "received"}, "pairs that are alike"),
     "no weights": ("vit", {"keep": 0.5, "merge": "extra", "score": "random"}, "by attention"),
 }
 
@@ -270,138 +267,7 @@ def run_dim(dim, tokens: int) -> int:
     return resolve_dim(dim, {"T": tokens})
 
 
-# --- the operations ------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 12), st.integers(0, 2**16))
-def test_the_largest_scores_and_both_ends_remain(data, tokens, seed):
-    keep, prefix = data.draw(st.integers(1, tokens)), data.draw(st.integers(0, 3))
-    suffix = data.draw(st.integers(0, 3))
-    scores = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
-    index, rest = op_named("token_select").eval(scores, keep=keep, prefix=prefix, suffix=suffix)
-    for row in range(2):
-        kept, gone = index[row].tolist(), rest[row].tolist()
-        assert sorted([*kept, *gone]) == list(range(tokens)) and kept == sorted(kept) and gone == sorted(gone)
-        fixed = {i for i in range(tokens) if i < prefix or i >= tokens - suffix}
-        free = [i for i in kept if i not in fixed]
-        assert len(fixed) > keep or fixed <= set(kept)
-        assert not gone or all(scores[row, i] >= scores[row, j] for i in free for j in gone if j not in fixed)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 13), st.integers(0, 2**16))
-def test_pairs_that_are_most_alike_are_merged(data, tokens, seed):
-    prefix, suffix = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
-    pairs = max(0, tokens - prefix - suffix) // 2
-    merged = data.draw(st.integers(0, pairs))
-    metric = torch.randn(1, tokens, 5, generator=torch.Generator().manual_seed(seed))
-    own = op_named("token_match").eval(metric, keep=tokens - merged, prefix=prefix, suffix=suffix)
-    (kept,), (gone,), (into,) = (value.tolist() for value in own)
-    assert sorted([*kept, *gone]) == list(range(tokens)) and kept == sorted(kept)
-    unit = F.normalize(metric[0], dim=-1)
-    targets, sources = (list(range(prefix + start, tokens - suffix, 2)) for start in range(2))
-    best = {i: max(float(unit[i] @ unit[j]) for j in targets) for i in sources}
-    assert set(gone) <= set(sources)
-    assert all(best[i] >= best[j] - 1e-6 for i in gone for j in set(sources) - set(gone))
-    for place, slot in zip(gone, into, strict=True):
-        assert kept[slot] in targets and float(unit[place] @ unit[kept[slot]]) >= best[place] - 1e-6
-
-
-@settings(max_examples=40, deadline=None)
-@given(tokens=st.integers(1, 9), seed=st.integers(0, 2**16), extra=st.booleans())
-def test_merging_keeps_the_weighted_sum_and_restoring_takes_it_back(tokens, seed, extra):
-    generator = torch.Generator().manual_seed(seed)
-    keep = int(torch.randint(1, tokens + 1, (), generator=generator))
-    x = torch.randn(2, tokens, 3, generator=generator, dtype=torch.float64)
-    weight = torch.rand(2, tokens, generator=generator, dtype=torch.float64) + 0.1
-    order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(2)])
-    index, rest = order[:, :keep].sort(-1).values, order[:, keep:].sort(-1).values
-    into = None if extra else torch.randint(0, keep, rest.shape, generator=generator)
-    if extra and not rest.shape[1]:
-        return
-    merged, total = op_named("token_merge").eval(x, weight, index, rest, into)
-    torch.testing.assert_close((merged * total[..., None]).sum(1), (x * weight[..., None]).sum(1))
-    torch.testing.assert_close(total.sum(1), weight.sum(1))
-    whole = op_named("token_restore").eval(x, merged, index, None if extra else rest, into)
-    torch.testing.assert_close(whole.gather(1, index[..., None].expand(-1, -1, 3)), merged[:, :keep])
-    if into is not None:
-        gone = whole.gather(1, rest[..., None].expand(-1, -1, 3))
-        torch.testing.assert_close(gone, merged.gather(1, into[..., None].expand(-1, -1, 3)))
-
-
-@pytest.mark.parametrize("rows", ["first", "last", "all"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_scores_are_what_attention_gives_each_key(rows, causal):
-    query, key = torch.randn(2, 4, 7, 6), torch.randn(2, 2, 7, 6)
-    options = {"scale": 0.4, "causal": causal}
-    values = torch.eye(7).expand(2, 2, 7, 7)
-    weights = op_named("attention").eval(query, key, values, None, None, None, window=0, softcap=0.0, **options)
-    expected = {"first": weights[:, :1], "last": weights[:, -1:], "all": weights[:, ::2]}[rows].mean((1, 2))
-    if rows == "first" and causal:
-        with pytest.raises(ValueError, match="its own key alone"):
-            op_named("token_scores").infer([TensorType(torch.float32, query.shape)] * 2, {"rows": rows, **options})
-        return
-    found = op_named("token_scores").eval(query, key, rows=rows, step=2, **options)
-    torch.testing.assert_close(found, expected)
-
-
-# --- in ONNX Runtime -----------------------------------------------------------------------------------------
-
-
 def test_means_of_neighbours_leave_one():
     _, reduced = dropped("vit", keep=0.05, merge="average")
     found = run(reduced, FAMILIES["vit"].inputs(batch=2, tokens=9))
     assert all(value.isfinite().all() for value in found.values())
-
-
-def test_an_onnx_model_merges_nothing_of_one_token(tmp_path):
-    graph, reduced = dropped("bert", keep=0.6, merge="bipartite")
-    given = FAMILIES["bert"].inputs(batch=2, tokens=1)
-    found = written(reduced, tmp_path, "ort-cpu").run(**given, attention_mask=torch.ones_like(given["input_ids"]))
-    for output, value in run(graph, given).items():
-        torch.testing.assert_close(found[output], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [*OPTIONS.values(), *MERGED.values()], ids=[*OPTIONS, *MERGED])
-def test_an_onnx_model_drops_the_same_tokens(options, tmp_path):
-    for name in ("dinov2", "modernbert"):
-        if FAMILIES[name].kind == "text" and options in list(MERGED.values()):
-            continue
-        graph, reduced = dropped(name, **options)
-        given = FAMILIES[name].inputs(batch=2, tokens=9)
-        mask = {"attention_mask": torch.ones_like(given["input_ids"])} if "input_ids" in given else {}
-        for target in ("ort-cpu", "onnx"):
-            found = written(reduced, tmp_path / name / target, target).run(**given, **mask)
-            for output, value in run(reduced, given).items():
-                assert error(found[output], value) <= tolerance(graph)
-
-
-@pytest.mark.parametrize(("name", "merge"), [("whisper", "average"), ("t5", "none"), ("t5", "bipartite")])
-def test_an_encoder_of_fewer_tokens_is_decoded_as_in_the_graph(name, merge, tmp_path):
-    _, reduced = dropped(name, keep=0.6, merge=merge)
-    emission = propose(reduced)
-    emit(emission, reduced.sources, tmp_path)
-    assert verify(emission, tmp_path).holds
-
-
-@pytest.mark.parametrize("name", ["bert", "modernbert", "siglip_text"])
-@pytest.mark.parametrize("score", ["class", "received", "last", "recency", "similarity", "merged"])
-def test_a_sample_gives_in_a_padded_batch_what_it_gives_alone(name, score, tmp_path):
-    chosen = {"merge": "bipartite"} if score == "merged" else {"score": score, "suffix": int(score != "similarity")}
-    graph, reduced = dropped(name, depth=3, keep=(0.8, 0.45, 0.3), **chosen)
-    model, (output, *_) = written(reduced, tmp_path), reduced.outputs
-    ids = FAMILIES[name].inputs(batch=3, tokens=12)["input_ids"]
-    lengths, mask = (12, 7, 1), torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, length:], mask[row, length:] = 0, 0
-    found = model.run(input_ids=ids, attention_mask=mask)[output]
-    for row, length in enumerate(lengths):
-        alone = run(reduced, {"input_ids": ids[row : row + 1, :length]})[output]
-        assert error(found[row : row + 1, :length], alone) <= tolerance(graph)
-
-
-def test_merged_tokens_cannot_go_on_from_a_cache():
-    _, reduced = dropped("llama", keep=0.6, merge="bipartite")
-    with pytest.raises(TargetError, match="cannot go on from a cache"):
-        propose(reduced)

@@ -23,7 +23,7 @@ from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import layer_of
 from compiler.ir.opdef import Attr, OpDef
 from compiler.ir.positions import POSITIONS
-from compiler.ir.stages import Stage, named_stages, own_places
+from compiler.ir.stages import Stage, named_stages, own_places, scored
 from compiler.ir.types import Dim, TensorType
 
 
@@ -76,11 +76,11 @@ def add_stages(graph: Graph, extras: Extras) -> Staged | None:
 
 
 def _read_present(graph: Graph, extras: Extras, stage: Stage, present: Value, staged: Staged) -> None:
-    scores, choice = stage.choice.input(0).node, stage.choice
+    choice, scores = stage.choice, scored(stage.choice.input(0))
     choice.attrs = {**choice.attrs, "keep": stage.count}  # what a count is written of
     extras.of_node[choice] = [present, staged.lengths, extras.cache]
     extras.choosing.add(choice)
-    if scores is not None and scores.op.name == "token_scores":
+    if scores is not None:
         extras.of_node[scores] = [present]
     for node in graph.nodes_named("token_restore"):
         if node.input(2) is choice.outputs[0]:

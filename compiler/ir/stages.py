@@ -168,17 +168,33 @@ def after_prompt(graph: Graph, prompt: int) -> Graph:
     return copy
 
 
+def scored(value: Value) -> Node | None:
+    """The node that says what attention the tokens get that ``value`` [B, T] scores, if it comes of that."""
+    while value.node is not None and value.node.op.name in ("add", "log"):
+        value = value.node.input(0)
+    return value.node if value.node is not None and value.node.op.name == "token_scores" else None
+
+
+def _score_prompt(graph: Graph, node: Node, place: int, own: int) -> None:
+    """Let the operand of ``node`` at ``place``, scores of tokens, be those of the first ``own`` among themselves."""
+    value = node.input(place)
+    if value.node is not None and scored(value) is value.node:
+        for index in range(2):
+            made = value.node
+            part = graph.op("slice", [made.input(index)], {"axis": 2, "stop": own}, scope=made.scope, before=made)
+            graph.set_input(made, index, part)
+    elif value.node is not None and scored(value) is not None:
+        for index in range(len(value.node.inputs)):
+            _score_prompt(graph, value.node, index, own)
+    else:
+        part = graph.op("slice", [value], {"axis": 1, "stop": own}, scope=node.scope, before=node)
+        graph.set_input(node, place, part)
+
+
 def _choose_of_prompt(graph: Graph, stage: Stage, sizes: Mapping[str, int]) -> None:
     """Let the choice be of the prompt's tokens, and all that come after go on too."""
     node, own = stage.choice, sizes[str(stage.before)]
-    scores = node.input(0).node
-    if scores is not None and scores.op.name == "token_scores":
-        for index in range(2):
-            part = graph.op("slice", [scores.input(index)], {"axis": 2, "stop": own}, scope=scores.scope, before=scores)
-            graph.set_input(scores, index, part)
-    else:
-        part = graph.op("slice", [node.input(0)], {"axis": 1, "stop": own}, scope=node.scope, before=node)
-        graph.set_input(node, 0, part)
+    _score_prompt(graph, node, 0, own)
     following = node.following
     assert following is not None  # a choice has readers
     batch, readers = node.outputs[0].shape[0], list(node.outputs[0].users)

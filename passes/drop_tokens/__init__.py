@@ -14,7 +14,9 @@ from compiler.pipeline import Context, Pass
 Part = Annotated[float, Field(gt=0, le=1)]
 Number = Annotated[int, Field(ge=1)]
 End = Annotated[int, Field(ge=0)]
-Score = Literal["class", "received", "last", "key-norm", "change", "similarity", "random", "recency", "earliest"]
+Score = Literal[
+    "class", "received", "last", "key-norm", "change", "similarity", "random", "recency", "earliest", "learned"
+]
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class DropTokens(Pass):
     this name in its path, each drop alike many; a list for ``keep`` says what remains behind each. They
     do so behind their attention, or behind the whole `layer` (``site``). ``score`` says which remain: those that the
     first token (`class`), the `last` one (of causal models, without ``score``) or all queries, or every ``every``-th,
-    attend to most (`received`, of others without); with the
-    smallest keys (`key-norm`); moved farthest by their layer (`change`: others halt, arXiv 2506.22396); least like
-    others (`similarity`, by keys); the `earliest` (D3, arXiv 2503.08524); or, to compare, `random` (by ``seed``) or
-    `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
-    learnt; of texts the first, and of causal models the last.
+    attend to most (`received`, of others without); with the smallest keys (`key-norm`); moved farthest by their layer
+    (`change`: others halt, arXiv 2506.22396); least like others (`similarity`, by keys); the `earliest` (D3, arXiv
+    2503.08524); by that attention and a small gate trained on ``learn`` tokens of calibration data (`learned`); or, to
+    compare, `random` (by ``seed``) or `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a
+    number those that the model learnt; of texts the first, and of causal models the last.
 
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
@@ -58,12 +60,13 @@ class DropTokens(Pass):
     suffix: End | None = None
     every: Number = 1
     seed: End = 0
+    learn: Number = 65536
 
     exact_when: ClassVar = {"keep": 1.0}
     edits_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.merge == "bipartite" and self.score not in (None, "similarity", "received"):
+        if self.merge == "bipartite" and self.score not in (None, "similarity"):
             raise PassError(
                 "`merge: bipartite` takes pairs that are alike",
                 option="score",
@@ -87,21 +90,30 @@ class DropTokens(Pass):
         if self.skip == "mlp" and self.merge == "extra":
             cause = "what an MLP adds to a token more than there are has no place"
             raise PassError(cause, option="merge", remedy="write `merge: bipartite`, or leave it out")
+        if self.score == "learned" and (self.tokens, self.skip) != ("all", "layers"):
+            cause = "a gate is trained for tokens of all kinds, which leave layers"
+            raise PassError(cause, option="score", remedy="leave out `tokens` and `skip`")
         self._refuse_unread()
 
     def _refuse_unread(self) -> None:
         """Raises PassError for an option that differs from its default where nothing reads it."""
         weighed = self.skip == "layers" and self.merge in ("bipartite", "average")
         received = self.score in (None, "received") and self.merge in ("none", "extra")
-        random = self.score == "random"
+        random = self.score in ("random", "learned")
         for option, read, when in (
             ("compare", self.alike, "tokens are matched, as by `merge: bipartite` or `score: similarity`"),
             ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
             ("every", received, "queries are counted, by `score: received`"),
-            ("seed", random, "tokens go by chance, by `score: random`"),
+            ("seed", random, "something is drawn, by `score: random` or `learned`"),
+            ("learn", self.calibrated, "a gate is trained, by `score: learned`"),
         ):
             if not read and getattr(self, option) != getattr(DropTokens, option):
                 raise PassError(f"`{option}` is read where {when}", option=option, remedy=f"leave out `{option}`")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a gate is trained."""
+        return self.score == "learned" and not self.exact
 
     @property
     def exact(self) -> bool:

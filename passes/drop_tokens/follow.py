@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from compiler.errors import PassError
@@ -188,3 +189,29 @@ class Following:
 def _outside(stack: str) -> str:
     """A scope for what layers share."""
     return stack.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What reads ``value`` behind the layers: nodes, and the names of outputs."""
+
+    value: Value
+    nodes: Sequence[Node]
+    outputs: Sequence[str]
+
+    @classmethod
+    def of(cls, graph: Graph, stack: str, value: Value) -> Readers:
+        nodes = [node for node in value.users if not node.scope.startswith(f"{stack}.")]
+        return cls(value, nodes, [name for name, found in graph.outputs.items() if found is value])
+
+    @property
+    def any(self) -> bool:
+        return bool(self.nodes or self.outputs)
+
+    def read(self, graph: Graph, other: Value) -> None:
+        """Let them read ``other`` instead."""
+        for node in self.nodes:
+            for place, operand in enumerate(node.inputs):
+                if operand is self.value:
+                    graph.set_input(node, place, other)
+        graph.outputs |= dict.fromkeys(self.outputs, other)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim
 from compiler.pipeline import Context
+from compiler.weights.expr import Expr
 from passes.drop_tokens.counts import counts, paired
-from passes.drop_tokens.follow import Following
+from passes.drop_tokens.follow import Following, Readers
+from passes.drop_tokens.gate import add_gate
+from passes.drop_tokens.learn import learning
 from passes.drop_tokens.pictures import Pictures, pictures
 from passes.drop_tokens.places import Place, ends, places
-from passes.drop_tokens.scores import Ops, by_place, metric, neighbours, scores
+from passes.drop_tokens.scores import Ops, attend, by_place, metric, neighbours, scores
 
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
@@ -44,6 +50,7 @@ class Reduction:
     options: DropTokens
     prefix: int
     suffix: int
+    spill: Callable[[str, Tensor], Expr]
     sizes: Value | None = None
     sized: dict[Node, Value] = field(default_factory=dict[Node, Value])
     numbers: Value | None = None
@@ -96,6 +103,8 @@ class Reduction:
         if self.options.score in BY_PLACE and self.numbers is None:
             self.numbers = by_place(self._outside(ops, place), place)
         weight = scores(ops, place, self.options, self.numbers)
+        if self.options.score == "learned":
+            weight = add_gate(self.graph, self.spill, place, self.options.seed).scores(ops, place.stream, weight)
         if self.pictures is not None:
             weight = self.pictures.protect(ops, weight)
         index, rest = ops.all("token_select", weight, **own)
@@ -122,15 +131,9 @@ class Reduction:
         assert value.node is not None and value.node.following is not None  # it was computed from fewer
         if value.shape[2:] != stream.shape[2:] or value.type.rank != stream.type.rank:
             raise PassError(f"what leaves `{value.node.scope}` is not the stream of the layers")
-        readers = [node for node in value.users if not node.scope.startswith(f"{place.layer.stack}.")]
-        outputs = [name for name, found in self.graph.outputs.items() if found is value]
+        readers = Readers.of(self.graph, place.layer.stack, value)
         ops = Ops(self.graph, place.layer.stack.rpartition(".")[0], value.node.following)
-        whole = ops("token_restore", stream, value, chosen.index, *self._gone(chosen))
-        for node in readers:
-            for index, operand in enumerate(node.inputs):
-                if operand is value:
-                    self.graph.set_input(node, index, whole)
-        self.graph.outputs |= dict.fromkeys(outputs, whole)
+        readers.read(self.graph, ops("token_restore", stream, value, chosen.index, *self._gone(chosen)))
 
     def _gone(self, chosen: Chosen) -> tuple[Value | None, Value | None]:
         return (chosen.rest, chosen.into) if chosen.into is not None else (None, None)
@@ -143,9 +146,7 @@ class Reduction:
             if sizes not in logs:
                 batch, count = sizes.shape
                 logs[sizes] = ops("reshape", ops("log", sizes), shape=(batch, 1, 1, count))
-            bias = node.optional_input(4)
-            node.inputs += [None] * (5 - len(node.inputs))
-            self.graph.set_input(node, 4, logs[sizes] if bias is None else ops("add", bias, logs[sizes]))
+            attend(ops, node, logs[sizes])
 
 
 def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
@@ -153,19 +154,22 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     if graph.nodes_named("token_restore"):
         raise PassError("tokens are dropped already", remedy="write one `drop-tokens` with a list for `keep`")
     found = places(graph, options.layers, options.site, options.stack)
-    learnt = ends(graph, found[0])
-    prefix = learnt[0] if options.prefix is None else options.prefix
-    suffix = learnt[1] if options.suffix is None else options.suffix
+    first, last = ends(graph, found[0])
+    prefix = first if options.prefix is None else options.prefix
+    suffix = last if options.suffix is None else options.suffix
     if options.merge in ("extra", "average") and isinstance(found[0].tokens, str):
         raise PassError(
             "tokens are merged where every sample has as many, and these may be padded",
             option="merge",
             remedy="leave out `merge`",
         )
-    reduction = Reduction(graph, options, prefix, suffix)
+    reduction = Reduction(graph, options, prefix, suffix, ctx.spill)
     if options.tokens == "pictures":
         reduction.pictures = pictures(graph, found[0].stream)
-    for place, wanted in zip(found, _wanted(found[0].tokens, len(found), reduction), strict=True):
+    remain = _wanted(found[0].tokens, len(found), reduction)
+    trains = options.score == "learned" and not ctx.planned
+    learner = learning(graph, ctx, options, remain, (prefix, suffix)) if trains else None
+    for place, wanted in zip(found, remain, strict=True):
         before = place.tokens
         keep = _least(before, wanted, options, prefix, suffix)
         reason = _unneeded(before, keep, options)
@@ -178,11 +182,13 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
             ctx.warn(
                 f"{keep} tokens remain behind {place.layer.scope} and not {wanted}: of each two neighbours one can go"
             )
-        remain = "remain" if options.skip == "layers" else "go through its MLP"
-        what = f"{keep} of {before} tokens {remain}, others are {WORDS[options.merge]}"
+        go_on = "remain" if options.skip == "layers" else "go through its MLP"
+        what = f"{keep} of {before} tokens {go_on}, others are {WORDS[options.merge]}"
         ctx.rewrote(place.layer.scope, what, **numbers)
     reduction.weigh()
     graph.prune()
+    if learner is not None:
+        learner.train(graph, ctx, options)
 
 
 def _wanted(tokens: Dim, steps: int, reduction: Reduction) -> list[Dim]:

@@ -37,8 +37,12 @@ class Ops:
 
 
 def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -> Value:
-    """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first."""
-    node, kind = place.attention, options.score or ("last" if place.attention.attr("causal") else "received")
+    """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first.
+
+    Of a `learned` score it is the attention that a gate adds to.
+    """
+    node, wanted = place.attention, None if options.score == "learned" else options.score
+    kind = wanted or ("last" if node.attr("causal") else "received")
     query, key = node.input(0), node.input(1)
     if kind == "class" and node.attr("causal"):
         cause = "the first token of a causal model attends to itself alone"
@@ -60,6 +64,13 @@ def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -
     number = ops("cast", numbers, dtype=torch.float32)
     rows = {"random": lambda: _random(ops, number, options.seed), "earliest": lambda: ops("neg", number)}
     return rows[kind]() if kind in rows else number
+
+
+def attend(ops: Ops, node: Node, bias: Value) -> None:
+    """Let ``bias`` be added to the scores of the attention ``node``."""
+    own = node.optional_input(4)
+    node.inputs += [None] * (5 - len(node.inputs))
+    ops.graph.set_input(node, 4, bias if own is None else ops("add", own, bias))
 
 
 def by_place(ops: Ops, place: Place) -> Value:
