@@ -11,9 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from compiler.cli_measure import compare_options, compare_outputs, eval_options, evaluate, trust_option, write_page
+from compiler.cli_measure import (
+    compare_options,
+    compare_outputs,
+    eval_options,
+    evaluate,
+    trust_option,
+    whole,
+    write_page,
+)
 from compiler.console import Console
 from compiler.errors import CompressError, UsageError, memory_error, out_of_memory
+from compiler.executor import NAMES
 
 Handler = Callable[[argparse.Namespace, Console], None]
 
@@ -94,37 +103,43 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
 
 
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe (.yaml)")
     parser.add_argument("--model", help="use this model instead of the one the recipe names")
     parser.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graph after each pass into DIR")
 
 
 def _compress_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipes", metavar="RECIPE", type=Path, nargs="+", help="a recipe (.yaml), or several")
     _recipe_options(parser)
     trust_option(parser)
+    parser.add_argument(
+        "--executor",
+        choices=NAMES,
+        help="who makes the weights, or does several recipes: threads, worker processes, or a Ray cluster",
+    )
+    parser.add_argument("--workers", type=whole(1), metavar="N", help="how many of them; default: one a core")
     parser.add_argument(
         "-o",
         "--out",
         metavar="OUT",
         type=Path,
-        help="the directory to write; default: the recipe's name, in the current directory",
+        help="the directory to write, of several recipes a folder of them; default: the recipe's name, here",
     )
 
 
 def _compress(options: argparse.Namespace, console: Console) -> None:
     """Compress a model as a recipe says: capture, run the passes, write, verify, evaluate, report."""
-    from compiler.job import compress
-    from compiler.recipe import Recipe
+    from compiler.several import Job, compress_all, load, outputs
 
-    recipe = Recipe.load(options.recipe, model=options.model)
-    out = options.out or Path(options.recipe.stem)
-    result = compress(
-        recipe, out, console=console, trust_remote_code=options.trust_remote_code, dump_graphs=options.dump_graphs
-    )
-    console.result(result.summary())
+    job = Job(options.model, options.executor, options.workers, options.trust_remote_code, options.dump_graphs)
+    if len(options.recipes) > 1:
+        compress_all(job, outputs(options.recipes, options.out or Path()), console)
+        return
+    (recipe,) = options.recipes
+    console.result(job.run(load(recipe, job), options.out or Path(recipe.stem), console).summary())
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe (.yaml)")
     _recipe_options(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also draw it, as one self-contained page")

@@ -119,6 +119,13 @@ class RunError(CompressError):
     exit_code = 2
 
 
+class ExecutorError(CompressError):
+    """Workers cannot be had, or die of their work."""
+
+    code = "executor"
+    exit_code = 2
+
+
 class UsageError(CompressError):
     """The command line is wrong."""
 

@@ -7,7 +7,6 @@ directory is named after a hash of all that determines the output.
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -21,13 +20,14 @@ from torch import Tensor
 from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.calibration.sweep import token_batches
-from compiler.console import Console, human_bytes
+from compiler.console import Console
 from compiler.datafiles import has_labelled, image_files
 from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
-from compiler.instrument import DumpGraphs, Narrate, Timing, peak_rss
+from compiler.instrument import DumpGraphs, Narrate, Timing
 from compiler.ir.graph import Graph
+from compiler.means import Means, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
 from compiler.plan import bytes_in_file, open_recipe_model
@@ -38,14 +38,13 @@ from compiler.report.text import summary
 from compiler.report.write import Findings, write_reports
 from compiler.target import checkpoint_for, gguf_for, onnx_for
 from compiler.weights.checkpoint import Checkpoint
-from compiler.weights.writer import BUDGET, explained
+from compiler.weights.writer import explained
 
 if TYPE_CHECKING:
     from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
     from compiler.evaluate import Evaluation
 
-SMALLEST_BUDGET = 64 << 20
 ONNX_FOLDER = "onnx"
 GGUF_FOLDER = "gguf"
 
@@ -151,14 +150,14 @@ def compress(
         result = _finished(output)
         run.console.say(f"{out} is already finished: nothing to do")
         return result
-    budget = write_budget(recipe)
-    with run.step("passes"):
-        planned = _pass_and_propose(run, graph, None)
-    _check_comparable(planned.graph, recipe)
-    with output, _interruptible(run, output), explained(output.path):
-        if output.resumed:
-            run.console.say("resuming an interrupted run")
-        return _make(run, planned, lock, output, budget)
+    with open_means(recipe) as means:
+        with run.step("passes"):
+            planned = _pass_and_propose(run, graph, None)
+        _check_comparable(planned.graph, recipe)
+        with output, _interruptible(run, output), explained(output.path):
+            if output.resumed:
+                run.console.say("resuming an interrupted run")
+            return _make(run, planned, lock, output, means)
 
 
 def _finished(output: OutputDirectory) -> Result:
@@ -238,17 +237,12 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
     return _Passed(graph, report, checkpoint_for(graph, recipe), onnx_for(graph, recipe), gguf_for(graph, recipe))
 
 
-def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, budget: int) -> Result:
+def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirectory, means: Means) -> Result:
     if passed.report.read_weights:
         with run.step("compute"):
             passed = _pass_and_propose(run, open_recipe_model(run.recipe), output.state)
     graph = passed.graph
-    if passed.emission is not None:
-        _write(run, passed.emission, graph, output, budget)
-    if passed.onnx is not None:
-        _write_onnx(run, passed.onnx, output, budget)
-    if passed.gguf is not None:
-        _write_gguf(run, passed.gguf, graph, output, budget)
+    _write_all(run, passed, output, means)
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     own_code = bool(passed.emission and passed.emission.files)
@@ -265,7 +259,16 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     return Result(output.path, document, passed.report)
 
 
-def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory, budget: int) -> None:
+def _write_all(run: _Run, passed: _Passed, output: OutputDirectory, means: Means) -> None:
+    if passed.emission is not None:
+        _write(run, passed.emission, passed.graph, output, means)
+    if passed.onnx is not None:
+        _write_onnx(run, passed.onnx, output, means)
+    if passed.gguf is not None:
+        _write_gguf(run, passed.gguf, passed.graph, output, means)
+
+
+def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory, means: Means) -> None:
     assert run.recipe.checkpoint is not None  # there is an emission for it
     with run.step("write"), run.console.progress("write") as advance:
         emit(
@@ -274,29 +277,29 @@ def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory,
             output.files,
             shard_bytes=run.recipe.checkpoint.shard,
             journal=output.state / "journal",
-            budget=budget,
             on_progress=advance,
+            **means.options(),
         )
 
 
-def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, budget: int) -> None:
+def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, means: Means) -> None:
     from backends.onnx import emit
 
     folder = output.files / ONNX_FOLDER
     folder.mkdir(exist_ok=True)
     with run.step("write onnx"), run.console.progress("write onnx") as advance:
         journal = output.state / "onnx-journal"
-        emit(emission, emission.graph.sources, folder, journal=journal, budget=budget, on_progress=advance)
+        emit(emission, emission.graph.sources, folder, journal=journal, on_progress=advance, **means.options())
 
 
-def _write_gguf(run: _Run, emission: GgufEmission, graph: Graph, output: OutputDirectory, budget: int) -> None:
+def _write_gguf(run: _Run, emission: GgufEmission, graph: Graph, output: OutputDirectory, means: Means) -> None:
     from backends.gguf import emit
 
     folder = output.files / GGUF_FOLDER
     folder.mkdir(exist_ok=True)
     with run.step("write gguf"), run.console.progress("write gguf") as advance:
         journal = output.state / "gguf-journal"
-        emit(emission, graph.sources, folder, journal=journal, budget=budget, on_progress=advance)
+        emit(emission, graph.sources, folder, journal=journal, on_progress=advance, **means.options())
 
 
 def _verify_gguf(run: _Run, passed: _Passed, output: OutputDirectory) -> Verification | None:
@@ -367,25 +370,3 @@ def digests_of(graph: Graph) -> dict[str, str]:
     """The sha256 of every file of the model's checkpoint."""
     source = graph.sources["model"]
     return source.digests() if isinstance(source, Checkpoint) else {}
-
-
-def memory_to_use(recipe: Recipe) -> int:
-    """The recipe's memory, or half of what is free now, in bytes."""
-    if recipe.run.memory is not None:
-        return recipe.run.memory
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def write_budget(recipe: Recipe) -> int:
-    """Bytes that writing may hold: what the recipe's memory leaves beside this process, at most the usual budget.
-
-    Raises RecipeError when that is too little to work with.
-    """
-    if recipe.run.memory is None:
-        return BUDGET
-    left = recipe.run.memory - peak_rss()
-    if left < SMALLEST_BUDGET:
-        place = recipe.places["run"].items["memory"].span if "run" in recipe.places else None
-        cause = f"`memory` leaves nothing to work with: the program itself takes {human_bytes(peak_rss())}"
-        raise RecipeError(cause, span=place, remedy="give it at least 1GB")
-    return min(left, BUDGET)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.console import human_bytes, human_count, table
 from compiler.datafiles import check_kind
 from compiler.errors import CheckpointError, CompressError, DataError, TargetError, UsageError, nearest
+from compiler.executor import THREADS
 from compiler.instrument import DumpGraphs, peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from compiler.weights.expr import Expr
 
 
-THREADS = 2  # as the writer has
 LARGEST = 16  # tensors whose making is looked at for the estimate of memory
 
 

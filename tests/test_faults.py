@@ -164,5 +164,5 @@ def test_an_error_in_one_thread_stops_the_run(tmp_path):
     tensors = {name: load("model", name, type) for name, type in source.types.items()}
     seen = []
     with pytest.raises(CheckpointError, match="tensor t3 holds NaN"):
-        write(tensors, {"model": source}, tmp_path, threads=2, on_progress=lambda done, total: seen.append(done))
+        write(tensors, {"model": source}, tmp_path, on_progress=lambda done, total: seen.append(done))
     assert max(seen) == 3 * 256

@@ -21,7 +21,8 @@ ALLOWED = {
     "compiler.ir.text": ("compiler.weights.expr",),
     "compiler.ir.parse": ("compiler.weights.expr",),
     "compiler.rewrite": ("compiler.ir", "compiler.weights"),
-    "compiler.weights": ("compiler.ir",),
+    "compiler.executor": (),
+    "compiler.weights": ("compiler.ir", "compiler.executor"),
     "compiler.frontend": ("compiler.ir", "compiler.rewrite", "compiler.weights"),
     "passes": (
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibration",

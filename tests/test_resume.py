@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from compiler import job
 from compiler.errors import OutputError
+from compiler.executor import Local
 from compiler.output import OutputDirectory
 from compiler.recipe import Recipe
 from compiler.weights.expr import load
@@ -130,7 +131,7 @@ def test_interrupted_between_tensors_work_is_reused(checkpoint, undisturbed, tmp
         if len(steps) > stop_after:
             raise Stop
 
-    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "threads": 1}
+    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "executor": Local(1)}
     (tmp_path / "files").mkdir()
     with pytest.raises(Stop):
         write(tensors, {"model": weights}, tmp_path / "files", on_progress=stop, **options)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compiler.errors import CheckpointError, OutputError
+from compiler.executor import Local
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.evaluate import evaluate, working_set
@@ -79,8 +80,8 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(tmp_path, budget, thread
     sources, tensors = model()
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    write(tensors, sources, tmp_path / "whole", shard_bytes=600, threads=1)
-    write(tensors, sources, tmp_path / "cut", shard_bytes=600, budget=budget, threads=threads)
+    write(tensors, sources, tmp_path / "whole", shard_bytes=600, executor=Local(1))
+    write(tensors, sources, tmp_path / "cut", shard_bytes=600, budget=budget, executor=Local(threads))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

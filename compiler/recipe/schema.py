@@ -89,11 +89,15 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where to compute, and how much memory to use."""
+    """Where to compute, and how much memory to use.
+
+    Weights are made by threads of this process, by worker ``processes`` of this machine, or by tasks of Ray.
+    """
 
     device: Literal["auto", "cpu"] = "auto"
     memory: Memory | None = None
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "processes", "ray"] = "local"
+    workers: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,24 +9,21 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from compiler.errors import CheckpointError, OutputError
-from compiler.ir.types import TensorType
-from compiler.weights.evaluate import evaluate
+from compiler.errors import OutputError
+from compiler.executor import Executor, Local, in_order
 from compiler.weights.expr import Expr, loads
 from compiler.weights.journal import Journal
 from compiler.weights.layout import INDEX_NAME, SHARD_BYTES, Shard, index_text, layout, layout_digest
+from compiler.weights.make import Maker, Place, write_at
 from compiler.weights.source import Source
-from compiler.weights.tasks import Piece, Task, plan
-from compiler.weights.tensorfile import row_bytes
+from compiler.weights.tasks import Task, plan
 
 BUDGET = 64 << 20  # small, so that memory is reused: fresh pages cost more time than the arithmetic on them
 SAFE_BYTES = 256 << 20
@@ -51,7 +48,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     journal: Path | None = None,
     budget: int = BUDGET,
-    threads: int = 2,
+    executor: Executor = Local(),  # noqa: B008
     safe_bytes: int = SAFE_BYTES,
     on_progress: Progress | None = None,
     shards: Sequence[Shard] | None = None,
@@ -59,9 +56,9 @@ def write(
     """Compute every tensor and write model.safetensors, or shards with an index, into ``directory``.
 
     ``shards`` are files of another format that together hold all ``tensors``.
-    ``budget`` bounds the bytes that all ``threads`` together hold, as far as single rows allow. ``journal`` (a file
-    outside ``directory``) records what is done, every ``safe_bytes``: a later call with the same tensors and sources
-    goes on from there.
+    ``budget`` bounds the bytes that all workers of ``executor`` together hold, as far as single rows allow. ``journal``
+    (a file outside ``directory``) records what is done, every ``safe_bytes``: a later call with the same tensors and
+    sources goes on from there.
     ``on_progress`` is called with (bytes done, bytes in all), first for what an earlier run has left.
 
     Raises CheckpointError when a source is damaged or holds NaN or infinite values, OutputError when a result is
@@ -75,9 +72,12 @@ def write(
         record.begin(name for file in files if not file.fresh for name in file.shard.tensors)
         for file in files:
             file.prepare()
-        writer = _Writer(files, sources, record, safe_bytes, on_progress or _silent)
+        pending = {name: expr for name, expr in tensors.items() if name not in record.finished}
+        tasks = plan(pending, budget // executor.workers)
         with _single_threaded_torch():
-            writer.run(plan(writer.pending(tensors), budget // threads), threads)
+            _Writer(files, record, safe_bytes, on_progress or _silent).run(
+                tasks, Maker(_places(files), sources), executor
+            )
         return [*(file.finish() for file in files), *_write_index(shards, directory)]
 
 
@@ -112,15 +112,8 @@ class _File:
         with self._open() as descriptor:
             if self.fresh:
                 os.ftruncate(descriptor, self.shard.size)
-                _write_at(descriptor, memoryview(self.shard.header), 0)
+                write_at(descriptor, memoryview(self.shard.header), 0)
             _reserve(descriptor, self.shard.size)
-
-    def put(self, piece: Piece, value: Tensor) -> None:
-        """Write the rows that ``piece`` stands for."""
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        skipped = piece.start * row_bytes(piece.expr.type) if piece.start else 0
-        with self._open() as descriptor:
-            _write_at(descriptor, data, self.shard.offsets[piece.name] + skipped)
 
     def sync(self) -> None:
         with self._open() as descriptor:
@@ -132,61 +125,22 @@ class _File:
         return WrittenFile(self.path, self.shard.size)
 
 
-class _FiniteSource:
-    """A source whose tensors are looked at when they are read: rounding to integers would hide a NaN for good."""
-
-    def __init__(self, name: str, source: Source) -> None:
-        self._name = name
-        self._source = source
-        self.types = source.types
-        self.fingerprint = source.fingerprint
-        self.identity = source.identity
-
-    def read(self, key: str) -> Tensor:
-        return self._checked(key, self._source.read(key))
-
-    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        return self._checked(key, self._source.read_rows(key, start, stop))
-
-    def _checked(self, key: str, value: Tensor) -> Tensor:
-        if not _finite(value):
-            raise CheckpointError(
-                f"tensor {key} holds NaN or infinite values",
-                where=self._name,
-                remedy="the checkpoint is damaged: fetch it again",
-            )
-        return value
-
-
 class _Writer:
-    """Runs tasks and records what is finished."""
+    """Has tasks done and records what is finished."""
 
-    def __init__(
-        self,
-        files: Sequence[_File],
-        sources: Mapping[str, Source],
-        record: Journal,
-        safe_bytes: int,
-        on_progress: Progress,
-    ) -> None:
-        self._file_of = {name: file for file in files for name in file.shard.tensors}
+    def __init__(self, files: Sequence[_File], record: Journal, safe_bytes: int, on_progress: Progress) -> None:
         self._files = files
-        self._sources = {name: _FiniteSource(name, source) for name, source in sources.items()}
         self._record = record
         self._safe_bytes = safe_bytes
         self._on_progress = on_progress
         self._total = sum(file.shard.tensor_bytes for file in files)
 
-    def pending(self, tensors: Mapping[str, Expr]) -> dict[str, Expr]:
-        """The tensors that are not finished yet."""
-        return {name: expr for name, expr in tensors.items() if name not in self._record.finished}
-
-    def run(self, tasks: Sequence[Task], threads: int) -> None:
+    def run(self, tasks: Sequence[Task], make: Maker, executor: Executor) -> None:
         done = self._total - sum(task.nbytes for task in tasks)
         self._on_progress(done, self._total)
         finished: list[str] = []
         unsynced = 0
-        for task in _in_order(self._do, tasks, threads):
+        for task, _ in zip(tasks, in_order(executor, make, tasks), strict=True):
             finished += task.completes
             done, unsynced = done + task.nbytes, unsynced + task.nbytes
             self._on_progress(done, self._total)
@@ -201,31 +155,9 @@ class _Writer:
             file.sync()
         self._record.add(finished)
 
-    def _do(self, task: Task) -> Task:
-        values = evaluate([piece.expr for piece in task.pieces], self._sources)
-        for piece, value in zip(task.pieces, values, strict=True):
-            self._check(piece, value)
-            self._file_of[piece.name].put(piece, value)
-        return task
 
-    def _check(self, piece: Piece, value: Tensor) -> None:
-        found = TensorType(value.dtype, tuple(value.shape))
-        if found != piece.expr.type:
-            raise OutputError(f"tensor {piece.name} came out as {found} instead of {piece.expr.type}")
-        if not _finite(value):
-            raise OutputError(
-                f"computing tensor {piece.name} gave NaN or infinite values, its inputs are finite",
-                remedy=f"{piece.expr.type.dtype} may be too narrow for it",
-            )
-
-
-def _in_order(do: Callable[[Task], Task], tasks: Sequence[Task], threads: int) -> Iterator[Task]:
-    """Run ``do`` on all tasks; yield each as it and all before it are finished."""
-    if threads == 1:
-        yield from map(do, tasks)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(do, tasks)
+def _places(files: Sequence[_File]) -> dict[str, Place]:
+    return {name: Place(file.path, offset) for file in files for name, offset in file.shard.offsets.items()}
 
 
 @contextmanager
@@ -237,22 +169,6 @@ def _single_threaded_torch() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _finite(value: Tensor) -> bool:
-    if value.is_complex():
-        return _finite(torch.view_as_real(value))
-    if not value.dtype.is_floating_point or not value.numel():
-        return True
-    wide = value.float() if value.dtype.itemsize == 1 else value
-    low, high = wide.aminmax()  # propagates NaN, and needs no memory
-    return bool(low.isfinite() and high.isfinite())
-
-
-def _write_at(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
 
 
 def _check_space(files: Sequence[_File], directory: Path) -> None:

@@ -1,0 +1,100 @@
+"""Workers of a Ray cluster: the one that this machine belongs to, or one of this machine alone.
+
+Every machine needs this package in the same version, and the same paths of models, data and outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from compiler.errors import ExecutorError, first_line
+from compiler.executor.outcome import ATTEMPTS, Outcome, deaths, outcome
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+STORE = 100_000_000
+"""Bytes of Ray's store of objects on one machine: tasks are small, and write what they make themselves."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Tasks of Ray, so many at once."""
+
+    ray: Any
+    workers: int
+
+    @contextmanager
+    def open(self, function: Callable[[T], R]) -> Generator[Callable[[T], R]]:
+        task = self.ray.remote(_outcome_in).options(max_retries=ATTEMPTS - 1)
+        folder, shared = str(Path.cwd()), self.ray.put(function)
+
+        def call(item: T) -> R:
+            try:
+                return self.ray.get(task.remote(folder, shared, item)).get()
+            except self.ray.exceptions.WorkerCrashedError as reason:
+                raise deaths("as Ray reports it") from reason
+            except self.ray.exceptions.RayError as reason:
+                raise ExecutorError(f"Ray failed: {first_line(reason)}", remedy="see Ray's logs") from reason
+
+        yield call
+
+
+def _outcome_in(folder: str, function: Callable[[Any], Any], item: Any) -> Outcome:
+    """What ``function(item)`` comes to in ``folder``, which relative paths start from."""
+    os.chdir(folder)
+    return outcome(function, item)
+
+
+@contextmanager
+def open_cluster(workers: int | None) -> Generator[Cluster]:
+    """Join the cluster that RAY_ADDRESS or this machine names, or start one here, which ends with the run.
+
+    Raises ExecutorError when Ray is not installed or does not start.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        yield _cluster(ray, workers)
+        return
+    _join(ray, workers)
+    try:
+        with redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+            yield _cluster(ray, workers)
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as reason:
+        cause = "`executor: ray` needs Ray, which is not installed"
+        raise ExecutorError(cause, remedy="pip install 'compress-model[ray]', or use `executor: processes`") from reason
+
+
+def _join(ray: Any, workers: int | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **quiet)
+        return
+    except ConnectionError as reason:
+        if "RAY_ADDRESS" in os.environ:
+            cause = f"no Ray cluster answers at {os.environ['RAY_ADDRESS']}"
+            raise ExecutorError(cause, remedy="correct RAY_ADDRESS, or unset it to start one here") from reason
+    cores = workers or len(os.sched_getaffinity(0))
+    try:
+        ray.init(num_cpus=cores, object_store_memory=STORE, include_dashboard=False, **quiet)
+    except Exception as reason:  # of a dozen unrelated kinds
+        raise ExecutorError(f"Ray does not start: {first_line(reason)}", remedy="use `executor: processes`") from reason
+
+
+def _cluster(ray: Any, workers: int | None) -> Cluster:
+    return Cluster(ray, workers or int(ray.cluster_resources()["CPU"]))

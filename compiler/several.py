@@ -1,0 +1,94 @@
+"""Recipes as jobs: one, or several that know nothing of each other and can be done side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from compiler.console import Console
+from compiler.errors import CompressError, ExecutorError, UsageError
+from compiler.executor import Name, in_order, open_executor
+from compiler.job import Result, compress
+from compiler.recipe import Recipe
+
+Place = tuple[Path, Path]
+"""A recipe and its output."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line says of every recipe."""
+
+    model: str | None = None
+    executor: Name | None = None
+    workers: int | None = None
+    trust_remote_code: bool = False
+    dump_graphs: Path | None = None
+
+    def run(self, recipe: Recipe, out: Path, console: Console) -> Result:
+        """Do what ``recipe`` says. Raises what ``compress`` raises."""
+        trusted, graphs = self.trust_remote_code, self.dump_graphs
+        return compress(recipe, out, console=console, trust_remote_code=trusted, dump_graphs=graphs)
+
+
+def load(path: Path, job: Job) -> Recipe:
+    """The recipe at ``path``, overruled by the command line. Raises what ``Recipe.load`` raises."""
+    recipe = Recipe.load(path, model=job.model)
+    executor, workers = job.executor or recipe.run.executor, job.workers or recipe.run.workers
+    return replace(recipe, run=replace(recipe.run, executor=executor, workers=workers))
+
+
+def outputs(recipes: Sequence[Path], folder: Path) -> list[Place]:
+    """Each recipe with its output in ``folder``, which is named after it. Raises UsageError where two share a name."""
+    names: Mapping[str, Path] = {recipe.stem: recipe for recipe in recipes}
+    if len(names) < len(recipes):
+        raise UsageError("two recipes have one name, and would have one output", remedy="rename one of them")
+    return [(recipe, folder / name) for name, recipe in names.items()]
+
+
+def compress_all(job: Job, places: Sequence[Place], console: Console) -> None:
+    """Do all recipes, by the job's executor side by side; one that fails does not stop the others.
+
+    Every recipe is checked before the first one is begun. Raises ExecutorError in the end where some failed.
+    """
+    for recipe, _ in places:
+        load(recipe, job)
+    apart = job.executor is not None
+    alone = replace(job, executor="local", workers=None) if apart else job
+    failed: list[str] = []
+    with open_executor(job.executor or "local", job.workers if apart else 1) as executor:
+        done = in_order(executor, _Worker(alone, torch.get_num_threads(), apart or console.quiet), places)
+        for (recipe, out), summary in zip(places, done, strict=True):
+            if isinstance(summary, CompressError):
+                failed.append(recipe.name)
+                console.error(f"{recipe}:\n{summary}")
+            else:
+                console.result(f"{recipe} -> {out}\n{summary}\n")
+    if failed:
+        raise ExecutorError(
+            f"{len(failed)} of {len(places)} recipes failed: {', '.join(failed)}",
+            remedy="their errors are above; run the same command again when they are mended: the others are done",
+        )
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Does one recipe wherever it is called; killed and called again it goes on where it was."""
+
+    job: Job
+    threads: int
+    quiet: bool
+
+    def __call__(self, place: Place) -> str | CompressError:
+        if torch.get_num_threads() != self.threads:  # on which the last bits of sums depend
+            torch.set_num_threads(self.threads)
+        recipe, out = place
+        graphs = self.job.dump_graphs
+        job = self.job if graphs is None else replace(self.job, dump_graphs=graphs / out.name)
+        try:
+            return job.run(load(recipe, job), out, Console(quiet=self.quiet)).summary()
+        except CompressError as error:
+            return error

@@ -1,0 +1,121 @@
+"""Work spread over processes and over Ray: the same results, errors as they are, and workers that may die."""
+
+import sys
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compiler.errors import DataError, ExecutorError, PassError
+from compiler.executor import Local, in_order, open_executor
+from compiler.pipeline import Pipeline
+from compiler.weights.checkpoint import open_checkpoint
+from compiler.weights.source import MemorySource
+from compiler.weights.writer import write
+from tests.captures import graph_of
+from tests.families import FAMILIES
+from tests.jobs import tensors_of
+from tests.matrix import PASSES
+from tests.workers import Killing, odd, refused, squared
+
+WORKERS, LAYERS, KILLS = 2, 12, 3
+SPREAD = ("processes", "ray")
+
+
+@pytest.fixture(scope="module", params=("local", *SPREAD))
+def executor(request):
+    with open_executor(request.param, WORKERS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=SPREAD)
+def spread(request):
+    with open_executor(request.param, WORKERS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"layers.{i}.w": torch.randn(256, 512, generator=generator).bfloat16() for i in range(LAYERS)}
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    return open_checkpoint(path)
+
+
+def written(checkpoint, directory, executor, **options):
+    directory.mkdir()
+    write(tensors_of(checkpoint), {"model": checkpoint}, directory, executor=executor, budget=2 << 20, **options)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_results_come_in_the_order_of_their_items(executor):
+    assert list(in_order(executor, squared, range(20))) == [n * n for n in range(20)]
+
+
+def test_what_a_worker_raises_is_raised_as_it_was(executor):
+    with pytest.raises(DataError) as caught:
+        list(in_order(executor, refused, [3]))
+    error = caught.value
+    assert (error.cause, error.remedy, error.where) == ("3 is refused", "take another", "a file")
+
+
+def test_an_error_that_cannot_be_sent_is_told(spread):
+    with pytest.raises(RuntimeError, match="Unspeakable: 3 twice"):
+        list(in_order(spread, odd, [3]))
+
+
+def test_workers_write_the_bytes_of_the_local_run(checkpoint, spread, tmp_path):
+    expected = written(checkpoint, tmp_path / "local", Local(1), shard_bytes=200_000)
+    assert written(checkpoint, tmp_path / "spread", spread, shard_bytes=200_000) == expected
+
+
+def test_killed_workers_cost_nothing_but_time(checkpoint, spread, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    found = written(checkpoint, tmp_path / "killed", Killing(spread, marks, KILLS))
+    assert found == written(checkpoint, tmp_path / "local", Local(1))
+    assert len(list(marks.iterdir())) == KILLS + LAYERS  # every killed call was made again
+
+
+def test_work_that_kills_every_worker_is_an_error(spread, tmp_path):
+    with pytest.raises(ExecutorError, match="5 workers died of the same piece of work"):
+        list(in_order(Killing(spread, tmp_path, 100), squared, [1]))
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExecutorError, match="needs Ray") as caught, open_executor("ray"):
+        pass
+    assert "pip install 'compress-model[ray]'" in caught.value.remedy
+
+
+@pytest.mark.parametrize("family", ["llama", "whisper"])
+def test_what_every_pass_makes_is_written_the_same(family, spread, tmp_path):
+    """Expressions of all passes, of which workers know nothing but what is sent to them."""
+    tensors, sources = made_by_all(family)
+    assert len(sources["spill"].types) > 5
+    for name, executor in (("local", Local(1)), ("spread", spread)):
+        (tmp_path / name).mkdir()
+        write(tensors, sources, tmp_path / name, executor=executor, budget=64_000)
+    assert (tmp_path / "spread" / "model.safetensors").read_bytes() == (
+        tmp_path / "local" / "model.safetensors"
+    ).read_bytes()
+
+
+@cache
+def made_by_all(family):
+    """The weights that every pass of the matrix makes of a family, and what they are read from."""
+    tensors, spilled = {}, {}
+    for title, steps in PASSES.items():
+        graph = graph_of(family)
+        try:
+            Pipeline(steps).run(graph, calibration=lambda _: [FAMILIES[family].inputs(seed=1)])
+        except PassError:
+            continue
+        tensors |= {f"{title} {param.name}": param.expr for param in graph.params.values()}
+        if "spill" in graph.sources:
+            spilled |= {key: graph.sources["spill"].read(key) for key in graph.sources["spill"].types}
+    return tensors, {"model": graph.sources["model"], "spill": MemorySource(spilled)}
