@@ -13,13 +13,14 @@ from tests.test_drop_tokens import dropped
 
 DEFAULTS = {field.name: field.default for field in fields(DropTokens)}
 MERGES = ("none", "extra", "bipartite", "average")
-UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9}
+UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means"}
 READ = {
     "compare": [{"merge": "bipartite"}, {"score": "similarity"}, {"merge": "bipartite", "skip": "mlp"}],
     "proportional": [{"merge": "bipartite"}, {"merge": "average"}, {"merge": "bipartite", "score": "similarity"}],
     "every": [{"score": "received"}, {}, {"merge": "extra", "score": "received"}],
     "seed": [{"score": "random"}, {"score": "random", "skip": "mlp"}, {"score": "learned"}],
     "learn": [{"score": "learned"}],
+    "of": [{"score": "learned"}],
 }
 NOT_READ = {
     "compare": [{}, {"score": "received"}, {"merge": "average"}, {"merge": "extra"}],
@@ -27,6 +28,7 @@ NOT_READ = {
     "every": [{"score": "class"}, {"score": "last"}, {"merge": "bipartite"}, {"merge": "average"}],
     "seed": [{}, {"score": "recency"}, {"merge": "bipartite"}],
     "learn": [{}, {"score": "random"}, {"merge": "bipartite"}],
+    "of": [{}, {"score": "received"}],
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from compiler.errors import PassError
 from compiler.ir.ops.attention import attention_mask
+from compiler.latency.onnx_tokens import TOKENS
 from compiler.latency.task import Task
 
 OPSET = 23
@@ -52,10 +53,16 @@ class Builder:
         self.feeds: dict[str, Any] = {}
 
     def op(self, name: str, *inputs: str, **attrs: Any) -> str:
-        """``name`` of ONNX; an absent operand is ''."""
+        """The first result of ``name`` of ONNX; an absent operand is ''."""
         result = f"v{len(self._nodes)}"
         self._nodes.append(self._onnx.helper.make_node(name, list(inputs), [result], **attrs))
         return result
+
+    def topk(self, x: str, count: int, **attrs: Any) -> tuple[str, str]:
+        """The ``count`` largest of x along its last axis, and their places."""
+        found = self.op("TopK", x, self.constant(torch.tensor([count])), **attrs)
+        self._nodes[-1].output.append(f"{found}places")
+        return found, f"{found}places"
 
     def constant(self, tensor: torch.Tensor) -> str:
         name = f"c{len(self._constants)}"
@@ -258,4 +265,5 @@ LOWERED: Mapping[str, Lower] = {
     "split_heads": _split_heads,
     "rope": _rope,
     "attention": _attention,
+    **TOKENS,
 }

@@ -14,7 +14,8 @@ from compiler.ir.types import TensorType
 
 Shape = tuple[int, ...]
 FREE = {"reshape", "expand", "slice", "concat", "take", "gather", "arange", "full", "rope_table", "merge_heads"}
-"""What runtimes do without moving data, or once. So is whatever makes integers or booleans."""
+"""What runtimes do without moving data, or once. So is whatever makes integers or booleans, but what chooses tokens."""
+CHOICES = {"token_select", "token_match"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def task_of(node: Node, sizes: Mapping[str, int], changed: Mapping[Value, Tensor
 
     None for what takes no time worth counting.
     """
-    if node.op.name in FREE or not any(value.type.dtype.is_floating_point for value in node.outputs):
+    computes = node.op.name in CHOICES or any(value.type.dtype.is_floating_point for value in node.outputs)
+    if node.op.name in FREE or not computes:
         return None
     operands = [None if value is None else changed.get(value, value.type) for value in node.inputs]
     results = [changed.get(value, value.type) for value in node.outputs]

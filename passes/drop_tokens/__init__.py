@@ -29,9 +29,10 @@ class DropTokens(Pass):
     first token (`class`), the `last` one (of causal models, without ``score``) or all queries, or every ``every``-th,
     attend to most (`received`, of others without); with the smallest keys (`key-norm`); moved farthest by their layer
     (`change`: others halt, arXiv 2506.22396); least like others (`similarity`, by keys); the `earliest` (D3, arXiv
-    2503.08524); by that attention and a small gate trained on ``learn`` tokens of calibration data (`learned`); or, to
-    compare, `random` (by ``seed``) or `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a
-    number those that the model learnt; of texts the first, and of causal models the last.
+    2503.08524); by that attention and a small gate trained on ``learn`` tokens of calibration data (`learned`), so that
+    outputs, or the ``means`` ``of`` them over tokens, are the original's; or, to compare, `random` (by ``seed``) or
+    `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
+    learnt; of texts the first, and of causal models the last.
 
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
@@ -61,6 +62,7 @@ class DropTokens(Pass):
     every: Number = 1
     seed: End = 0
     learn: Number = 65536
+    of: Literal["tokens", "means"] = "tokens"
 
     exact_when: ClassVar = {"keep": 1.0}
     edits_weights: ClassVar[bool] = False
@@ -105,7 +107,8 @@ class DropTokens(Pass):
             ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
             ("every", received, "queries are counted, by `score: received`"),
             ("seed", random, "something is drawn, by `score: random` or `learned`"),
-            ("learn", self.calibrated, "a gate is trained, by `score: learned`"),
+            ("learn", self.score == "learned", "a gate is trained, by `score: learned`"),
+            ("of", self.score == "learned", "a gate is trained, by `score: learned`"),
         ):
             if not read and getattr(self, option) != getattr(DropTokens, option):
                 raise PassError(f"`{option}` is read where {when}", option=option, remedy=f"leave out `{option}`")

@@ -64,11 +64,12 @@ class Learning:
         if not gates:
             return
         windows = divide(ctx.calibration())
-        fidelity = Fidelity(self.whole, windows.held)
+        means = options.of == "means"
+        fidelity = Fidelity(self.whole, windows.held, means=means)
         before = fidelity.distance(graph)
         key = key_of(gates, "gates", options)
         soft = [self.soft.params[param.name] for param in gates]
-        job = Job(self.soft, self.whole, ctx, soft, windows, RATE, options.seed, key)
+        job = Job(self.soft, self.whole, ctx, soft, windows, RATE, options.seed, key, means)
         exprs, seen, seconds = distil(job, 0, options.learn)
         untrained = _exchanged(gates, {param.name: expr for param, expr in exprs.items()})
         after = fidelity.distance(graph)
