@@ -1,7 +1,8 @@
 """Which operations one of ONNX Runtime's own does together: found on the graph, before anything is emitted.
 
 An attention over cached keys takes in what makes its operands: heads, their norms, their rotation and, where they come
-from one input, the projections. A norm takes in the sum before it.
+from one input, the projections. A norm takes in the sum before it. Other products of one input with codes of one scheme,
+as of a gate and what it multiplies, are one.
 """
 
 from __future__ import annotations
@@ -44,17 +45,20 @@ class Grouped:
 
 @dataclass
 class Fusions:
-    """``grouped`` by attention, ``skips`` the sum that a norm takes in; ``absorbed`` are not emitted on their own.
-    ``positions`` is how many positions tables of rotary embedding have."""
+    """``grouped`` by attention, ``skips`` the sum that a norm takes in, ``beside`` the linear maps that the first of them
+    does too; ``absorbed`` are not emitted on their own. ``positions`` is how many positions tables of rotary embedding
+    have."""
 
     grouped: dict[Node, Grouped] = field(default_factory=dict[Node, Grouped])
     skips: dict[Node, Node] = field(default_factory=dict[Node, Node])
+    beside: dict[Node, tuple[Node, ...]] = field(default_factory=dict[Node, "tuple[Node, ...]"])
     absorbed: set[Node] = field(default_factory=set[Node])
     positions: int = 0
 
 
-def fusions(graph: Graph, tokens: Sequence[Dim]) -> Fusions:
-    """What can be fused in ``graph``; attention only when it is cached along one of ``tokens``."""
+def fusions(graph: Graph, tokens: Sequence[Dim], *, joins: bool = True) -> Fusions:
+    """What can be fused in ``graph``; attention only when it is cached along one of ``tokens``, linear maps beside one
+    another only if it ``joins``."""
     found = Fusions(positions=position_limit(graph))
     _find_grouped(graph, tokens, found)
     order = {node: number for number, node in enumerate(graph.nodes)}
@@ -64,7 +68,23 @@ def fusions(graph: Graph, tokens: Sequence[Dim]) -> Fusions:
             found.skips[norm] = total
             found.absorbed.add(total)
     found.absorbed.update(_tables(graph, found))
+    if joins:
+        _find_beside(graph, found)
     return found
+
+
+def _find_beside(graph: Graph, found: Fusions) -> None:
+    """One product reads its input once, and is one step less."""
+    readers: dict[Value, list[Node]] = {}
+    for node in graph.nodes_named("linear"):
+        weight = node.input(1)
+        coded = isinstance(weight, Param) and weight.expr.op == "dequantize"
+        if coded and node not in found.absorbed and node.optional_input(2) is None:
+            readers.setdefault(node.input(0), []).append(node)
+    for nodes in readers.values():
+        if len(nodes) > 1 and _one_scheme(nodes):
+            found.beside[nodes[0]] = tuple(nodes)
+            found.absorbed.update(nodes[1:])
 
 
 def _tables(graph: Graph, found: Fusions) -> list[Node]:

@@ -13,15 +13,12 @@ import torch
 
 from backends.onnx.builder import Builder, dense
 from backends.onnx.cache import PAST_AXIS
-from backends.onnx.emitters.linear import linear_map
+from backends.onnx.emitters.linear import linear_map, stacked
 from backends.onnx.emitters.norms import rms_scale
 from backends.onnx.fusion import Grouped, Operand, rotary_table_of
-from backends.onnx.quantised import joined
 from backends.onnx.target import CONTRIB
-from compiler.ir.graph import Node, Param, Value
+from compiler.ir.graph import Node, Param
 from compiler.ir.types import Dim
-from compiler.weights.expr import Expr
-from compiler.weights.ops.basic import concat
 from compiler.weights.ops.rotary import rotary_table
 
 CODED = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
@@ -84,8 +81,8 @@ def _projected(build: Builder, parts: Grouped) -> Sequence[ir.Value | None]:
     first = parts.projections[0]
     weights = [node.input(1) for node in parts.projections]
     biases = [bias for node in parts.projections if (bias := node.optional_input(2)) is not None]
-    bias = _stacked(build, biases) if biases else None
-    return [linear_map(build, build.arg(first, 0), _stacked(build, weights), bias), None, None]
+    bias = stacked(build, biases) if biases else None
+    return [linear_map(build, build.arg(first, 0), stacked(build, weights), bias), None, None]
 
 
 def _flat(build: Builder, operand: Operand) -> ir.Value:
@@ -97,14 +94,6 @@ def _flat(build: Builder, operand: Operand) -> ir.Value:
     apart = build.op("Reshape", value, build.ints(0, 0, int(heads), int(width)))
     normed = build.op("RMSNormalization", apart, rms_scale(build, norm), axis=-1, epsilon=norm.attr("eps"))
     return build.op("Reshape", normed, build.ints(0, 0, -1))
-
-
-def _stacked(build: Builder, values: Sequence[Value]) -> Param:
-    """Parameters on top of one another, as one."""
-    params = [value for value in values if isinstance(value, Param)]
-    expr: Expr = joined(params) or concat([build.dense(param) for param in params], 0)
-    name = ".and.".join([params[0].name, *(param.name.rpartition(".")[0].rpartition(".")[2] for param in params[1:])])
-    return Param(name, expr.type.with_dtype(params[0].type.dtype), expr=expr, storage=expr.dtype)
 
 
 def _lengths(build: Builder, tokens: Dim) -> tuple[ir.Value, ir.Value]:

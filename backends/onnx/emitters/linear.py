@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule
 from backends.onnx.masks import END
-from backends.onnx.quantised import gathered, multiplied, packed
+from backends.onnx.quantised import gathered, joined, multiplied, packed
 from compiler.ir.graph import Node, Param, Value
 from compiler.ir.ops.hadamard import basis, cosines
-from compiler.weights.ops.basic import cast
+from compiler.weights.expr import Expr
+from compiler.weights.ops.basic import cast, concat
 
 
 @rule("linear")
 def linear(build: Builder, node: Node) -> ir.Value:
-    x = build.arg(node, 0)
+    x, beside = build.arg(node, 0), build.fusions.beside.get(node)
+    if beside is not None:
+        return _several(build, x, beside)
     return linear_map(build, _scored(build, x) if node is build.head else x, node.input(1), node.optional_input(2))
+
+
+def _several(build: Builder, x: ir.Value, nodes: Sequence[Node]) -> ir.Value:
+    """What ``nodes`` make of ``x``, in one product; that of the first."""
+    product = linear_map(build, x, stacked(build, [node.input(1) for node in nodes]), None)
+    sizes = build.ints(*(int(node.input(1).shape[0]) for node in nodes))
+    parts = build.ops("Split", product, sizes, count=len(nodes), axis=-1)
+    for node, part in zip(nodes[1:], parts[1:], strict=True):
+        build.bind(node.output, part)
+    return parts[0]
+
+
+def stacked(build: Builder, values: Sequence[Value]) -> Param:
+    """Parameters on top of one another, as one."""
+    params = [value for value in values if isinstance(value, Param)]
+    expr: Expr = joined(params) or concat([build.dense(param) for param in params], 0)
+    name = ".and.".join([params[0].name, *(param.name.rpartition(".")[0].rpartition(".")[2] for param in params[1:])])
+    return Param(name, expr.type.with_dtype(params[0].type.dtype), expr=expr, storage=expr.dtype)
 
 
 def _scored(build: Builder, x: ir.Value) -> ir.Value:
