@@ -32,12 +32,15 @@ SCHEMES = ((4, 0, True), (3, 0, False), (8, 0, True), (5, 0, False), (2, 0, True
 
 def mixed(graph: Graph) -> Graph:
     """``graph`` with all its matrices quantised, tied tables too; neighbours differ in widths and in zero points."""
-    matrices = [param for param in graph.params.values() if param.type.rank > 1 and _is_matrix(param)]
-    for index, param in enumerate(matrices):
+    for index, param in enumerate(matrices_of(graph)):
         bits, group, symmetric = SCHEMES[index % len(SCHEMES)]
         group = group or (8 if param.type.shape[-1] % 8 == 0 and index % 2 else 0)
         param.expr = quantise(param.expr, bits, group, symmetric=symmetric, scale_dtype=param.storage)
     return graph
+
+
+def matrices_of(graph: Graph) -> list[Param]:
+    return [param for param in graph.params.values() if param.type.rank > 1 and _is_matrix(param)]
 
 
 def _is_matrix(param: Param) -> bool:

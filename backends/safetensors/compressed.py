@@ -118,6 +118,9 @@ def _described(
     ]
     if plain and (schemes or experts):
         return Mismatch(f"transformers reads no dense experts ({plain[0]}) beside quantised weights; quantise them too")
+    looked_up = [name for name, scheme in {**schemes, **experts}.items() if scheme.kind == "codebook"]
+    if looked_up:
+        return Mismatch(f"compressed-tensors has no codebooks, as {looked_up[0]} needs")
     strange = [name for name in schemes if name not in linears and name not in embeddings]
     if strange:
         return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")

@@ -10,6 +10,7 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops import take
 from compiler.weights.ops.basic import cast, reshape
 from compiler.weights.ops.codec import is_quantised
+from compiler.weights.ops.quant import packed_parts
 from compiler.weights.rows import as_dequantize
 
 EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
@@ -22,6 +23,9 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
         return {key: expr}
     if value.op == "dequantize_gguf":
         return {key: value.args[0]}
+    if value.op == "dequantize_codebook":
+        stem = key.removesuffix("weight")
+        return dict(zip((f"{stem}weight_packed", f"{stem}weight_table"), packed_parts(value), strict=True))
     storage = format_of(scheme_of(value), expert=bool(EXPERT.search(key)))
     return {key.removesuffix("weight") + suffix: part for suffix, part in storage.parts(value).items()}
 

@@ -59,6 +59,9 @@ HELPERS = (
 """Functions and classes that a module gets when it uses them, in the order of the file."""
 
 TOKEN_HELPERS = (
+CODEBOOK_HELPERS = ("CodebookWeight", "CodebookLinear", "CodebookEmbedding", "CodebookExperts")
+"""The same, for weights that are looked up in tables."""
+
     "token_scores",
     "select_tokens",
     "match_tokens",
@@ -78,6 +81,12 @@ TOKEN_HELPERS = (
 
 NEEDS = {
     "causal_mask": ("past_length",),
+HELPER_FILES = (
+    ("codebooks.py.jinja", CODEBOOK_HELPERS),
+    ("helpers.py.jinja", HELPERS),
+    ("tokens.py.jinja", TOKEN_HELPERS),
+)
+
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
     "merge_tokens": ("take_tokens",),
@@ -91,6 +100,9 @@ NEEDS = {
     "PackedExperts": ("PackedWeight", "expert_linear"),
 }
 OUTPUTS = {
+    "CodebookLinear": ("CodebookWeight", "unpack_codes"),
+    "CodebookEmbedding": ("CodebookWeight", "unpack_codes"),
+    "CodebookExperts": ("CodebookWeight", "unpack_codes", "expert_linear"),
     "BaseModelOutput",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
@@ -107,6 +119,8 @@ KERNELS = {
     "dense": ("packed_dense", "packed_dense"),
     "latent_attention": ("latent_decode", "latent_decode"),
     "cached_decode": ("cached_decode", "cached_decode"),
+    "CodebookLinear": ("table_linear", "table_linear"),
+    "CodebookExperts": ("table_linear", "table_linear"),
     "low_rank": ("low_rank_linear", "low_rank_linear"),
 }
 """For helpers the kernel files that they call, which checkpoints get, and what of them."""
@@ -266,10 +280,11 @@ class Assembly:
     def _helpers(self) -> list[str]:
         context = {"prefix": self.model.prefix, **self.helper_context()}
         used = self._used()
-        context |= {"packed_experts": "PackedExperts" in used, "packed_dense": "dense" in used}
+        stacks = [name for name in ("PackedExperts", "CodebookExperts") if name in used]
+        context |= {"packed_experts": " | ".join(stacks), "packed_dense": "dense" in used}
         context["packed_rows"] = "PackedEmbedding" in used
         found: list[str] = []
-        for file, names in (("helpers.py.jinja", HELPERS), ("tokens.py.jinja", TOKEN_HELPERS)):
+        for file, names in HELPER_FILES:
             module: Any = environment().get_template(file).make_module(context)
             found += [str(getattr(module, name)()).strip("\n") for name in names if name in used]
         return found

@@ -106,12 +106,13 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _packed(weights: Mapping[str, Param], layout: Layout) -> list[str]:
-    return sorted(name for name, param in weights.items() if param in layout.schemes)
+    held = ((name, layout.schemes.get(param)) for name, param in weights.items())
+    return sorted(f"{type(scheme).__name__} {name}" for name, scheme in held if scheme is not None)
 
 
 def _operand(value: Value | None, path: str, layout: Layout) -> str:
     if isinstance(value, Param) and value in layout.schemes:
-        return f"packed {layout.bare.get(value, '').removeprefix(path)}"
+        return f"{type(layout.schemes[value]).__name__} {layout.bare.get(value, '').removeprefix(path)}"
     if isinstance(value, Param):
         return layout.bare[value].removeprefix(path) if value in layout.bare else "weight"
     return "none" if value is None else "value"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from backends.torch_module.packing import OPERANDS, Scheme, scheme_of
+from backends.torch_module.packing import OPERANDS, AnyScheme, scheme_of
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import layer_of
@@ -63,7 +63,7 @@ class Layout:
     bare: dict[Param, str] = field(default_factory=dict[Param, str])
     container: dict[Node, str] = field(default_factory=dict[Node, str])
     parts: dict[str, str] = field(default_factory=dict[str, str])
-    schemes: dict[Param, Scheme] = field(default_factory=dict[Param, Scheme])
+    schemes: dict[Param, AnyScheme] = field(default_factory=dict[Param, AnyScheme])
 
     def part(self, path: str) -> str:
         """The word for the part that ``path`` lies in: "encoder", "decoder" or ""."""
@@ -110,7 +110,7 @@ def layout_of(graph: Graph, body: str | None, nodes: list[Node]) -> Layout:
     return layout
 
 
-def _schemes(layout: Layout) -> dict[Param, Scheme]:
+def _schemes(layout: Layout) -> dict[Param, AnyScheme]:
     """How each packed weight is. Raises TargetError when one is read otherwise than as a matrix."""
     found = {param: scheme for param in layout.named().values() if (scheme := scheme_of(param)) is not None}
     for param in found:

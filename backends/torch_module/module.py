@@ -10,7 +10,7 @@ from backends.torch_module.code import call, identifier
 from backends.torch_module.forward import Context, Forward
 from backends.torch_module.layout import Leaf, below
 from backends.torch_module.model import Model
-from backends.torch_module.packing import MODULES, SCHEME, scheme_name
+from backends.torch_module.packing import SCHEME, Scheme, module_of, scheme_name
 from backends.torch_module.program import Body, Call, Item, Loop
 from backends.torch_module.quantities import HINTS, OPERAND_SIZES, WORDS, heads_of, is_size, known, number_at, word
 from backends.torch_module.sizes import frequencies_name, likely
@@ -168,7 +168,8 @@ class ClassWriter:
         path = self._relative(leaf.path)
         if leaf.weights[name] not in self.model.layout.schemes:
             return f"{path}.{name}"
-        self._helper("dense")
+        if isinstance(self.model.layout.schemes[leaf.weights[name]], Scheme):
+            self._helper("dense")
         return f"{path}.dense()"
 
     def _size(self, index: int, name: str, place: int | None) -> str:
@@ -284,14 +285,12 @@ class ClassWriter:
         param = self._items_param(self.module.first, index, position)
         name, shape = self._relative(path), self._shape(index, position)
         if param in self.model.layout.schemes:
-            return call(8, f"{name} = {self._packed_class('experts')}(", [*shape, self._scheme(path, index, position)])
+            made = self._helper(module_of("experts", self.model.layout.schemes[param]))
+            return call(8, f"{name} = {made}(", [*shape, self._scheme(path, index, position)])
         made = f"torch.empty({', '.join(shape) or '()'}"
         if param.type.dtype.is_floating_point:
             return [f"        {name} = nn.Parameter({made}))"]
         return [f'        self.register_buffer("{name.removeprefix("self.")}", {made}, dtype={param.type.dtype}))']
-
-    def _packed_class(self, operation: str) -> str:
-        return self._helper(MODULES[operation])
 
     def _scheme(self, path: str, index: int, position: int) -> str:
         """How the weight of ``path`` is packed, as arguments."""
@@ -330,21 +329,24 @@ class ClassWriter:
         """The class of a leaf and its arguments."""
         node = self._items()[index]
         assert isinstance(node, Node)
-        rows, columns = likely(self.model.sizes.roles.get(next(iter(leaf.weights.values())), set()))
+        first = next(iter(leaf.weights.values()))
+        rows, columns = likely(self.model.sizes.roles.get(first, set()))
+        scheme = self.model.layout.schemes.get(first)
         match leaf.op:
             case "linear" | "latent_attention":
                 position = 1 if leaf.op == "linear" else 3
                 width = self._dimension(index, position, 1, tuple(columns))
                 height = self._dimension(index, position, 0, tuple(rows))
                 biased = "bias" in leaf.weights
-                if leaf.weights["weight"] in self.model.layout.schemes:
+                if scheme is not None:
                     bias = ["bias=True"] if biased else []
-                    return self._packed_class(leaf.op), [width, height, self._scheme(leaf.path, index, position), *bias]
+                    packed = self._helper(module_of(leaf.op, scheme))
+                    return packed, [width, height, self._scheme(leaf.path, index, position), *bias]
                 return "nn.Linear", [width, height, f"bias={biased}"]
             case "embedding":
                 shape = [self._dimension(index, 0, axis, tuple((rows, columns)[axis])) for axis in (0, 1)]
-                if leaf.weights["weight"] in self.model.layout.schemes:
-                    return self._packed_class(leaf.op), [*shape, self._scheme(leaf.path, index, 0)]
+                if scheme is not None:
+                    return self._helper(module_of(leaf.op, scheme)), [*shape, self._scheme(leaf.path, index, 0)]
                 return "nn.Embedding", shape
             case "rms_norm":
                 self.model.helpers.add("OffsetRMSNorm" if node.attr("offset") else "RMSNorm")

@@ -1,4 +1,4 @@
-"""Integer-quantised weights as generated modules hold them: codes packed into words, scales and zero points."""
+"""Quantised weights as generated modules hold them: packed codes, with scales and zero points, or with tables."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ MODULES = {
     "embedding": "PackedEmbedding",
     "experts": "PackedExperts",
 }
-"""The module that holds a packed weight, by the operation that reads it."""
+"""The module that holds packed integers, by the operation that reads them; of codebooks their names begin so."""
 
 OPERANDS = {"linear": (1,), "latent_attention": (3,), "embedding": (0,), "experts": (3, 4)}
 """Where operations read matrices that can be packed."""
 
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+PARTS = {
+    "dequantize": ("weight_packed", "weight_scale", "weight_zero_point"),
+    "dequantize_codebook": ("weight_packed", "weight_table"),
+}
 
 
 class Scheme(NamedTuple):
@@ -42,21 +45,43 @@ class Scheme(NamedTuple):
     zero_points: bool
 
 
+class TableScheme(NamedTuple):
+    """How a weight with tables is packed: they have ``numbers`` for each group."""
+
+    bits: int
+    group_size: int
+    numbers: int
+
+
+AnyScheme = Scheme | TableScheme
+
+
+def module_of(operation: str, scheme: AnyScheme) -> str:
+    """The module that holds a weight packed by ``scheme`` for ``operation``."""
+    name = MODULES[operation]
+    return name if isinstance(scheme, Scheme) else name.replace("Packed", "Codebook")
+
+
 def packed(param: Param) -> Expr | None:
-    """The codes, scales and zero points that code holds ``param`` as; None for a weight that is no packed integers."""
+    """The codes and what goes with them that code holds ``param`` as; None for a weight that it holds otherwise."""
     value = as_dequantize(param.expr)
-    return value if value is not None and value.op == "dequantize" else None
+    return value if value is not None and value.op in PARTS else None
 
 
-def scheme_of(param: Param) -> Scheme | None:
+def scheme_of(param: Param) -> AnyScheme | None:
     """How ``param`` is packed; None when it is not."""
     value = packed(param)
-    return None if value is None else Scheme(value.attr("bits"), value.attr("group"), len(value.args) > 2)
+    if value is None:
+        return None
+    bits, group = value.attr("bits"), value.attr("group")
+    if value.op == "dequantize":
+        return Scheme(bits, group, len(value.args) > 2)
+    return TableScheme(bits, group, bits + 1 if value.attr("linear") else 1 << bits)
 
 
 def packed_tensors(path: str, value: Expr) -> dict[str, Expr]:
     """The tensors of the file that stand for the weight ``value`` at ``path``."""
-    return {part_path(path, name): part for name, part in zip(PARTS, packed_parts(value), strict=False)}
+    return {part_path(path, name): part for name, part in zip(PARTS[value.op], packed_parts(value), strict=False)}
 
 
 def part_path(path: str, part: str) -> str:
@@ -74,15 +99,15 @@ def tied_parts(tied: Mapping[str, str], named: Mapping[str, Param]) -> dict[str,
     found: dict[str, str] = {}
     for path, first in tied.items():
         value = packed(named[first])
-        parts = PARTS[: len(value.args)] if value is not None else ()
+        parts = PARTS[value.op][: len(value.args)] if value is not None else ()
         found |= {part_path(path, part): part_path(first, part) for part in parts} or {path: first}
     return found
 
 
 def as_computed(graph: Graph) -> Graph:
-    """``graph`` with packed weights as generated code makes them of codes and scales in float32.
+    """``graph`` with packed weights as generated code makes them of codes and scales, or tables, in float32.
 
-    The graph's own are rounded to the dtype of the scales, as those of a class that is given dense weights would be.
+    The graph's own are rounded to the dtype of those, as those of a class that is given dense weights would be.
     """
     weights = {name: value for name, param in graph.params.items() if (value := packed(param)) is not None}
     if not weights:

@@ -10,6 +10,7 @@ import torch
 
 from compiler.errors import PassError
 from compiler.ir.graph import Param, Value
+from compiler.weights.ops.codebook import Codebook
 from compiler.weights.ops.codec import Codec
 from compiler.weights.ops.fp8 import Fp8
 from compiler.weights.ops.gguf.blocks import Blocks
@@ -21,7 +22,7 @@ from compiler.weights.ops.nvfp4 import Nvfp4, divisor
 Gguf = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"
 ]  # fmt: skip
-Type = Literal["int", "fp8", "mxfp4", "mxfp8", "nvfp4"] | Gguf
+Type = Literal["int", "codebook", "bit-serial", "fp8", "mxfp4", "mxfp8", "nvfp4"] | Gguf
 Per = Literal["row", "tensor", "block"]
 Width = Literal[2, 3, 4, 5, 6, 7, 8]
 
@@ -29,6 +30,10 @@ BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4, **{name: layout.bits for n
 GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16, **{name: layout.size for name, layout in LAYOUTS.items()}}
 BLOCK = 128
 DEFAULT_BITS = 8
+FREE = ("int", "codebook", "bit-serial")
+"""Types whose bits and groups can be chosen."""
+TABLES = ("codebook", "bit-serial")
+TABLE_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class NumberSystem:
         """Raises PassError for an option that the type does not have."""
         if self.per != "row" and self.type != "fp8":
             raise PassError(f"`per` is an option of fp8, not of {self.type}", option="per", remedy=_groups(self.type))
-        if self.type == "int":
+        if self.type in TABLES:
+            self._check_table()
+        if self.type in FREE:
             return
         if self.bits not in (DEFAULT_BITS, BITS[self.type]):
             raise PassError(f"{self.type} has {BITS[self.type]} bits", option="bits", remedy="leave `bits` out")
@@ -54,6 +61,13 @@ class NumberSystem:
             raise PassError(f"{self.type} has no zero points", option="symmetric", remedy="leave `symmetric` out")
         if self.group not in (0, GROUPS[self.type]):
             raise PassError(_groups(self.type), option="group", remedy="leave `group` out")
+
+    def _check_table(self) -> None:
+        if self.bits not in TABLE_BITS:
+            raise PassError(f"{self.type} has 2 to 4 bits, not {self.bits}", option="bits", remedy="say `bits: 3`")
+        if not self.symmetric:
+            cause = f"tables of {self.type} are as asymmetric as weights are"
+            raise PassError(cause, option="symmetric", remedy="leave `symmetric` out")
 
     @property
     def fixed_group(self) -> int:
@@ -65,6 +79,8 @@ class NumberSystem:
         match self.type:
             case "int":
                 return Integer(self.bits, self.group, dtype, self.symmetric, self.search)
+            case "codebook" | "bit-serial":
+                return Codebook(self.bits, self.group, dtype, linear=self.type == "bit-serial")
             case "fp8":
                 rows, group = {"row": (1, 0), "tensor": (0, 0), "block": (BLOCK, BLOCK)}[self.per]
                 return Fp8(dtype, rows, group, self.search)
@@ -84,6 +100,8 @@ class NumberSystem:
         return found
 
     def __str__(self) -> str:
+        if self.type in TABLES:
+            return f"{self.type} of {self.bits} bits, {f'groups of {self.group}' if self.group else 'one table a row'}"
         if self.type != "int":
             per = {"row": "one scale a row", "tensor": "one scale", "block": f"a scale for {BLOCK} x {BLOCK}"}
             return f"{self.type}, {per[self.per] if self.type == 'fp8' else f'groups of {GROUPS[self.type]}'}"
@@ -102,7 +120,7 @@ def _of_one_input(params: Sequence[Param]) -> list[list[Param]]:
 
 
 def _groups(type: Type) -> str:
-    if type == "int":
+    if type in FREE:
         return "`group` says how many inputs share a scale"
     if type == "fp8":
         return "fp8 has no groups: `per` says what shares a scale"

@@ -10,6 +10,7 @@ from compiler.ir.facts import expert_sites
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
 from compiler.weights.ops.codec import code_bits, is_quantised
+from passes.quantize.numbers import FREE, TABLE_BITS, TABLES
 
 # operands that are matrices [..., out, in], by operation
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
@@ -65,7 +66,11 @@ def check_groups(params: list[Param], group: int, system: str = "") -> None:
 
 def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
     """Raises PassError when matrices cannot get ``widths`` that are ``bits`` on average."""
-    if type != "int":
+    if type in TABLES and not {*widths, math.floor(bits), math.ceil(bits)} <= {*TABLE_BITS}:
+        raise PassError(
+            f"{type} has 2 to 4 bits", option="widths" if widths else "bits", remedy="say `widths: [2, 3, 4]`"
+        )
+    if type not in FREE:
         raise PassError(f"{type} has one width", option="bits", remedy="leave `bits` and `widths` out, or use `int`")
     if widths and not min(widths) <= bits <= max(widths):
         raise PassError(

@@ -19,6 +19,7 @@ from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
 from passes.quantize.mixed import evenly, shared_out, together
+from passes.quantize.numbers import TABLE_BITS, TABLES
 from passes.quantize.places import report
 from passes.quantize.resume import Solved
 from passes.quantize.solve import Problem, Solution, damped, nearest, solve
@@ -65,7 +66,7 @@ class _Job:
         self.params = params
         known = products(graph)
         self.measurable = [param for param in params if param in known and len(known[param]) == len(param.users)]
-        self.widths = sorted(set(wanted.widths or WIDTHS))
+        self.widths = sorted(set(wanted.widths or (TABLE_BITS if wanted.type in TABLES else WIDTHS)))
         self._batches = ctx.calibration()
         self._energies: Energies | None = None
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from compiler.errors import PassError
 from compiler.weights.ops.blockfloat import grouped
+from compiler.weights.ops.codebook import Codebook
 from compiler.weights.ops.codec import Codec, Parameters
+from passes.quantize.tables import fitted_tables
 
 DAMPING = 0.01  # of the mean energy of inputs
 BLOCK = 128  # columns whose errors are carried to the rest together
@@ -156,9 +158,7 @@ def refined(problem: Problem, codec: Codec, found: Solution) -> Solution:
     """``found``, its scales and codes improved in turns; never worse."""
     cost = problem.cost(found.values)
     for _ in range(ROUNDS):
-        scaled = _of(
-            codec, found.codes, codec.rescaled(found.parameters, _factors(problem, codec, found).clamp(*FACTORS))
-        )
+        scaled = _of(codec, found.codes, _refitted(problem, codec, found))
         if problem.cost(scaled.values) > cost:
             scaled = found
         other = _descended(problem, codec, scaled)
@@ -169,6 +169,13 @@ def refined(problem: Problem, codec: Codec, found: Solution) -> Solution:
         if after > (1 - GAIN) * before:
             break
     return found
+
+
+def _refitted(problem: Problem, codec: Codec, found: Solution) -> Parameters:
+    """Other parameters for the same codes, by least squares: all numbers of tables, or scales alone."""
+    if isinstance(codec, Codebook):
+        return fitted_tables(problem.wanted, problem.second, codec, found.codes, found.parameters)
+    return codec.rescaled(found.parameters, _factors(problem, codec, found).clamp(*FACTORS))
 
 
 def _factors(problem: Problem, codec: Codec, found: Solution) -> Tensor:

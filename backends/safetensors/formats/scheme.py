@@ -10,7 +10,7 @@ from backends.safetensors.rounding import Rounding
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import code_bits
 
-Kind = Literal["int", "fp8", "mx", "nvfp4"]
+Kind = Literal["int", "codebook", "fp8", "mx", "nvfp4"]
 KINDS: dict[str, Kind] = {"dequantize_fp8": "fp8", "dequantize_mx": "mx", "dequantize_nvfp4": "nvfp4"}
 SCALE_DTYPES = {"mx": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 
@@ -64,4 +64,6 @@ def scheme_of(value: Expr) -> Scheme:
     """The scheme of a quantised weight."""
     if value.op == "dequantize":
         return Scheme(value.attr("bits"), value.attr("group"), symmetric=len(value.args) == 2)
+    if value.op == "dequantize_codebook":
+        return Scheme(value.attr("bits"), value.attr("group"), symmetric=False, kind="codebook")
     return Scheme(code_bits(value), value.attr("group"), True, KINDS[value.op], value.attr("rows"))

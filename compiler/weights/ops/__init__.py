@@ -41,9 +41,9 @@ class WeightOp:
 
 @cache
 def _table() -> dict[str, WeightOp]:
-    from compiler.weights.ops import basic, fp8, gguf, minifloat, mx, nvfp4, quant, rotary, sparse
+    from compiler.weights.ops import basic, codebook, fp8, gguf, minifloat, mx, nvfp4, quant, rotary, sparse
 
-    modules = (basic, quant, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse)
+    modules = (basic, quant, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse)
     return {op.name: op for module in modules for op in module.OPS}
 
 

@@ -22,8 +22,15 @@ from compiler.weights.expr import Expr
 
 Parameters = tuple[Tensor, ...]
 CHUNK_ELEMENTS = 1 << 18
-CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks")
-DEQUANTIZE = ("dequantize", "dequantize_fp8", "dequantize_mx", "dequantize_nvfp4", "dequantize_gguf")
+CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks", "codebook_codes")
+DEQUANTIZE = (
+    "dequantize",
+    "dequantize_fp8",
+    "dequantize_mx",
+    "dequantize_nvfp4",
+    "dequantize_gguf",
+    "dequantize_codebook",
+)
 
 
 class Codec(Protocol):
@@ -92,7 +99,7 @@ def rounded_from(expr: Expr) -> Expr | None:
 
 def code_bits(expr: Expr) -> int:
     """The bits of each code of a quantised weight."""
-    if expr.op == "dequantize":
+    if expr.op in ("dequantize", "dequantize_codebook"):
         return expr.attr("bits")
     if expr.op == "dequantize_gguf":
         from compiler.weights.ops.gguf.layouts import LAYOUTS

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3Moe, generated from the graph of a compressed Qwen3MoeForCausalLM.
 
-For the code of modeling_compressed_qwen3_moe.py with the digest bac421b395383f65.
+For the code of modeling_compressed_qwen3_moe.py with the digest fd0ffad64df1bcf0.
 """
 
 from dataclasses import field

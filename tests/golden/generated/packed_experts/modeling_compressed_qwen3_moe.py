@@ -156,7 +156,7 @@ class PackedExperts(PackedWeight):
 
 
 def expert_linear(x: torch.Tensor, weight: torch.Tensor | PackedExperts, expert: int) -> torch.Tensor:
-    return weight(x, expert) if isinstance(weight, PackedExperts) else F.linear(x, weight[expert])
+    return F.linear(x, weight[expert]) if isinstance(weight, torch.Tensor) else weight(x, expert)
 
 
 def run_experts(
