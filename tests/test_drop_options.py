@@ -13,7 +13,7 @@ from tests.test_drop_tokens import dropped
 
 DEFAULTS = {field.name: field.default for field in fields(DropTokens)}
 MERGES = ("none", "extra", "bipartite", "average")
-UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means"}
+UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means", "block": 4}
 READ = {
     "compare": [{"merge": "bipartite"}, {"score": "similarity"}, {"merge": "bipartite", "skip": "mlp"}],
     "proportional": [{"merge": "bipartite"}, {"merge": "average"}, {"merge": "bipartite", "score": "similarity"}],
@@ -21,6 +21,7 @@ READ = {
     "seed": [{"score": "random"}, {"score": "random", "skip": "mlp"}, {"score": "learned"}],
     "learn": [{"score": "learned"}],
     "of": [{"score": "learned"}],
+    "block": [{}, {"score": "key-norm"}, {"merge": "extra"}, {"skip": "mlp"}],
 }
 NOT_READ = {
     "compare": [{}, {"score": "received"}, {"merge": "average"}, {"merge": "extra"}],
@@ -29,6 +30,7 @@ NOT_READ = {
     "seed": [{}, {"score": "recency"}, {"merge": "bipartite"}],
     "learn": [{}, {"score": "random"}, {"merge": "bipartite"}],
     "of": [{}, {"score": "received"}],
+    "block": [{"merge": "bipartite"}, {"merge": "average"}, {"score": "similarity"}],
 }
 
 

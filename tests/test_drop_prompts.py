@@ -79,6 +79,7 @@ def test_what_comes_after_a_prompt_is_as_if_what_it_lost_were_masked(name, tmp_p
 CHOICES = {
     "received": {"score": "received"},
     "by keys": {"score": "key-norm"},
+    "in blocks": {"score": "last", "block": 3},
     "by chance": {"score": "random"},
     "recent": {"score": "recency", "prefix": 2},
     "renumbered": {"score": "last", "positions": "renumber"},

@@ -130,6 +130,7 @@ OPTIONS = {
     "by the last": {"keep": 0.5, "score": "last"},
     "by some": {"keep": 0.5, "score": "received", "every": 3},
     "keys": {"keep": 0.5, "score": "key-norm"},
+    "in blocks": {"keep": 0.5, "block": 3},
     "recent": {"keep": 0.5, "score": "recency"},
     "ends": {"keep": 0.5, "prefix": 2, "suffix": 3},
     "renumbered": {"keep": 0.5, "positions": "renumber", "site": "layer"},

@@ -16,6 +16,7 @@ from tests.test_drop_tokens import dropped, observed
 CHOICES = {
     "dropped": ("dinov2", {"score": "class"}),
     "by some": ("bert", {"every": 2}),
+    "in blocks": ("bert", {"block": 3}),
     "alike": ("dinov2", {"merge": "bipartite"}),
     "one more": ("vit", {"merge": "extra"}),
     "of prompts": ("llama", {"score": "last"}),

@@ -19,6 +19,7 @@ CHOICES = {
     "dropped": {"score": "class"},
     "behind layers": {"score": "received", "site": "layer"},
     "by keys": {"score": "key-norm", "layers": "1"},
+    "in blocks": {"score": "class", "block": 3},
     "merged": {"merge": "bipartite"},
     "extra": {"merge": "extra", "score": "class"},
     "neighbours": {"merge": "average"},
@@ -58,6 +59,7 @@ def decoded(graph, ids, count=LATER):
 PROMPTS = {
     "last": {"score": "last"},
     "received": {"score": "received", "every": 2},
+    "in blocks": {"score": "last", "block": 2},
     "by chance": {"score": "random"},
     "behind layers": {"score": "last", "site": "layer"},
     "renumbered": {"score": "last", "positions": "renumber"},

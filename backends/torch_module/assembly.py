@@ -63,6 +63,7 @@ CODEBOOK_HELPERS = ("CodebookWeight", "CodebookLinear", "CodebookEmbedding", "Co
 """The same, for weights that are looked up in tables."""
 
     "token_scores",
+    "block_scores",
     "select_tokens",
     "match_tokens",
     "take_tokens",

@@ -82,6 +82,9 @@ def _read_present(graph: Graph, extras: Extras, stage: Stage, present: Value, st
     extras.choosing.add(choice)
     if scores is not None:
         extras.of_node[scores] = [present]
+    blocks = choice.input(0).node
+    if blocks is not None and blocks.op.name == "token_blocks":
+        extras.of_node[blocks] = [present]
     for node in graph.nodes_named("token_restore"):
         if node.input(2) is choice.outputs[0]:
             extras.of_node[node] = [choice.outputs[1]]

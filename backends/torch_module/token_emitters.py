@@ -23,6 +23,11 @@ def _scores(site: Site) -> Code:
     )
 
 
+def _blocks(site: Site) -> Code:
+    """Of prompts, the second operand says which tokens are there."""
+    return _called(site, "block_scores", f"size={site.node.attr('size')}")
+
+
 def _ends(site: Site) -> list[str]:
     return [f"{name}={site.node.attr(name)}" if site.node.attr(name) else "" for name in ("prefix", "suffix")]
 
@@ -55,6 +60,7 @@ def _restore(site: Site) -> Code:
 
 TOKEN_EMITTERS: dict[str, Emitter] = {
     "token_scores": _scores,
+    "token_blocks": _blocks,
     "token_select": _select,
     "token_match": _match,
     "token_take": _take,

@@ -170,7 +170,7 @@ def after_prompt(graph: Graph, prompt: int) -> Graph:
 
 def scored(value: Value) -> Node | None:
     """The node that says what attention the tokens get that ``value`` [B, T] scores, if it comes of that."""
-    while value.node is not None and value.node.op.name in ("add", "log"):
+    while value.node is not None and value.node.op.name in ("add", "log", "token_blocks"):
         value = value.node.input(0)
     return value.node if value.node is not None and value.node.op.name == "token_scores" else None
 

@@ -48,6 +48,13 @@ def _scores(build: Build, task: Task, names: list[str]) -> str:
     return build.op("ReduceMean", build.op("Softmax", scores, axis=-1), _ints(build, 1, 2), keepdims=0)
 
 
+def _blocks(build: Build, task: Task, names: list[str]) -> str:
+    (_, tokens), size = _shape(task, 0), task.attrs["size"]
+    inside = torch.eye(-(-tokens // size)).repeat_interleave(size, 0)[:tokens]
+    means = build.op("MatMul", names[0], build.constant((inside / inside.sum(0)).contiguous()))
+    return build.op("MatMul", means, build.constant(inside.T.contiguous()))
+
+
 def _select(build: Build, task: Task, names: list[str]) -> str:
     attrs, keep, tokens = task.op.all_attrs(task.attrs), task.attrs["keep"], _shape(task, 0)[1]
     ends = torch.zeros(tokens)
@@ -120,6 +127,7 @@ def _restore(build: Build, task: Task, names: list[str]) -> str:
 
 TOKENS: Mapping[str, Callable[[Build, Task, list[str]], str]] = {
     "token_scores": _scores,
+    "token_blocks": _blocks,
     "token_select": _select,
     "token_match": _match,
     "token_take": _take,

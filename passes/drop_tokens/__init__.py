@@ -32,7 +32,8 @@ class DropTokens(Pass):
     2503.08524); by that attention and a small gate trained on ``learn`` tokens of calibration data (`learned`), so that
     outputs, or the ``means`` ``of`` them over tokens, are the original's; or, to compare, `random` (by ``seed``) or
     `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
-    learnt; of texts the first, and of causal models the last.
+    learnt; of texts the first, and of causal models the last. Tokens stay or go in runs of ``block`` neighbours, by the
+    mean of their scores (SlimInfer, arXiv 2508.06447).
 
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
@@ -60,6 +61,7 @@ class DropTokens(Pass):
     prefix: End | None = None
     suffix: End | None = None
     every: Number = 1
+    block: Number = 1
     seed: End = 0
     learn: Number = 65536
     of: Literal["tokens", "means"] = "tokens"
@@ -102,10 +104,12 @@ class DropTokens(Pass):
         weighed = self.skip == "layers" and self.merge in ("bipartite", "average")
         received = self.score in (None, "received") and self.merge in ("none", "extra")
         random = self.score in ("random", "learned")
+        scored = self.merge in ("none", "extra") and self.score != "similarity"
         for option, read, when in (
             ("compare", self.alike, "tokens are matched, as by `merge: bipartite` or `score: similarity`"),
             ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
             ("every", received, "queries are counted, by `score: received`"),
+            ("block", scored, "tokens are dropped by score"),
             ("seed", random, "something is drawn, by `score: random` or `learned`"),
             ("learn", self.score == "learned", "a gate is trained, by `score: learned`"),
             ("of", self.score == "learned", "a gate is trained, by `score: learned`"),

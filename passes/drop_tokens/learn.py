@@ -17,6 +17,7 @@ from compiler.calibration.distil.job import Job, key_of
 from compiler.calibration.distil.whole import distil
 from compiler.calibration.distil.windows import divide
 from compiler.calibration.fidelity import Fidelity
+from compiler.errors import PassError
 from compiler.ir.facts import attention_sites
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.layers import copy_of, layer_of
@@ -31,9 +32,9 @@ from passes.drop_tokens.scores import Ops, attend, scores
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
 
-SOFTNESS = 0.5
+SOFTNESS = 0.25
 """T above: over how much of a score, in nats of attention, a token goes from staying to leaving."""
-RATE = 0.03
+RATE = 0.02
 LEAST = 1e-6
 FAR = 1e4
 
@@ -95,8 +96,10 @@ def _exchanged(params: Sequence[Param], exprs: Mapping[str, Expr]) -> dict[str, 
 def learning(graph: Graph, ctx: Context, options: DropTokens, keep: Sequence[Dim], ends: tuple[int, int]) -> Learning:
     """What trains the gates of ``graph``, which drops nothing yet and is to ``keep`` so many tokens at each place.
 
-    The first and last of ``ends`` always remain.
+    The first and last of ``ends`` always remain. Raises PassError where means of logits are to be compared.
     """
+    if options.of == "means" and next(iter(graph.outputs)) == "logits":
+        raise PassError("the model gives logits, whose means over tokens nobody reads", option="of")
     soft = copy_of(graph)
     found = places(soft, options.layers, options.site, options.stack)
     order = {node: number for number, node in enumerate(soft.nodes)}
@@ -121,6 +124,8 @@ def _step(
     ops = Ops(graph, place.layer.scope, first)
     gate = add_gate(graph, ctx.spill, place, options.seed)
     own = gate.scores(ops, place.stream, scores(ops, place, options, None))
+    if options.block > 1:
+        own = ops("token_blocks", own, size=options.block)
     if last is not None:
         own = ops("add", own, _log(ops, last.left))
     own = ops("add", own, _high(ops, place, ends))

@@ -105,6 +105,8 @@ class Reduction:
         weight = scores(ops, place, self.options, self.numbers)
         if self.options.score == "learned":
             weight = add_gate(self.graph, self.spill, place, self.options.seed).scores(ops, place.stream, weight)
+        if self.options.block > 1:
+            weight = ops("token_blocks", weight, size=self.options.block)
         if self.pictures is not None:
             weight = self.pictures.protect(ops, weight)
         index, rest = ops.all("token_select", weight, **own)

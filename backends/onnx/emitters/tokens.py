@@ -13,7 +13,7 @@ from backends.onnx.emitters.attention import scaled_product
 from backends.onnx.emitters.rule import Rule, rule
 from compiler.errors import TargetError
 from compiler.ir.graph import Node
-from compiler.ir.types import Dim, resolve_dim
+from compiler.ir.types import Dim, canonical_dim, resolve_dim
 
 END = torch.iinfo(torch.int64).max
 TINY = 1e-12
@@ -77,6 +77,27 @@ def _mean(build: Builder, node: Node, weights: ir.Value, exists: ir.Value | None
 
 def _total(build: Builder, exists: ir.Value) -> ir.Value:
     return build.op("ReduceSum", exists, build.ints(1), keepdims=1)
+
+
+@rule("token_blocks", "size")
+def token_blocks(build: Builder, node: Node) -> ir.Value:
+    """Means by a product with what says in which block each token is; padding is in none."""
+    scores, tokens, size = build.arg(node, 0), node.input(0).shape[1], node.attr("size")
+    exists, ahead, last = build.masks.exists_of(tokens), build.ints(1), build.ints(2)
+    place = build.masks.count(tokens) if exists is None else _places(build, exists)
+    block = build.op("Div", place, build.scalar(size, torch.int64))
+    every = build.op("Unsqueeze", build.masks.count(canonical_dim(f"floor(({tokens}+{size - 1})/{size})")), ahead)
+    inside = build.op(
+        "Cast", build.op("Equal", build.op("Unsqueeze", block, last), every), to=build.kind(torch.float32)
+    )
+    if exists is not None:
+        there = build.op("Cast", exists, to=build.kind(torch.float32))
+        inside = build.op("Mul", inside, build.op("Unsqueeze", there, last))
+        scores = build.op("Where", build.op("Cast", exists, to=ir.DataType.BOOL), scores, build.scalar(0.0))
+    total = build.op("MatMul", build.op("Unsqueeze", scores, ahead), inside)
+    count = build.op("Max", build.op("ReduceSum", inside, ahead, keepdims=1), build.scalar(1.0))
+    spread = build.op("MatMul", build.op("Div", total, count), build.op("Transpose", inside, perm=(0, 2, 1)))
+    return build.op("Squeeze", spread, ahead)
 
 
 @rule("token_select", "keep", "prefix", "suffix")
@@ -275,4 +296,12 @@ def token_restore(build: Builder, node: Node) -> ir.Value:
     return rows(build, build.op("Concat", y, x, axis=1), place)
 
 
-RULES: tuple[Rule, ...] = (token_scores, token_select, token_match, token_take, token_merge, token_restore)
+RULES: tuple[Rule, ...] = (
+    token_scores,
+    token_blocks,
+    token_select,
+    token_match,
+    token_take,
+    token_merge,
+    token_restore,
+)

@@ -47,6 +47,19 @@ def _eval_scores(query: Tensor, key: Tensor, *, rows: str, step: int, scale: flo
     return scores.softmax(-1).mean((1, 2))
 
 
+def _infer_blocks(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
+    if attrs["size"] < 1 or need(types[0]).rank != 2:
+        raise ValueError(f"blocks of {attrs['size']} tokens are not those of {types[0]}")
+    return [need(types[0])]
+
+
+def _eval_blocks(scores: Tensor, *, size: int) -> Tensor:
+    block = torch.arange(scores.shape[1], device=scores.device) // size
+    count = int(block[-1]) + 1 if len(block) else 0
+    total = scores.new_zeros(len(scores), count).index_add(1, block, scores)
+    return (total / block.bincount(minlength=count))[:, block]
+
+
 def _infer_select(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
     batch, tokens = need(types[0]).shape
     kept = attrs["keep"]
@@ -166,6 +179,15 @@ OPS: tuple[OpDef, ...] = (
         axes="b h! t! d, b g! s! d -> b s!",
         doc="The attention [B, T] that each key gets, softmax(scale * q k^T), mean over heads and the first query, the "
         "last, or every `step`-th. query [B, H, T, d], key [B, G, T, d].",
+    ),
+    OpDef(
+        "token_blocks",
+        "scores",
+        _infer_blocks,
+        _eval_blocks,
+        {"size": Attr("int")},
+        axes="b t! -> b t!",
+        doc="The mean score of the `size` neighbours that each token is one of, [B, T]; the last have fewer.",
     ),
     OpDef(
         "token_select",
