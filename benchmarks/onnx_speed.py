@@ -1,11 +1,15 @@
-"""SmolLM2-135M decoding in ONNX Runtime, in turns with the models of onnxruntime-genai's builder and with transformers.
+"""SmolLM2-135M in ONNX Runtime beside the models of onnxruntime-genai's builder, transformers and llama.cpp.
 
-    python benchmarks/onnx_speed.py [--threads 1] [--prompts 128 1024 4096] [--genai DIR ...]
+    python benchmarks/onnx_speed.py [--threads 1] [--prompts 128 1024 4096] [--genai DIR ...] [--llama FILE ...]
 
 Each DIR holds a model that `python -m onnxruntime_genai.models.builder -i HF -o DIR -p int4 -e cpu` wrote, from the
 checkpoint HF that this script writes to out/benchmarks/onnx/hf. It is run by the loop that runs ours, and with
-`--genai-runtime` by onnxruntime-genai too, so that models and runtimes are compared apart. Every engine takes one token
-in turn. On a machine with other work look at processor time; with one thread it is what a token takes.
+`--genai-runtime` by onnxruntime-genai too, so that models and runtimes are compared apart. FILEs are GGUF files for
+llama.cpp, by the package xllamacpp.
+
+Every engine reads the prompt and goes on for some tokens, one engine after another, in rounds of changing order; shown
+are medians over rounds. Each round loads everything anew, since where memory happens to lie moves a token by a
+tenth. On a machine with other work look at processor time; with one thread it is what a token takes.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,19 @@ from backends.onnx.runner import Runner
 from benchmarks.common import ROOT, SMOLLM2, WORK, run
 from compiler.console import table
 
+INT4 = "where: linear, bits: 4, group: 32, tied: copy"
 PASSES: dict[str, str] = {
     "fp32": "[]",
-    "int4, blocks of 32": "[quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
+    "int4, blocks of 32": f"[quantize: {{{INT4}}}]",
     "int4, blocks of 64": "[quantize: {where: linear, bits: 4, group: 64, tied: copy}]",
-    "int4, blocks of 32, cache int8": "[quantize: {where: linear, bits: 4, group: 32, tied: copy, cache: int8}]",
-    "int4, blocks of 32, zero points": "[quantize: {where: linear, bits: 4, group: 32, symmetric: false, tied: copy}]",
-    "latent half, int4 of 32": "[gqa-to-mla: {rank: 128, rope-dim: 64},"
-    " quantize: {where: linear, bits: 4, group: 32, tied: copy}]",
+    "int4, blocks of 32, cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
+    "int4, blocks of 32, zero points": f"[quantize: {{{INT4}, symmetric: false}}]",
+    "int4, prompts int8": f"[quantize: {{{INT4}}}]",
+    "int4, prompts and cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
+    "int4 by gptq, prompts and cache int8": f"[quantize: {{{INT4}, method: gptq, cache: int8}}]",
+    "latent half, int4 of 32": f"[gqa-to-mla: {{rank: 128, rope-dim: 64}}, quantize: {{{INT4}}}]",
 }
-CALIBRATED = ("int4, blocks of 32, cache int8", "latent half, int4 of 32")
-TEXT = ROOT / "data" / "brown_a.txt"
+TEXT = ROOT / "data" / "brown_b.txt"
 BUILT_FROM = "hf"
 Taken = tuple[float, float]
 
@@ -61,11 +67,12 @@ def written(names: Sequence[str]) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Path] = {}
     for name in (*names, BUILT_FROM):
-        emit = "[safetensors]" if name == BUILT_FROM else "[onnx]"
+        onnx = "[onnx: {prompts: int8}]" if "prompts" in name else "[onnx]"
+        emit = "[safetensors]" if name == BUILT_FROM else onnx
         out = folder / name.replace(" ", "-").replace(",", "")
         if not out.is_dir():
             recipe = out.with_suffix(".yaml")
-            text = f"calibration: {{data: {TEXT}, samples: 8, length: 256}}\n" if name in CALIBRATED else ""
+            text = f"calibration: {{data: {TEXT}, samples: 16, length: 512}}\n"
             recipe.write_text(f"model: {SMOLLM2}\n{text}passes: {PASSES.get(name, '[]')}\nemit: {emit}\n")
             run([sys.executable, "-m", "compiler.cli", str(recipe), "-o", str(out)])
         if name != BUILT_FROM:
@@ -74,7 +81,7 @@ def written(names: Sequence[str]) -> dict[str, Path]:
 
 
 def by_genai(directory: Path, ids: Sequence[int], count: int, threads: int) -> Iterator[int]:
-    """Tokens of a model by onnxruntime-genai's own loop."""
+    """Ones for tokens of a model by onnxruntime-genai's own loop."""
     import onnxruntime_genai as og  # pyright: ignore[reportMissingImports]
 
     config = og.Config(str(directory))
@@ -82,57 +89,106 @@ def by_genai(directory: Path, ids: Sequence[int], count: int, threads: int) -> I
     params = og.GeneratorParams(model := og.Model(config))
     params.set_search_options(max_length=len(ids) + count + 1, do_sample=False)
     generator = og.Generator(model, params)
-    generator.append_tokens(np.array([ids], dtype=np.int32))
-    for _ in range(count):
-        generator.generate_next_token()
-        yield int(generator.get_sequence(0)[-1])
+
+    def tokens() -> Iterator[int]:
+        generator.append_tokens(np.array([ids], dtype=np.int32))
+        for _ in range(count):
+            generator.generate_next_token()
+            yield 1
+
+    return tokens()
 
 
-def by_transformers(ids: Sequence[int], count: int, threads: int) -> Iterator[int]:
+def by_transformers(ids: Sequence[int], count: int, threads: int, attention: str) -> Iterator[int]:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(WORK / "onnx" / BUILT_FROM, dtype=torch.float32).eval()
-    given, cache = torch.tensor([list(ids)]), None
-    for _ in range(count):
-        with torch.inference_mode():
-            result = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
-        yield int(given)
+    source = WORK / "onnx" / BUILT_FROM
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=attention).eval()
+
+    def tokens() -> Iterator[int]:
+        given, cache = torch.tensor([list(ids)]), None
+        for _ in range(count):
+            with torch.inference_mode():
+                result = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            yield 1
+
+    return tokens()
 
 
-def in_turns(engines: dict[str, Iterator[Any]], count: int) -> dict[str, list[Taken]]:
-    """Seconds on the processors and on the clock for each token of each engine; the first token reads the prompt."""
-    taken: dict[str, list[Taken]] = {name: [] for name in engines}
-    for _ in range(count):
-        for name, tokens in engines.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            next(tokens)
-            taken[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return taken
+def by_llama(file: Path, ids: Sequence[int], count: int, threads: int) -> Iterator[int]:
+    """llama.cpp: the prompt and a token, then all others at once; it keeps what it has read."""
+    import xllamacpp
+
+    params: Any = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup = len(ids) + count + 8, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server: Any = xllamacpp.Server(params)
+    wanted = {"prompt": list(ids), "temperature": 0, "cache_prompt": True, "ignore_eos": True}
+
+    def tokens() -> Iterator[int]:
+        for several in (1, count - 1):
+            server.handle_completions({**wanted, "n_predict": several})
+            yield several
+
+    return tokens()
+
+
+def taken(tokens: Iterator[int]) -> tuple[Taken, Taken]:
+    """Seconds on the processors and on the clock that the prompt takes, and a token after it; ``tokens`` are how many
+    an engine gave at once."""
+    found: list[Taken] = []
+    while True:
+        cpu, wall = time.process_time(), time.perf_counter()
+        given = next(tokens, None)
+        if given is None:
+            break
+        found.append(((time.process_time() - cpu) / given, (time.perf_counter() - wall) / given))
+    cpu, wall = (statistics.median(each[clock] for each in found[1:]) for clock in (0, 1))
+    return found[0], (cpu, wall)
+
+
+def engines(options: argparse.Namespace, ids: Sequence[int], count: int) -> dict[str, Callable[[], Iterator[int]]]:
+    """Everything that is compared, by what it is called; each call loads it anew, before the first token."""
+    threads = options.threads
+    made: dict[str, Callable[[], Iterator[int]]] = {}
+    for name, path in written(options.models).items():
+        made[name] = lambda path=path: (1 for _ in Runner(path, threads=threads).greedy(ids, count))
+    for folder in options.genai:
+        file = folder / "model.onnx"
+        made[f"{folder.name}: genai's model, our loop"] = lambda file=file: (
+            1 for _ in Built(file, threads=threads).greedy(ids, count)
+        )
+        if options.genai_runtime:
+            made[f"{folder.name}: genai's own loop"] = lambda folder=folder: by_genai(folder, ids, count, threads)
+    for kind in options.transformers:
+        made[f"transformers, fp32, {kind}"] = lambda kind=kind: by_transformers(ids, count, threads, kind)
+    for file in options.llama:
+        made[f"llama.cpp, {file.stem}"] = lambda file=file: by_llama(file, ids, count, threads)
+    return made
 
 
 def measure(options: argparse.Namespace, length: int) -> None:
-    ids = [random.Random(0).randrange(10, 40000) for _ in range(length)]
-    count = options.tokens + 1
-    ours = {name: Runner(path, threads=options.threads) for name, path in written(options.models).items()}
-    engines: dict[str, Iterator[Any]] = {name: runner.greedy(ids, count) for name, runner in ours.items()}
-    for directory in options.genai:
-        engines[f"{directory.name}: genai's model, our loop"] = Built(
-            directory / "model.onnx", threads=options.threads
-        ).greedy(ids, count)
-        if options.genai_runtime:
-            engines[f"{directory.name}: genai's own loop"] = by_genai(directory, ids, count, options.threads)
-    if options.transformers:
-        engines["transformers, fp32"] = by_transformers(ids, count, options.threads)
-    rows = [("", "prompt, CPU ms", "a token, CPU ms", "least", "tokens/s, clock")]
-    for name, seconds in in_turns(engines, count).items():
-        cpu, wall = [each[0] for each in seconds[1:]], [each[1] for each in seconds[1:]]
-        shown = (seconds[0][0] * 1e3, statistics.median(cpu) * 1e3, min(cpu) * 1e3, 1 / statistics.median(wall))
-        rows.append((name, f"{shown[0]:.0f}", *(f"{value:.2f}" for value in shown[1:3]), f"{shown[3]:.1f}"))
-    print(f"\n{options.threads} thread(s), {length} tokens of prompt, {options.tokens} new ones")
-    print(table(rows))
+    shuffled = random.Random(0)
+    ids = [shuffled.randrange(10, 40000) for _ in range(length)]
+    chosen, found = engines(options, ids, options.tokens + 1), dict[str, list[tuple[Taken, Taken]]]()
+    for _ in range(options.rounds):
+        for name in shuffled.sample(list(chosen), len(chosen)):
+            found.setdefault(name, []).append(taken(chosen[name]()))
+    rows = [("", "prompt, CPU ms", "a token, CPU ms", "least", "prompt, ms", "a token, ms")]
+    for name in chosen:
+        prompt, token = ([each[part] for each in found[name]] for part in (0, 1))
+        middle = [statistics.median(each[clock] for each in part) * 1e3 for part in (prompt, token) for clock in (0, 1)]
+        least = min(each[0] for each in token) * 1e3
+        shown = (f"{middle[0]:.0f}", f"{middle[2]:.2f}", f"{least:.2f}", f"{middle[1]:.0f}", f"{middle[3]:.2f}")
+        rows.append((name, *shown))
+    print(
+        f"\n{options.threads} thread(s), {length} tokens of prompt, {options.tokens} new ones, {options.rounds} rounds"
+    )
+    print(table(rows), flush=True)
 
 
 def reload(name: str) -> None:
@@ -154,7 +210,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["fp32", "int4, blocks of 32"], choices=list(PASSES))
     parser.add_argument("--genai", type=Path, nargs="*", default=[])
     parser.add_argument("--genai-runtime", action="store_true", help="also run them by onnxruntime-genai")
-    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--transformers", nargs="*", default=[], choices=["eager", "sdpa"])
+    parser.add_argument("--llama", type=Path, nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reload", nargs="+", default=[], metavar="NAME", help="instead: models/NAME, written and run")
     options = parser.parse_args()
     for name in options.reload:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.onnx import emit, propose, verify
-from backends.onnx.check import empty_cache, session
+from backends.onnx import Runner, emit, propose, verify
+from backends.onnx.check import PROMPT, empty_cache, session
 from backends.onnx.quantised import unsigned_bytes
+from compiler.errors import TargetError
 from compiler.frontend.capture import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
@@ -25,6 +26,7 @@ from compiler.weights.source import MemorySource
 from passes import Quantize, Rotate
 from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
+from tests.test_onnx import Session
 
 ROWS, EPS = 24, torch.finfo(torch.float32).eps
 
@@ -285,3 +287,54 @@ def test_weights_of_several_widths_with_zero_points_are_their_graph(tmp_path):
     emission = propose(graph, "onnx")
     emit(emission, graph.sources, tmp_path)
     assert verify(emission, tmp_path).holds
+
+
+PROMPTED = {"plain": {}, "cached as int8": {"cache": "int8"}, "with zero points": {"symmetric": False}}
+
+
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_a_model_for_prompts_goes_on_in_the_one_for_tokens(kind, tmp_path):
+    """The model for tokens takes over what that for prompts has cached, and both are within rounding of the graph."""
+    graph = graph_of("llama", 3, head_dim=16)
+    Pipeline([Quantize(bits=4, group=16, tied="copy", **PROMPTED[kind])]).run(graph, calibration=rounding("llama"))
+    emission = propose(graph, prompts="int8")
+    prompt = emission.models[PROMPT]
+    assert "MatMulIntegerToFloat" in prompt.operations("com.microsoft")
+    assert prompt.operations("com.microsoft").count("MatMulNBits") == 1  # the head, of which one token is wanted
+    emit(emission, graph.sources, tmp_path)
+    onnx.checker.check_model(tmp_path / PROMPT, full_check=True)
+    assert verify(emission, tmp_path).holds
+    ids = FAMILIES["llama"].inputs(batch=1, tokens=9)["input_ids"]
+    runner = Runner(tmp_path / "model.onnx", threads=1)
+    exact = run(graph, {"input_ids": ids})["logits"].numpy()
+    assert np.abs(runner.logits(ids.numpy()) - exact).max() <= 0.25 * np.abs(exact).max()
+    (first, _), (second, _) = runner.greedy(ids[0].tolist(), 2)
+    alone = Session(tmp_path / "model.onnx")
+    found, past = alone.step(ids, torch.ones_like(ids))
+    assert first == int(found[0, -1].argmax())
+    following = alone.step(torch.tensor([[first]]), torch.ones(1, 10, dtype=torch.int64), past)[0]
+    assert second == int(following[0, -1].argmax())
+
+
+@pytest.mark.parametrize(("target", "name"), [("genai", "llama"), ("onnx", "llama"), ("ort-cpu", "bert")])
+def test_prompts_of_their_own_are_for_language_models_on_a_cpu(target, name):
+    with pytest.raises(TargetError, match="prompts: int8"):
+        propose(graph_of(name), target, prompts="int8")
+
+
+def test_a_dense_model_has_no_prompts_of_int8():
+    with pytest.raises(TargetError, match="quantised weights"):
+        propose(graph_of("llama"), prompts="int8")
+
+
+def test_products_of_one_input_are_one(tmp_path):
+    """A gate and what it multiplies; not where their schemes differ."""
+    graph = graph_of("llama", head_dim=16)
+    Pipeline([Quantize(bits=4, group=16, tied="copy")]).run(graph)
+    nodes = propose(graph).models["model.onnx"].nodes
+    layers = len(graph.nodes_named("attention"))
+    assert [node.op_type for node in nodes].count("MatMulNBits") == 4 * layers + 1
+    apart = graph_of("llama", head_dim=16)
+    steps = [Quantize(where="mlp.gate", bits=8, group=16), Quantize(where="mlp.up", bits=4, group=16)]
+    Pipeline(steps).run(apart)
+    assert not [node for node in propose(apart).models["model.onnx"].nodes if node.op_type == "Split"]

@@ -57,7 +57,7 @@ class Builder:
 
     ``notes`` tell the user what was done differently than the graph says. ``accuracy`` is that of products with
     quantised weights: 0 takes inputs as they are, 4 rounds them to int8. Without ``rounds`` activations that the graph
-    rounds are taken as they are.
+    rounds are taken as they are. ``many``: it is for many tokens at a time, whose products with codes are of int8.
     """
 
     graph: Graph
@@ -70,6 +70,7 @@ class Builder:
     sizes: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
     accuracy: int = 4
     rounds: bool = True
+    many: bool = False
     notes: dict[str, int] = field(default_factory=dict[str, int])
     scope: str = ""
     cache: Cache | None = None

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from backends.onnx.check import PROMPT
 from backends.onnx.genai import require_generation
 from backends.onnx.lower import Lowered, is_causal, lowered
 from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
 from backends.onnx.target import CONTRIB, TARGETS, Target
 from compiler.errors import TargetError, nearest
-from compiler.ir.graph import Graph
+from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 
+PROMPTS = ("same", "int8")
 ENCODER, MAIN = "encoder.onnx", ("model.onnx", "decoder.onnx")
 
 
@@ -46,7 +48,7 @@ class OnnxEmission:
     def rounds_inputs(self) -> bool:
         """Whether a product takes its inputs rounded to int8."""
         used = {name for model in self.models.values() for name in model.operations(CONTRIB)}
-        return self.accuracy != 0 and not used.isdisjoint({"MatMulNBits", "QMoE"})
+        return PROMPT in self.models or (self.accuracy != 0 and not used.isdisjoint({"MatMulNBits", "QMoE"}))
 
     @property
     def loads_in(self) -> tuple[str, ...]:
@@ -110,22 +112,41 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def propose(graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4, rounds: bool = True) -> OnnxEmission:
+def propose(
+    graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4, rounds: bool = True, prompts: str = "same"
+) -> OnnxEmission:
     """What is written for ``graph``. Reads no weight.
 
     ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are. Without
-    ``rounds``, activations that the graph rounds are not. Raises TargetError naming the operation and scope of what has
-    no ONNX form.
+    ``rounds``, activations that the graph rounds are not. With ``prompts`` of int8 a second model reads prompts, in
+    products of int8. Raises TargetError naming the operation and scope of what has no ONNX form.
     """
     wanted = target_named(target)
+    if prompts == "int8":
+        _require_prompts(graph, wanted)
     if is_pair(graph):
         if wanted.genai:
             require_generation(OnnxEmission(graph, wanted, "pair", {}, accuracy))
         encoder = lowered_encoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         decoder = lowered_decoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         return OnnxEmission(graph, wanted, "pair", {ENCODER: encoder, MAIN[1]: decoder}, accuracy)
-    made = lowered(graph, wanted, accuracy=accuracy, rounds=rounds)
-    found = OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", {MAIN[0]: made}, accuracy)
+    models = {MAIN[0]: lowered(graph, wanted, accuracy=accuracy, rounds=rounds)}
+    if prompts == "int8":
+        models[PROMPT] = lowered(graph, wanted, accuracy=accuracy, rounds=rounds, many=True)
+    found = OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", models, accuracy)
     if wanted.genai:
         require_generation(found)
     return found
+
+
+def _require_prompts(graph: Graph, target: Target) -> None:
+    """Raises TargetError when prompts cannot be read by a model of their own."""
+    if target.name != "ort-cpu":
+        cause = f"`prompts: int8` needs an operation of ONNX Runtime's on a CPU, which `{target.name}` has not"
+        raise TargetError(cause, remedy="write `target: ort-cpu`")
+    if not is_causal(graph):
+        raise TargetError("`prompts: int8` is for language models, and this is none", remedy="leave it out")
+    weights = [node.input(1) for node in graph.nodes_named("linear")]
+    if not any(isinstance(weight, Param) and weight.expr.op == "dequantize" for weight in weights):
+        remedy = "quantise weights to integers, or leave it out"
+        raise TargetError("`prompts: int8` is for quantised weights, and this model has none", remedy=remedy)

@@ -1,8 +1,8 @@
 """Which operations one of ONNX Runtime's own does together: found on the graph, before anything is emitted.
 
 An attention over cached keys takes in what makes its operands: heads, their norms, their rotation and, where they come
-from one input, the projections. A norm takes in the sum before it. Other products of one input with codes of one scheme,
-as of a gate and what it multiplies, are one.
+from one input, the projections. A norm takes in the sum before it. Other products of one input with codes of one
+scheme, as of a gate and what it multiplies, are one.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Grouped:
 
 @dataclass
 class Fusions:
-    """``grouped`` by attention, ``skips`` the sum that a norm takes in, ``beside`` the linear maps that the first of them
-    does too; ``absorbed`` are not emitted on their own. ``positions`` is how many positions tables of rotary embedding
-    have."""
+    """``grouped`` by attention, ``skips`` the sum that a norm takes in, ``beside`` the linear maps that the first of
+    them does too; ``absorbed`` are not emitted on their own. ``positions`` is how many positions tables of rotary
+    embedding have."""
 
     grouped: dict[Node, Grouped] = field(default_factory=dict[Node, Grouped])
     skips: dict[Node, Node] = field(default_factory=dict[Node, Node])

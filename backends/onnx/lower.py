@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from backends.onnx.builder import DTYPES, Builder, Stored
-from backends.onnx.cache import ATTENTION, TOTAL_AXIS, Cache
+from backends.onnx.cache import ATTENTION, PAST, TOTAL_AXIS, Cache
 from backends.onnx.emitters import RULES
 from backends.onnx.fusion import fusions
 from backends.onnx.masks import Masks
@@ -71,9 +71,10 @@ class Lowered:
     @property
     def in_place(self) -> bool:
         """Whether all that is cached can be written where it was read, in buffers that are longer."""
-        used = [node.op_type for node in self.nodes]
         keys = [name for name in self.cached if not name.endswith(".positions")]
-        return bool(keys) and 2 * used.count("GroupQueryAttention") + used.count(SCATTER) == len(keys)
+        entries = {f"{PAST}.{name}" for name in keys}
+        readers = {use.node.op_type for value in self.inputs if value.name in entries for use in value.uses()}
+        return bool(keys) and readers <= {"GroupQueryAttention", SCATTER}
 
     @property
     def opset(self) -> int:
@@ -101,14 +102,14 @@ def is_causal(graph: Graph) -> bool:
     return graph.outputs["logits"].shape[:-1] == tokens and all(node.attr("causal") for node in attends)
 
 
-def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True) -> Lowered:
-    """``graph`` for ``target``. Reads no weight.
+def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True, many: bool = False) -> Lowered:
+    """``graph`` for ``target``; ``many`` for prompts only. Reads no weight.
 
     A causal language model gets a cache and a mask for padding, an encoder of tokens a mask; all sizes but batch and
     tokens are fixed. Raises TargetError naming the operation and its scope for what has no ONNX form.
     """
     copy, causal = copy_of(graph), is_causal(graph)
-    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds)
+    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds, many=many)
     inputs = add_inputs(build, copy)
     if TOKENS in copy.inputs:
         inputs.append(add_mask(build, copy, TOKENS, cached=causal))
@@ -116,7 +117,8 @@ def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = T
         _go_on_from_cache(build, copy)
         inputs += _keep_logits(build, copy)
     if target.contrib:
-        build.fusions = fusions(copy, (build.cache.tokens, *build.cache.stages) if build.cache else ())
+        cached = (build.cache.tokens, *build.cache.stages) if build.cache else ()
+        build.fusions = fusions(copy, cached, joins=not many)  # many tokens are soon multiplied, and slow to take apart
     emit_nodes(build, copy)
     return finished(build, copy, inputs)
 

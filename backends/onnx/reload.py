@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from backends.onnx.builder import exactly
-from backends.onnx.check import largest_error
+from backends.onnx.check import PROMPT, largest_error
 from backends.onnx.emission import OnnxEmission
 from backends.onnx.lower import is_causal
-from backends.onnx.write import SHARD_BYTES, save_models
+from backends.onnx.write import SHARD_BYTES, save_twin
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import copy_of, segments
@@ -60,7 +60,8 @@ def verify(emission: OnnxEmission, directory: Path, *, shard_bytes: int = SHARD_
         bound = other_codes(graph, outputs, exact)
     vectors = _vectors(inputs, outputs, bound or tolerance) | _later(graph, inputs)
     np.savez(directory / VECTORS, allow_pickle=False, **vectors)
-    written = largest_error(directory / emission.main, vectors)
+    names = [name for name in (emission.main, PROMPT) if name in emission.models]
+    written = float(np.max([largest_error(directory / name, vectors) for name in names]))  # keeps a NaN
     if bound is None:
         return Reloaded(written, tolerance)
     plain = _vectors(inputs, exact, tolerance) | _later(without_rounding(graph), inputs)
@@ -78,8 +79,9 @@ def _later(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _exact_error(emission: OnnxEmission, directory: Path, vectors: Mapping[str, Any], shard_bytes: int) -> float:
     """The error of a model over the same tensors that rounds nothing it computes to codes."""
-    names = {name: f"{EXACT}{name}" for name in emission.models}
-    save_models(emission.exact(), directory, shard_bytes, names=names)
+    exact = emission.exact()
+    names = {name: f"{EXACT}{name}" for name in exact.models}
+    save_twin(exact, emission, directory, shard_bytes, names)
     try:
         return largest_error(directory / names[emission.main], vectors)
     finally:

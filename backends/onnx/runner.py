@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.onnx.check import PAST, PRESENT, buffers, empty_cache, session, with_room
+from backends.onnx.check import PAST, PRESENT, PROMPT, buffers, empty_cache, session, with_room
 from compiler.errors import CheckpointError
 
 ONE = np.ones(1, np.int64)
@@ -37,7 +37,8 @@ class Timing:
 
 
 class Runner:
-    """A causal ONNX model, which lies in ``path``, on ``threads`` threads.
+    """A causal ONNX model, which lies in ``path``, on ``threads`` threads. A model for prompts that lies beside it
+    reads all but single tokens.
 
     Raises CheckpointError when onnxruntime is not installed, or the model is no language model with a cache.
     """
@@ -54,6 +55,8 @@ class Runner:
         self.path = path
         try:
             self._session = session(path, threads)
+            beside = path.with_name(PROMPT)
+            self._prompts = session(beside, threads) if beside.is_file() else self._session
         except Exception as reason:  # the runtime's own classes of errors share no better base
             raise CheckpointError(f"ONNX Runtime cannot load it: {str(reason)[:200]}", where=str(path)) from reason
         self._past = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
@@ -125,7 +128,8 @@ class Runner:
         past = {name: self._with_room(name, value, mask.shape[1]) for name, value in past.items()}
         feeds = {**{name: self._value(array) for name, array in given.items()}, **past}
         names = ["logits", *(name.replace(PAST, PRESENT, 1) for name in past)]
-        logits, *present = self._session.run_with_ort_values(names, feeds)
+        model = self._session if ids.shape[1] == 1 else self._prompts
+        logits, *present = model.run_with_ort_values(names, feeds)
         return logits.numpy(), dict(zip(past, present, strict=True))
 
 

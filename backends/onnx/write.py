@@ -51,11 +51,20 @@ def emit(
     write(emission.tensors, sources, directory, shard_bytes=shard_bytes, on_progress=on_progress, **options)
 
 
-def save_models(
-    emission: OnnxEmission, directory: Path, shard_bytes: int = SHARD_BYTES, *, names: Mapping[str, str] | None = None
+def save_models(emission: OnnxEmission, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the models without their tensors."""
+    save_twin(emission, emission, directory, shard_bytes)
+
+
+def save_twin(
+    emission: OnnxEmission,
+    written: OnnxEmission,
+    directory: Path,
+    shard_bytes: int,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the models, under other ``names`` if given, without their tensors."""
-    places = _places(emission, shard_bytes)
+    """Write the models of ``emission``, under other ``names`` if given, over the tensors of what was ``written``."""
+    places = _places(written, shard_bytes)
     for name, model in emission.models.items():
         _point(model, places)
         ir.save(model.model(emission.metadata(model)), directory / (names or {}).get(name, name))

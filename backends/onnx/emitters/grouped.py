@@ -30,11 +30,14 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
     assert cache is not None  # only cached attention is grouped
     heads, groups, width = (int(dim) for dim in (node.input(0).shape[1], *node.input(1).shape[1::2]))
     names = [cache.name(node, what) for what in ("key", "value")]
-    codes = _codes(build, parts)
-    kind, axis = ir.DataType.INT8 if codes else build.kind(torch.float32), cache.axis(cache.new(node), PAST_AXIS)
+    scales = _scales(build, parts)
+    kind, axis = ir.DataType.INT8 if scales else build.kind(torch.float32), cache.axis(cache.new(node), PAST_AXIS)
     apart = cache.new(node) in cache.stages or _scored(node)
     own = build.target.right and not apart
     past = [cache.entry(name, groups, width, kind, past=axis) for name in names]
+    codes = () if build.many else scales
+    if scales and build.many:  # the kernel reads prompts faster into floats
+        past = [build.op("DequantizeLinear", value, scale) for value, scale in zip(past, scales, strict=True)]
     outputs = build.ops(
         "GroupQueryAttention",
         *(_turned(build, node, parts) if apart else _projected(build, parts)),
@@ -53,17 +56,24 @@ def grouped_attention(build: Builder, node: Node, parts: Grouped) -> ir.Value:
         **({"local_window_size": node.attr("window")} if own and node.attr("window") else {}),
         **(CODED if codes else {}),
     )
-    for name, value in zip(names, outputs[1:], strict=True):
-        cache.leave(name, value)
+    for index, (name, value) in enumerate(zip(names, outputs[1:], strict=True)):
+        coded = build.op("QuantizeLinear", value, scales[index], _nothing(build)) if scales and build.many else value
+        cache.leave(name, coded)
     return outputs[0] if parts.merge else build.op("Reshape", outputs[0], build.ints(0, 0, heads, width))
 
 
-def _codes(build: Builder, parts: Grouped) -> tuple[ir.Value, ...]:
-    """The scales of keys and values that are cached as int8; none when they are cached as they are."""
+def _scales(build: Builder, parts: Grouped) -> tuple[ir.Value, ...]:
+    """The scales of keys and values that are cached as int8, of one element (of prompts: a scalar, as standard
+    operations have it); none when they are cached as they are."""
     rounded = [part.rounded for part in (parts.key, parts.value) if part.rounded is not None]
     if not build.rounds:
         return ()
-    return tuple(build.constant(torch.tensor([node.attr("scale")]), exact=True) for node in rounded)
+    shape = () if build.many else (1,)
+    return tuple(build.constant(torch.full(shape, node.attr("scale")), exact=True) for node in rounded)
+
+
+def _nothing(build: Builder) -> ir.Value:
+    return build.constant(torch.tensor(0, dtype=torch.int8))
 
 
 def _attributes(node: Node, parts: Grouped | None) -> dict[str, int | float]:

@@ -9,6 +9,7 @@ import torch
 
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.rule import Rule, rule
+from backends.onnx.int8 import multiplied_in_int8
 from backends.onnx.masks import END
 from backends.onnx.quantised import gathered, joined, multiplied, packed
 from compiler.ir.graph import Node, Param, Value
@@ -22,7 +23,9 @@ def linear(build: Builder, node: Node) -> ir.Value:
     x, beside = build.arg(node, 0), build.fusions.beside.get(node)
     if beside is not None:
         return _several(build, x, beside)
-    return linear_map(build, _scored(build, x) if node is build.head else x, node.input(1), node.optional_input(2))
+    if node is build.head:
+        return linear_map(build, _scored(build, x), node.input(1), node.optional_input(2), many=False)
+    return linear_map(build, x, node.input(1), node.optional_input(2))
 
 
 def _several(build: Builder, x: ir.Value, nodes: Sequence[Node]) -> ir.Value:
@@ -52,9 +55,12 @@ def _scored(build: Builder, x: ir.Value) -> ir.Value:
     return build.op("Slice", x, build.op("Neg", build.kept), build.ints(END), build.ints(1))
 
 
-def linear_map(build: Builder, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
-    """x @ weight.T + bias. Weights stay [out, in], so that they are written row by row and can be shared."""
+def linear_map(build: Builder, x: ir.Value, weight: Value, bias: Value | None, *, many: bool = True) -> ir.Value:
+    """x @ weight.T + bias. Weights stay [out, in], so that they are written row by row and can be shared. ``many``
+    is false where few tokens are multiplied even in a model for many."""
     added = None if bias is None else build.value(bias)
+    if build.many and many and isinstance(weight, Param) and weight.expr.op == "dequantize":
+        return multiplied_in_int8(build, x, weight, added)
     form = packed(build, weight) if isinstance(weight, Param) else None
     if form is not None:
         return multiplied(build, x, form, added)
