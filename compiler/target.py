@@ -93,7 +93,7 @@ def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
             f"ONNX models need the package {reason.name}, which is not installed",
             remedy="pip install 'compress-model[onnx]'",
         ) from reason
-    return propose(graph, wanted.target, accuracy=wanted.accuracy_level)
+    return propose(graph, wanted.target, accuracy=wanted.accuracy_level, prompts=wanted.prompts)
 
 
 def _check_no_blocks(graph: Graph) -> None:
