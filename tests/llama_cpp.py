@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -38,3 +39,31 @@ def log_probabilities(file: Path, tokens: list[int], count: int) -> dict[int, fl
     answer = server.handle_completions(wanted)
     (first, *_) = answer["choices"][0]["logprobs"]["content"]
     return {found["id"]: found["logprob"] for found in first["top_logprobs"]}
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """Uncased word pieces: every letter, alone and as what continues a word, and some longer ones."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz.,'"
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), "the", "inn", "##ing"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    around = [(name, special.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **names)
+
+
+def embedding(file: Path, text: str) -> torch.Tensor:
+    """What llama.cpp makes of ``text``, pooled as the file says, not normalised, one thread: float32 [width]."""
+    import xllamacpp
+
+    params: Any = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = params.n_batch = params.n_ubatch = 64
+    params.n_parallel, params.warmup, params.embedding = 1, False, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server: Any = xllamacpp.Server(params)
+    answer = server.handle_embeddings({"input": text, "embd_normalize": -1})
+    return torch.tensor(answer["data"][0]["embedding"])

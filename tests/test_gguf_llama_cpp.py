@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+import gguf
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from backends.gguf import emit
 from benchmarks.gguf_blocks import by_llama_cpp
+from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.job import compress
 from compiler.pipeline import Pipeline
@@ -20,15 +23,16 @@ from compiler.weights.ops.gguf.blocks import Blocks
 from compiler.weights.ops.gguf.layouts import LAYOUTS
 from passes import Quantize
 from tests.captures import saved
-from tests.llama_cpp import gpt2_tokenizer, log_probabilities
+from tests.llama_cpp import embedding, gpt2_tokenizer, log_probabilities, word_pieces
 from tests.test_gguf_blocks import laplace, loss
-from tests.test_gguf_written import FAMILY_OPTIONS, WIDTHS
+from tests.test_gguf_written import FAMILY_OPTIONS, LINEAR, LLAMA3, LONG, WIDTHS, YARN
 
 TOKENS = [3, 17, 40, 22, 9, 31, 5, 12]
 LIKELIEST = 8
 FLASH = 0.01  # nats; llama.cpp's attention rounds to float16
+GELU = 0.02  # its GELU is the one by tanh, read from a table of float16
 ROUNDED = 0.25  # it rounds what quantised weights multiply to 8 bits
-OTHERS = {"mixtral": {}, "phi3": {"sliding_window": None}, "olmo2": {}, "granite": {}, "gemma": {}}
+OTHERS = {"mixtral": {}, "phi3": {"sliding_window": None}, "olmo2": {}, "granite": {}, "gemma": {}, "gpt2": {}}
 FAMILIES = {**FAMILY_OPTIONS, **OTHERS}
 
 
@@ -52,10 +56,39 @@ def test_families_are_computed_alike(name, tmp_path):
     assert farthest(name, tmp_path, **FAMILIES[name]) < FLASH
 
 
+@pytest.mark.parametrize("rotary", [LINEAR, LLAMA3, YARN], ids=lambda rotary: rotary["rope_type"])
+def test_scaled_rotary_embedding_is_computed_alike(rotary, tmp_path):
+    assert farthest("llama", tmp_path, rope_parameters=rotary, **LONG) < FLASH
+
+
 @pytest.mark.parametrize("kind", sorted(LAYOUTS))
 def test_blocks_are_computed_alike(kind, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 256, "layers": 1}
     assert farthest("llama", tmp_path, [Quantize(type=kind)], **wide) < ROUNDED
+
+
+def test_weights_that_checkpoints_hold_transposed_keep_their_blocks(tmp_path):
+    assert farthest("gpt2", tmp_path, [Quantize(where="linear", type="q4_0", tied="share")]) < ROUNDED
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")} == {"Q4_0"}
+
+
+@pytest.mark.parametrize("kind", ["", "q8_0"])
+def test_an_encoder_of_sentences_gives_the_same_vectors(kind, tmp_path):
+    torch.manual_seed(0)
+    tokenizer, text = word_pieces(), "The inn, a Thing; the café's ending."
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "1_Pooling").mkdir()
+    (tmp_path / "bert" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    graph = capture(tmp_path / "bert")
+    Pipeline([Quantize(type=kind)] if kind else []).run(graph)
+    emit(gguf_emission(graph), graph.sources, tmp_path)
+    ours = run(graph, {"input_ids": torch.tensor([tokenizer(text)["input_ids"]])})["last_hidden_state"][0].mean(0)
+    theirs = embedding(tmp_path / "model.gguf", text)
+    assert (theirs - ours).norm() < GELU * ours.norm()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backends.gguf import emit
-from compiler.errors import TargetError
+from compiler.errors import CheckpointError, TargetError
 from compiler.evaluate.parity import verify_gguf
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
@@ -29,6 +29,17 @@ FAMILY_OPTIONS = {
     "gemma2": GEMMA,
     "gemma3": {**GEMMA, "layer_types": ["sliding_attention"] * 2},
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LONG = {"max_position_embeddings": 64}
 
 
 def written(name, directory, passes=(), **changes):
@@ -54,6 +65,15 @@ def test_transformers_loads_it(tmp_path):
     graph, file, _ = written("llama", tmp_path, [Quantize(type="q4_0")])
     found = verify_gguf(graph, file, memory=1 << 30)
     assert found.performed and found.error <= found.tolerance
+
+
+@pytest.mark.parametrize("rotary", [LINEAR, LLAMA3, YARN], ids=lambda rotary: rotary["rope_type"])
+def test_scaled_rotary_embedding_is_never_left_out_in_silence(rotary, tmp_path):
+    """As transformers' reader of GGUF files does."""
+    graph, file, _ = written("llama", tmp_path, rope_parameters=rotary, **LONG)
+    assert "does not read the scaled rotary embedding" in verify_gguf(graph, file, memory=1 << 30).skipped
+    with pytest.raises(CheckpointError, match="does not read the scaled rotary embedding"):
+        capture(file)
 
 
 def test_its_owner_reads_it(tmp_path):
@@ -85,7 +105,10 @@ def test_dense_weights_keep_their_type(dtype, kind, tmp_path):
 @pytest.mark.parametrize(
     "name, changes, reason",
     [
-        ("bert", {}, "GGUF files of `bert` are not written"),
+        ("opt", {}, "GGUF files of `opt` are not written"),
+        ("bert", {}, "has no tensor for"),
+        ("qwen2", {"rope_parameters": LLAMA3, **LONG}, "has no rotary embedding of the type llama3"),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": 2.0}, **LONG}, "other factors than YaRN's"),
         ("llama", {"hidden_act": "relu"}, "has no `hidden_act: relu`"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "scaled by something else"),
         ("gemma3", GEMMA, "full attention in every 6th"),

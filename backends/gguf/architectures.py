@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from backends.gguf import rotary
 from backends.gguf.header import Metadata
+from backends.gguf.rotary import head_width
 
 Config = Mapping[str, Any]
 
@@ -20,16 +22,23 @@ SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_tanh")
 @dataclass(frozen=True)
 class Architecture:
     """``interleaved``: rotary pairs lie side by side, so rows of queries and keys are permuted. ``shifted``: gains of
-    norms are stored plus one. ``more`` are further entries, ``reason`` says why a config does not fit ("": it does)."""
+    norms are stored plus one. ``turned``: matrices whose names end so are [in, out] in checkpoints. ``unread``: modules
+    that llama.cpp leaves out. ``sizes`` are entries of the header with what configs call them, ``more`` further ones;
+    ``reason`` says why a config does not fit ("": it does)."""
 
     name: str
     interleaved: bool = False
     shifted: bool = False
+    rotary: bool = True
+    turned: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    sizes: Mapping[str, str] = field(default_factory=lambda: COMMON)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     more: Callable[[Config], Metadata] = lambda config: {}
     reason: Callable[[Config], str] = lambda config: ""
 
 
+NORM_EPSILON = "attention.layer_norm_rms_epsilon"
 COMMON = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -37,7 +46,20 @@ COMMON = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    NORM_EPSILON: "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+ENCODER = {
+    **{name: key for name, key in COMMON.items() if name not in ("attention.head_count_kv", NORM_EPSILON)},
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+}
+GPT2 = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "vocab_size": "vocab_size",
 }
 EXPERTS = {
@@ -45,23 +67,21 @@ EXPERTS = {
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
 }
-FLOATS = ("attention.layer_norm_rms_epsilon",)
-
-
-def head_width(config: Config) -> int:
-    """Elements of a head."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+FLOATS = (NORM_EPSILON, "attention.layer_norm_epsilon")
 
 
 def metadata_of(architecture: Architecture, config: Config) -> Metadata:
     """The entries of the header that say what sizes the model has."""
-    found: dict[str, Any] = {name: config[key] for name, key in COMMON.items() if config.get(key) is not None}
+    sizes = architecture.sizes
+    found: dict[str, Any] = {name: config[key] for name, key in sizes.items() if config.get(key) is not None}
     found |= {name: float(found[name]) for name in FLOATS if name in found}
     for name, keys in EXPERTS.items():
         given = [config[key] for key in keys if config.get(key) is not None]
         found |= {name: given[0]} if given else {}
-    found |= {"attention.key_length": head_width(config), "attention.value_length": head_width(config)}
-    found |= {"rope.dimension_count": head_width(config), **_rotary(config), **architecture.more(config)}
+    if architecture.rotary:
+        found |= {"attention.key_length": head_width(config), "attention.value_length": head_width(config)}
+        found |= rotary.metadata(config)
+    found |= architecture.more(config)
     return {f"{architecture.name}.{name}": value for name, value in found.items()}
 
 
@@ -70,26 +90,8 @@ def refusal(architecture: Architecture, config: Config) -> str:
     for key, values in architecture.fixed.items():
         if config.get(key) is not None and config[key] not in values:
             return f"its architecture {architecture.name} has no `{key}: {config[key]}`"
-    kind = _rotary_of(config).get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        return f"rotary embedding of the type {kind} is not written yet"
-    if float(_rotary_of(config).get("partial_rotary_factor") or 1.0) != 1.0:
-        return "rotary embedding of a part of a head is not written yet"
-    return architecture.reason(config)
-
-
-def _rotary_of(config: Config) -> Mapping[str, Any]:
-    """The rotary entries that layers with full attention have."""
-    found = config.get("rope_parameters") or {}
-    return found.get("full_attention", found)
-
-
-def _rotary(config: Config) -> dict[str, Any]:
-    own = _rotary_of(config)
-    found: dict[str, Any] = {"rope.freq_base": float(own.get("rope_theta") or config.get("rope_theta") or 10000.0)}
-    if own.get("rope_type") == "linear":
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(own["factor"])}
-    return found
+    scaled = rotary.refusal(architecture.name, config) if architecture.rotary else ""
+    return scaled or architecture.reason(config)
 
 
 def _capped(config: Config) -> dict[str, Any]:
@@ -134,8 +136,19 @@ def _dense(config: Config) -> str:
     return "some of its layers have no experts" if sparse else ""
 
 
+def _gpt2(config: Config) -> dict[str, Any]:
+    return {"feed_forward_length": config.get("n_inner") or 4 * config["n_embd"]}
+
+
 _LLAMA = {"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)}
 _QWEN3 = {"hidden_act": SILU, "attention_bias": (False,)}
+_BERT = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False,)}
+_GPT2 = {
+    "activation_function": ("gelu_new", *GELU_TANH),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
 _GEMMA = {"hidden_activation": GELU_TANH, "attention_bias": (False,), "use_bidirectional_attention": (False,)}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -148,6 +161,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", fixed={"hidden_act": SILU}),
     "olmo2": Architecture("olmo2", fixed=_QWEN3),
     "granite": Architecture("granite", interleaved=True, fixed=_LLAMA, more=_multiplied),
+    "bert": Architecture(
+        "bert",
+        rotary=False,
+        fixed=_BERT,
+        sizes=ENCODER,
+        unread=("pooler",),
+        more=lambda config: {"attention.causal": False},
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        rotary=False,
+        fixed=_GPT2,
+        sizes=GPT2,
+        more=_gpt2,
+        turned=("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"),
+    ),
     "gemma": Architecture("gemma", shifted=True, fixed={"hidden_act": (*GELU_TANH, "gelu"), **_GEMMA}),
     "gemma2": Architecture("gemma2", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(2, None)),
     "gemma3_text": Architecture("gemma3", shifted=True, fixed=_GEMMA, more=_capped, reason=_gemma(6, 10000.0)),

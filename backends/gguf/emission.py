@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from backends.gguf.architectures import ARCHITECTURES, Config, metadata_of, refusal
+from backends.gguf.architectures import ARCHITECTURES, Architecture, Config, metadata_of, refusal
 from backends.gguf.header import Metadata
+from backends.gguf.pooling import pooling
 from backends.gguf.tensors import Format, named, stored
 from backends.gguf.tokenizer import Tokenizer, tokenizer_of
 from compiler.errors import TargetError
@@ -93,8 +94,9 @@ def propose(
             f"blocks of {broken} do not stay whole in the layout of a GGUF file", remedy="quantise others"
         )
     tokenizer = tokenizer_of(model, int(config["vocab_size"])) if tokens is None else Tokenizer()
-    notes = (*_notes(kind.name, windows), *tokenizer.notes)
-    return GgufEmission(architecture, config, kind.name, metadata_of(kind, config), found, notes, tokenizer, tokens)
+    notes = (*_notes(kind.name, windows), *_unread(kind, tensors), *tokenizer.notes)
+    sizes = {**metadata_of(kind, config), **pooling(kind.name, model)}
+    return GgufEmission(architecture, config, kind.name, sizes, found, notes, tokenizer, tokens)
 
 
 def _other_codes(tensors: Mapping[str, Expr]) -> str:
@@ -112,10 +114,15 @@ def _has_blocks(expr: Expr) -> bool:
 
 def _unread_window(kind: str, config: Config, windows: Collection[int]) -> str:
     """Which window would be lost, where that changes what is computed; "" for none and for those that are a note."""
-    lost = [window for window in windows if 0 < window < config["max_position_embeddings"]]
+    lost = [window for window in windows if 0 < window < config.get("max_position_embeddings", 0)]
     if not lost or kind in WINDOWED or config["model_type"] in LEFT_OUT:
         return ""
     return f"its architecture {kind} has no window, and attention of the model has one of {min(lost)} tokens"
+
+
+def _unread(kind: Architecture, tensors: Mapping[str, Expr]) -> tuple[str, ...]:
+    left = sorted({name for name in kind.unread if any(key.startswith(name) for key in tensors)})
+    return tuple(f"llama.cpp does not compute what {name} makes: it is left out" for name in left)
 
 
 def _notes(kind: str, windows: Collection[int]) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ from functools import cache
 
 import torch
 
-from backends.gguf.architectures import Architecture, Config, head_width
+from backends.gguf import rotary
+from backends.gguf.architectures import Architecture, Config
+from backends.gguf.rotary import head_width
 from compiler.weights.expr import Expr
-from compiler.weights.ops.basic import add, cast, full, index, stack
+from compiler.weights.ops.basic import add, cast, concat, full, index, stack, transpose
 from compiler.weights.ops.gguf.layouts import LAYOUTS
 from compiler.weights.rows import as_dequantize
 
@@ -34,15 +36,17 @@ def _names(architecture: str, layers: int) -> Mapping[str, str]:
 
 def named(tensors: Mapping[str, Expr], architecture: Architecture, config: Config) -> dict[str, Expr] | str:
     """``tensors`` by their names in the file, laid out as llama.cpp wants them; or the one that has no place."""
-    names = _names(architecture.name, config["num_hidden_layers"])
+    names = _names(architecture.name, config[architecture.sizes["block_count"]])
     found: dict[str, Expr] = {}
     for key, expr in _experts_together(tensors).items():
         stem, _, suffix = key.rpartition(".")
+        if stem.startswith(architecture.unread):
+            continue
         name = names.get(stem)
         if name is None:
             return key
         found[f"{name}.{suffix}"] = _laid_out(f"{name}.{suffix}", expr, architecture, config)
-    return found
+    return found | (rotary.tensors(config) if architecture.rotary else {})
 
 
 def stored(name: str, expr: Expr) -> tuple[Expr, Format]:
@@ -74,7 +78,16 @@ def _laid_out(name: str, expr: Expr, architecture: Architecture, config: Config)
         return add(wide, full(wide.shape, 1.0))
     if architecture.interleaved and ROTATED.search(name):
         return index(expr, 0, _interleaved(expr.shape[0], head_width(config)))
-    return expr
+    return _turned(expr) if name.endswith(architecture.turned) else expr
+
+
+def _turned(expr: Expr) -> Expr:
+    """The transpose of a matrix; of one that is itself made of transposes the parts, whose rows stay whole."""
+    if expr.op == "transpose":
+        return expr.args[0]
+    if expr.op == "concat":
+        return concat([_turned(part) for part in expr.args], 1 - int(expr.attr("axis")))
+    return transpose(expr)
 
 
 def _interleaved(rows: int, width: int) -> list[int]:

@@ -26,6 +26,7 @@ CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 SPLITS = {CONTRACTIONS + "\\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + "\\p{N}" + REST: "qwen2"}
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+WORD_PIECES = {"bos": "[CLS]", "seperator": "[SEP]", "unknown": "[UNK]", "padding": "[PAD]", "mask": "[MASK]"}
 SPACE = "▁"
 ADDED_SCORE = -1000.0
 
@@ -72,7 +73,7 @@ def tokenizer_in(directory: Path, size: int) -> Tokenizer:
         return Tokenizer()
     tokenizer, notes = _fitting(json.loads(path.read_text(encoding="utf-8")), size)
     config = _read(directory / "tokenizer_config.json")
-    found = {**_vocabulary(tokenizer, size), **_special(tokenizer, config)}
+    found = {**_special(tokenizer, config), **_vocabulary(tokenizer, size)}
     template = directory / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
     return Tokenizer({**found, "tokenizer.chat_template": text} if isinstance(text, str) else found, notes)
@@ -115,6 +116,8 @@ def _vocabulary(tokenizer: Json, size: int) -> Metadata:
         pieces = _numbers(model)
         scores = {piece: float(score) for piece, score in model["vocab"]}
         return {"tokenizer.ggml.model": "t5", **_tokens(tokenizer, pieces, size), **_scores(pieces, scores, size)}
+    if model["type"] == "WordPiece":
+        return _word_pieces(tokenizer, size)
     if model["type"] != "BPE":
         raise _unknown(f"a model of the type {model['type']}")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -128,6 +131,32 @@ def _vocabulary(tokenizer: Json, size: int) -> Metadata:
         **tokens,
         **_scores(model["vocab"], ranks, size),
         "tokenizer.ggml.add_space_prefix": _prefixed(tokenizer),
+    }
+
+
+def _word_pieces(tokenizer: Json, size: int) -> Metadata:
+    """Pieces that continue a word bare, those that begin one behind a U+2581. llama.cpp splits as uncased BERT does."""
+    model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
+    usual = normalizer.get("type") == "BertNormalizer" and normalizer.get("lowercase")
+    if not usual or (tokenizer.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer":
+        raise _unknown("word pieces of another normalizer than that of uncased BERT")
+    continued, special = model["continuing_subword_prefix"], {added["content"] for added in tokenizer["added_tokens"]}
+
+    def spelt(text: str) -> str:
+        if text in special:
+            return text
+        return text.removeprefix(continued) if text.startswith(continued) else SPACE + text
+
+    found = _tokens(tokenizer, model["vocab"], size)
+    numbers = {**model["vocab"], **{added["content"]: added["id"] for added in tokenizer["added_tokens"]}}
+    own = {name: numbers[text] for name, text in WORD_PIECES.items() if text in numbers}
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": [spelt(text) for text in found["tokenizer.ggml.tokens"]],
+        "tokenizer.ggml.token_type": found["tokenizer.ggml.token_type"],
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in own.items()},
     }
 
 

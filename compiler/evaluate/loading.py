@@ -12,6 +12,7 @@ import torch
 
 from compiler.errors import CheckpointError, DataError, first_line
 from compiler.evaluate.inputs import feature_shape
+from compiler.weights.gguf_header import check_rotary, read_gguf_header
 from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import parse_json, read_document
 
@@ -31,6 +32,8 @@ def load_model(
     location, arguments = location_of(path)
     arguments["trust_remote_code"] = trust_remote_code
     _check_config(Path(location) / "config.json")
+    if "gguf_file" in arguments:
+        check_rotary(read_gguf_header(Path(path)), Path(path))
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(location, **arguments)

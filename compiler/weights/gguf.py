@@ -23,7 +23,7 @@ from torch import Tensor
 from compiler.errors import CheckpointError, first_line
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint
-from compiler.weights.gguf_header import Blocks, read_gguf_header
+from compiler.weights.gguf_header import Blocks, check_rotary, read_gguf_header
 from compiler.weights.plausible import bounded_modules, check_counts
 from compiler.weights.tensorfile import read_bytes
 
@@ -39,6 +39,7 @@ class GgufCheckpoint(Checkpoint):
         self.files = (path,)
         self._header = read_gguf_header(path)
         check_counts(self._header.metadata, path)
+        check_rotary(self._header, path)
         parts = self._header.metadata.get("split.count", 1)
         if not isinstance(parts, int):
             cause = f"{path.name} is damaged: its split.count is {parts!r}"

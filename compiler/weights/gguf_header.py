@@ -162,3 +162,14 @@ class _Reader:
         return CheckpointError(
             f"{self._path.name} is damaged: {reason}", where=str(self._path), remedy="fetch the file again"
         )
+
+
+def check_rotary(header: GgufHeader, path: Path) -> None:
+    """Raises CheckpointError for scaled rotary embedding, which transformers' reader of GGUF files leaves out."""
+    kind = header.metadata.get(f"{header.metadata.get('general.architecture')}.rope.scaling.type", "none")
+    if kind != "none" or any(name.startswith("rope_f") for name in header.tensors):
+        raise CheckpointError(
+            f"transformers does not read the scaled rotary embedding of {path.name}",
+            where=str(path),
+            remedy="start from the original safetensors checkpoint",
+        )
