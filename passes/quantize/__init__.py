@@ -15,7 +15,7 @@ from compiler.pipeline import Context, Pass
 from compiler.weights.ops.codec import Codec
 from passes.quantize.activations import Activations, round_cache, round_inputs
 from passes.quantize.numbers import NumberSystem, Per, Type, Width
-from passes.quantize.places import check_groups, check_widths, chosen_of, report
+from passes.quantize.places import check_groups, check_learnable, check_widths, chosen_of, report
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Quantize(Pass):
     column, on inputs that have passed the weights quantised before, and lets the columns to come make up for each
     error. `refined` aims at what the original computes, weighs every input by how much the loss depends on what the
     product makes of it, and then improves scales and codes in turns; it takes more than twice as long.
+
+    ``learn`` then goes through the layers and fits integer codes and scales to what each of the original's gives, in
+    ``steps`` steps of 512 tokens: `rounding` by signs of gradients, up or down (AutoRound, arXiv 2309.05516),
+    `scaling` by what weights are divided by before, of low rank (LRQ, arXiv 2407.11534). A layer keeps what it learned
+    where held-out windows agree that it is nearer.
 
     A fractional number of ``bits`` is an average: each matrix gets one of ``widths`` (2, 3, 4, 5, 6, 8 unless given),
     so that what rounding is predicted to cost the model is least; with ``widths`` so does a whole number, where that is
@@ -66,6 +71,8 @@ class Quantize(Pass):
     per: Per = "row"
     scale: Literal["search", "minmax", "weighted"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
+    learn: Literal["none", "rounding", "scaling"] = "none"
+    steps: Annotated[int, Field(ge=1)] = 200
     tied: Literal["skip", "copy", "share"] = "skip"
     activations: Activations = "none"
     activation_scale: Literal["token", "static"] = "token"
@@ -83,7 +90,7 @@ class Quantize(Pass):
     @property
     def solved(self) -> bool:
         """Whether codes are chosen by what they do to calibration data."""
-        return self.by_inputs or self.mixed
+        return self.by_inputs or self.mixed or self.learn != "none"
 
     @property
     def by_inputs(self) -> bool:
@@ -100,6 +107,7 @@ class Quantize(Pass):
             check_widths(self.bits, self.widths, self.type)
         system = self.system(int(self.bits))
         system.check()
+        check_learnable(self.learn, self.type)
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)

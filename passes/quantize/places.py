@@ -80,6 +80,12 @@ def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
         )
 
 
+def check_learnable(learn: str, type: str) -> None:
+    """Raises PassError when codes of ``type`` are not evenly spaced, which is what is learned."""
+    if learn != "none" and type != "int":
+        raise PassError(f"codes of {type} are not learned", option="learn", remedy="use `type: int`")
+
+
 def report(ctx: Context, param: Param, how: str, **numbers: float) -> None:
     """Say that ``param``, which still has its dense expression, is quantised."""
     ctx.rewrote(param.name, how, bytes_before=param.expr.type.with_dtype(param.storage).nbytes, **numbers)

@@ -18,6 +18,7 @@ from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
+from passes.quantize.blocks import learn_blocks
 from passes.quantize.mixed import evenly, shared_out, together
 from passes.quantize.numbers import TABLE_BITS, TABLES
 from passes.quantize.places import report
@@ -47,6 +48,9 @@ def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]
     """Quantise ``params`` of ``graph`` as ``wanted`` says."""
     job = _Job(graph, ctx, wanted, params)
     bits, made = job.planned() if ctx.planned else job.nearest_to_original()
+    if wanted.learn != "none" and not ctx.planned:
+        learned = learn_blocks(graph, ctx, wanted, {param: one.expr for param, one in made.items()})
+        made = {**made, **{param: Quantised(expr) for param, expr in learned.items()}}
     for param in params:
         numbers = {} if made[param].error is None else {"relative_error": made[param].error}
         how = str(wanted.system(bits[param])) + (
