@@ -62,12 +62,12 @@ def compress(name: str, model: Path, passes: Sequence[Any]) -> tuple[Path, Finis
     return out, run([*COMMAND, str(recipe), "-o", str(out), "--quiet"])
 
 
-def peer_python() -> Path:
-    """The Python of an environment that holds the peer, made when it is missing."""
-    python = PEERS / "bin" / "python"
+def peer_python(requirements: Sequence[str] = PEER, folder: Path = PEERS) -> Path:
+    """The Python of an environment in ``folder`` that holds a peer, made when it is missing."""
+    python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(PEERS, with_pip=True)
-        run([str(python), "-m", "pip", "install", "-q", *PEER])
+        venv.create(folder, with_pip=True)
+        run([str(python), "-m", "pip", "install", "-q", *requirements])
     return python
 
 

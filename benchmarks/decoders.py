@@ -21,15 +21,15 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import COMMAND, ROOT, SMOLLM2, run, show
+from benchmarks.common import COMMAND, ROOT, SMOLLM2, Finished, run, show
 from benchmarks.mla import RESULTS, base, plain_checkpoint, scores, settings, where
 from benchmarks.mla_windows import TEXTS, Windows, cut, fitting
 from compiler.evaluate import load_model
@@ -56,6 +56,19 @@ class Peer:
     settings: Callable[[float, Any], list[Row]] = by_part
 
 
+@dataclass(frozen=True)
+class Outside:
+    """A package that runs in an environment of its own.
+
+    ``settings`` are those for a part of the parameters. ``make`` takes the checkpoint, the file of the windows, a
+    setting, where to write a checkpoint that transformers loads, and threads; it returns the part that remains, and
+    what that took.
+    """
+
+    settings: Callable[[float], list[Row]]
+    make: Callable[[Path, Path, Row, Path, int], tuple[float, Finished]]
+
+
 def by_numbers(before: Any, after: Any) -> float:
     """The part of the layers' numbers that remains, by how much the checkpoint shrank."""
     return 1 - (numbers(before) - numbers(after)) / linear_numbers(before)
@@ -77,6 +90,7 @@ class Benchmark:
     ours: tuple[Row, ...]
     keep: tuple[float, ...]
     kept: Callable[[Any, Any], float] = by_numbers
+    outside: Mapping[str, Outside] = field(default_factory=dict[str, Outside])
 
     def main(self) -> None:
         options = parse(self)
@@ -88,14 +102,14 @@ class Benchmark:
 
 
 def parse(benchmark: Benchmark) -> argparse.Namespace:
-    methods = [*benchmark.peers, "ours"]
+    methods, default = [*benchmark.peers, *benchmark.outside, "ours"], [*benchmark.peers, "ours"]
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=benchmark.description, formatter_class=form)
     parser.add_argument("--model", type=lambda text: Path(text).absolute(), default=SMOLLM2)
     parser.add_argument(
         "--keep", type=float, nargs="+", default=benchmark.keep, help="parts of the parameters that remain"
     )
-    parser.add_argument("--only", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    parser.add_argument("--only", nargs="+", choices=methods, default=default, metavar="METHOD")
     parser.add_argument("--ours", type=json.loads, action="append", help="options of the pass and the like, as JSON")
     parser.add_argument("--ours-length", type=int, default=512, help="tokens in a calibration window of ours")
     parser.add_argument("--texts", nargs="+", choices=[*TEXTS], default=REPORTED, metavar="TEXT")
@@ -126,12 +140,18 @@ class Run:
         found = {"model": str(options.model), "settings": settings(options), "original": original, "methods": rows}
         for seed in options.seeds:
             for method in options.only:
-                for row in self.ours(seed) if method == "ours" else self.peer(method, seed):
+                for row in self.rows(method, seed):
                     rows.append({"method": method, "seed": seed, **row})
                     path.write_text(json.dumps(found, indent=1))
                     print(f"{time.strftime('%H:%M:%S')} {method} {row['setting']}", file=sys.stderr, flush=True)
         report(self.benchmark.title, found)
         print(f"\n{path.relative_to(ROOT)}")
+
+    def rows(self, method: str, seed: int) -> Iterable[Row]:
+        if method == "ours":
+            return self.ours(seed)
+        outside = self.benchmark.outside.get(method)
+        return self.peer(method, seed) if outside is None else self.package(outside, seed)
 
     def measured(self, path: Path) -> list[Row]:
         """Rows of an earlier run called the same, of methods and seeds that this one leaves out."""
@@ -152,6 +172,13 @@ class Run:
         job = {"method": method, "calibration": self.windows.calibration[seed], "keep": self.options.keep}
         return self.in_process({**where(self.model, self.windows), **job})
 
+    def package(self, outside: Outside, seed: int) -> Iterator[Row]:
+        windows = self.windows.folder / f"{self.windows.calibration[seed]}.pt"
+        for setting in [each for keep in self.options.keep for each in outside.settings(keep)]:
+            out = self.out()
+            kept, done = outside.make(self.model, windows, setting, out, self.options.threads)
+            yield {"setting": setting, **costs(done), **self.scored(out), "kept": kept}
+
     def ours(self, seed: int) -> Iterator[Row]:
         for keep in self.options.keep:
             for own in self.options.ours or self.benchmark.ours:
@@ -170,13 +197,24 @@ class Run:
             "passes": [self.benchmark.entry(passed), *setting.get("then", [])],
             "emit": ["safetensors"],
         }
-        out = self.windows.folder / f"{self.benchmark.name}-{options.name or 'latest'}"
+        out = self.out()
         path = out.with_suffix(".json")
         path.write_text(json.dumps(recipe))
-        shutil.rmtree(out, ignore_errors=True)
         done = run([*COMMAND, str(path), "-o", str(out), "--quiet"], OMP_NUM_THREADS=str(options.threads))
-        found = self.in_process({**where(out, self.windows), "method": "score", "original": str(self.model)})
-        return {"setting": setting, "cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss, **found}
+        return {"setting": setting, **costs(done), **self.scored(out)}
+
+    def out(self) -> Path:
+        """Where a method writes; nothing is there."""
+        out = self.windows.folder / f"{self.benchmark.name}-{self.options.name or 'latest'}"
+        shutil.rmtree(out, ignore_errors=True)
+        return out
+
+    def scored(self, out: Path) -> Row:
+        return self.in_process({**where(out, self.windows), "method": "score", "original": str(self.model)})
+
+
+def costs(done: Finished) -> Row:
+    return {"cpu_seconds": done.cpu_seconds, "peak_rss": done.peak_rss}
 
 
 def do_job(benchmark: Benchmark, job: Row) -> Any:

@@ -21,15 +21,31 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import weight_bytes
-from benchmarks.decoders import LINEARS, Benchmark, Row, linear_numbers
+from benchmarks.common import Finished, weight_bytes
+from benchmarks.decoders import LINEARS, Benchmark, Outside, Row, linear_numbers
 from benchmarks.peers_quantize import FLOAT, GROUP, PEERS
+from benchmarks.peers_quantize.outside import Job
+from benchmarks.peers_quantize.packages import PACKAGES, Package
 
 
 def entry(setting: Row) -> Row:
     bits = setting["keep"]
     given = {name: value for name, value in setting.items() if name != "keep"}
     return {"quantize": {"where": LINEARS, "group": GROUP, "bits": int(bits) if bits == int(bits) else bits, **given}}
+
+
+def packaged(package: Package) -> Outside:
+    """``package`` as a method of the benchmark, with symmetric codes and with zero points."""
+
+    def settings(bits: float) -> list[Row]:
+        return [{"bits": int(bits), "symmetric": symmetric} for symmetric in package.symmetric]
+
+    def make(model: Path, windows: Path, setting: Row, out: Path, threads: int) -> tuple[float, Finished]:
+        job = Job(str(model), str(windows), str(out), package.method, group=GROUP, threads=threads, **setting)
+        bits, done = package.run(job)
+        return bits / FLOAT, done
+
+    return Outside(settings, make)
 
 
 def of_bytes(before: Any, after: Any) -> float:
@@ -54,6 +70,7 @@ BENCHMARK = Benchmark(
     ),
     keep=(4, 3, 2),
     kept=of_bytes,
+    outside={name: packaged(package) for name, package in PACKAGES.items()},
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The published ways to quantise that ours is measured beside, where theory says what they must give."""
 
 import copy
+import json
+import venv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import transformers
 
 from benchmarks.decoders import linear_numbers, linears
 from benchmarks.peers_quantize import FLOAT, GROUP, PEERS, half_quadratic, rounded, solved, unclipped
-from benchmarks.quantize import entry
+from benchmarks.peers_quantize.outside import Job, finish
+from benchmarks.peers_quantize.packages import HERE, PACKAGES, Package
+from benchmarks.quantize import entry, packaged
 from passes import Quantize
 from passes.quantize.solve import Problem
 from tests.test_peers_prune import TINY
@@ -51,3 +56,36 @@ def test_settings_of_ours_are_options_of_the_pass():
     assert given["bits"] == 3 and isinstance(given["bits"], int)
     assert Quantize(**given).system(given["bits"]).group == GROUP
     assert entry({"keep": 3.5})["quantize"]["bits"] == 3.5
+
+
+SCRIPT = """
+import json, shutil, sys
+job = json.loads(sys.argv[1])
+shutil.copytree(job["model"], job["out"])
+print(json.dumps(job))
+print(json.dumps({"bits": job["bits"] + 0.5}))
+"""
+
+
+def test_a_package_runs_in_an_environment_of_its_own(tmp_path):
+    script, environment, out = tmp_path / "script.py", tmp_path / "environment", tmp_path / "out"
+    script.write_text(SCRIPT)
+    (tmp_path / "model").mkdir()
+    venv.create(environment)
+    package = Package(str(script), "gptq", (), environment, symmetric=(True, False))
+    outside = packaged(package)
+    assert outside.settings(3.0) == [{"bits": 3, "symmetric": True}, {"bits": 3, "symmetric": False}]
+    kept, done = outside.make(tmp_path / "model", tmp_path / "windows.pt", outside.settings(3.0)[1], out, 1)
+    said = Job(**json.loads(done.output.splitlines()[0]))
+    assert kept == 3.5 / FLOAT and out.is_dir()
+    assert (said.method, said.bits, said.group, said.symmetric) == ("gptq", 3, GROUP, False)
+
+
+def test_scripts_of_packages_are_there_and_count_what_they_store(capsys):
+    scripts = {package.script for package in PACKAGES.values()}
+    assert all((HERE / script).is_file() for script in scripts)
+    job = Job("model", "windows", "out", "gptq", 3, GROUP, True, 1)
+    finish(job, FLOAT)
+    finish(replace(job, symmetric=False), FLOAT)
+    finish(job, 16, 16)
+    assert [json.loads(line)["bits"] for line in capsys.readouterr().out.splitlines()] == [3.5, 3.5 + 3 / GROUP, 3.5]

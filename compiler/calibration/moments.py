@@ -192,8 +192,9 @@ class _Sums:
             self.mean[expert] += weighed.sum(0, dtype=torch.float64)
             self.magnitude[expert] += weighed.abs().sum(0, dtype=torch.float64)
             self.largest[expert] = torch.maximum(self.largest[expert], vectors.abs().amax(0).double())
-            for block, own in zip(vectors.split(BLOCK), weighed.split(BLOCK), strict=True):
-                self.second[expert] += own.T @ block
+            rooted = vectors if counts is None else vectors * counts.sqrt()[:, None]
+            for block in rooted.split(BLOCK):
+                self.second[expert] += _squares(block)
 
     def bundle(self) -> dict[str, Tensor]:
         """The sums as means, in their place: a stack's second moments are too large to have twice. Ends the sums."""
@@ -201,6 +202,12 @@ class _Sums:
             own: Tensor = getattr(self, key)
             own /= self.count.clamp_min(1).view(-1, *[1] * (own.ndim - 1))
         return {key: getattr(self, key) for key in self.KEYS}
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """X^T X of X float32 [vectors, width]: numpy has BLAS compute one half of it, and torch both."""
+    values = rows.float().numpy()
+    return torch.from_numpy(values.T @ values)
 
 
 def _measure_inputs(

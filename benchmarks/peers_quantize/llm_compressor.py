@@ -1,0 +1,46 @@
+"""GPTQ and AWQ of llm-compressor, run by packages.py in an environment of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from outside import FLOAT, Job, finish
+
+
+def main(job: Job) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    windows = torch.load(job.windows)
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows.tolist()]
+    weights = QuantizationArgs(
+        num_bits=job.bits, type="int", symmetric=job.symmetric, strategy="group", group_size=job.group
+    )
+    given: dict[str, Any] = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
+    recipe = {
+        "gptq": lambda: [GPTQModifier(**given)],
+        "awq": lambda: [AWQModifier(), QuantizationModifier(**given)],
+    }[job.method]()
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list(rows),
+        recipe=recipe,
+        num_calibration_samples=len(rows),
+        max_seq_length=windows.shape[1],
+    )
+    model.save_pretrained(job.out, save_compressed=True)
+    finish(job, FLOAT)
+
+
+if __name__ == "__main__":
+    main(Job.of(sys.argv))

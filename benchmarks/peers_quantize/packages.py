@@ -1,0 +1,52 @@
+"""Packages that quantise, each run by a script beside this file in an environment of its own under out/.
+
+An environment is made with pip when it is missing. A script gets the same checkpoint and the same calibration windows
+as all methods of a benchmark (`outside.Job`), and writes a checkpoint that transformers loads: packed, where our
+environment reads the package's format, else with the values that its codes stand for. It says how many bits a weight
+its own format takes. Costs are those of the whole process, as ours are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.common import PEER, PEERS, Finished, peer_python, run
+from benchmarks.peers_quantize.outside import Job
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Package:
+    """``script`` runs ``method`` of what ``requirements`` install in ``environment``."""
+
+    script: str
+    method: str
+    requirements: tuple[str, ...]
+    environment: Path
+    symmetric: tuple[bool, ...] = (True,)
+
+    def run(self, job: Job) -> tuple[float, Finished]:
+        """The bits a weight of what it wrote, and what that took."""
+        python = peer_python(self.requirements, self.environment)
+        given = json.dumps({**asdict(job), "method": self.method})
+        threads = str(job.threads)
+        done = run([str(python), str(HERE / self.script), given], OMP_NUM_THREADS=threads)
+        return json.loads(done.output.splitlines()[-1])["bits"], done
+
+
+def package(script: str, method: str, requirement: str, *, symmetric: tuple[bool, ...] = (True, False)) -> Package:
+    """``method`` by ``script``, of which ``requirement`` is installed in an environment called after it."""
+    environment = PEERS.with_name(f"peers-{requirement.partition('==')[0]}")
+    return Package(script, method, (requirement, "torch==2.13.0"), environment, symmetric)
+
+
+PACKAGES: Mapping[str, Package] = {
+    "llm-compressor gptq": Package("llm_compressor.py", "gptq", tuple(PEER), PEERS),
+    "llm-compressor awq": Package("llm_compressor.py", "awq", tuple(PEER), PEERS),
+    "hqq": package("hqq_.py", "hqq", "hqq==0.2.8.post1", symmetric=(False,)),
+    "auto-round light": package("auto_round_.py", "light", "auto-round==0.16.1", symmetric=(True,)),
+}
