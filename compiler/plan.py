@@ -57,6 +57,7 @@ class Plan:
     output: Output | None
     refusal: str
     peak_memory: int
+    remedy: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -70,7 +71,7 @@ class Plan:
 
     def _output_lines(self) -> list[str]:
         if self.output is None:
-            return [f"cannot be written: {self.refusal}"]
+            return [f"cannot be written: {self.refusal}", *([f"help: {self.remedy}"] if self.remedy else [])]
         count = len(self.output.files)
         return [
             f"writes   {self.output.architecture}, {human_bytes(self.output.tensor_bytes)}"
@@ -88,12 +89,12 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
     graph = open_recipe_model(recipe)
     model = f"{graph.origin.architecture or graph.name} from {recipe.model}{_on_disk(graph)}"
     report = run_passes(recipe, graph, dump_graphs=dump_graphs)
-    output, refusal, memory = None, "", 0
+    output, refusal, remedy, memory = None, "", "", 0
     try:
         output, memory = _output(recipe, graph)
     except TargetError as error:
-        refusal = error.cause
-    return Plan(str(recipe.path), model, report, output, refusal, memory)
+        refusal, remedy = error.cause, error.remedy
+    return Plan(str(recipe.path), model, report, output, refusal, memory, remedy)
 
 
 def _on_disk(graph: Graph) -> str:
