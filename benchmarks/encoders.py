@@ -13,10 +13,10 @@ Whisper: synthetic voices that read Emma; held out other voices that read Persua
 `transcripts`: share of recordings of which the original's transcript is written to the last token; `tokens`: share of
 tokens written alike.
 
-Ours are the passes themselves, on the graph of the model: ``--ours`` takes their options as JSON, beside `keep`, and
-may be repeated. Channels remain in multiples of 8 here, so that all methods keep as much. Published, in peers_prune and
-peers_low_rank: channels by magnitude; FLAP, whose units of attention are heads here; truncated SVD, plain and whitened
-(SVD-LLM).
+Ours are the passes themselves, on the graph of the model: ``--ours`` takes their options as JSON, beside `keep`, of one
+pass or of several in order, and may be repeated. Channels remain in multiples of 8 here, so that all methods keep as
+much. Published, in peers_prune and peers_low_rank: channels by magnitude; FLAP, whose units of attention are heads
+here; truncated SVD, plain and whitened (SVD-LLM).
 ``python benchmarks/fetch.py minilm dinov2 whisper brown fashion speech`` gets models and data.
 """
 
@@ -56,7 +56,7 @@ from compiler.evaluate.metrics.features import nearest
 from compiler.evaluate.metrics.similarity import pair_rows, pairs_correlation
 from compiler.evaluate.texts import TextData
 from compiler.frontend import capture
-from compiler.pipeline import Pipeline
+from compiler.pipeline import Pass, Pipeline
 from passes import LowRank, Prune
 
 Inputs = Mapping[str, Tensor]
@@ -237,11 +237,11 @@ def peer(task: Task, method: str, keep: float) -> Made:
     return Made(call, saved, time.process_time() - started)
 
 
-def ours(task: Task, made_by: Any) -> Made:
+def ours(task: Task, passes: Sequence[Pass]) -> Made:
     started = time.process_time()
     graph = capture(task.model)
     given = [{name: inputs[name] for name in graph.inputs} for inputs in task.calibration]
-    report = Pipeline([made_by]).run(graph, calibration=lambda _: given)
+    report = Pipeline(passes).run(graph, calibration=lambda _: given)
     seconds = time.process_time() - started
     module = graph.to_torch()
 
@@ -261,11 +261,18 @@ def made_all(task: Task, options: argparse.Namespace) -> Iterator[tuple[str, flo
     for keep in options.keep:
         for method in PEERS if options.peers else ():
             yield method, keep, peer(task, method, keep)
-        for (name, own), *_ in (each.items() for each in options.ours or DEFAULT):
-            cls, given = OURS[name]
-            shown_options = ", ".join(f"{key} {value}" for key, value in own.items())
-            pass_ = TypeAdapter(cls).validate_python({**given, "keep": keep, **own})
-            yield f"ours: {name} {shown_options}".strip(), keep, ours(task, pass_)
+        for wanted in options.ours or DEFAULT:
+            passes = [made_by(name, {"keep": keep, **own}) for name, own in wanted.items()]
+            yield f"ours: {', then '.join(map(shown, wanted, wanted.values()))}", keep, ours(task, passes)
+
+
+def made_by(name: str, options: Mapping[str, Any]) -> Pass:
+    cls, given = OURS[name]
+    return TypeAdapter(cls).validate_python({**given, **options})
+
+
+def shown(name: str, options: Mapping[str, Any]) -> str:
+    return " ".join([name, ", ".join(f"{key} {value}" for key, value in options.items())]).strip()
 
 
 def rows(task: Task, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -102,7 +102,7 @@ def test_removed_groups_leave_the_cache(captured):
 
 
 def test_sizes_by_layer_are_kept_where_they_are_nearer_to_the_original(tmp_path):
-    job = Pruned("llama", tmp_path, keep=0.8, sizes="by-layer")
+    job = Pruned("llama", tmp_path, keep=0.8, sizes="by-layer", refit=True)
     (entry,) = job.report.passes
     tried = {trial.what: trial for trial in entry.trials}
     assert {"sizes uniform", "sizes by layer", "as it is cut", "refitted"} == tried.keys()
@@ -115,7 +115,7 @@ def test_sizes_by_layer_are_kept_where_they_are_nearer_to_the_original(tmp_path)
 
 def test_refitting_is_undone_where_it_does_not_help():
     graph = graph_of("llama")
-    report = Pipeline([Prune(keep=0.8, align=8)]).run(graph, calibration=lambda _: batches("llama"))
+    report = Pipeline([Prune(keep=0.8, align=8, refit=True)]).run(graph, calibration=lambda _: batches("llama"))
     cut, refitted = report.passes[0].trials
     assert cut.chosen == (cut.distance <= refitted.distance) and refitted.chosen != cut.chosen
 

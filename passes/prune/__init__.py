@@ -67,7 +67,7 @@ class Prune(Pass):
     align: Annotated[int, Field(ge=1)] = 64
     score: Literal["loss", "magnitude", "activation", "fluctuation", "taylor", "output", "influence"] = "loss"
     sizes: Literal["uniform", "by-layer"] = "uniform"
-    refit: bool = True
+    refit: bool = False
     rotate: bool = False
 
     exact_when: ClassVar = {"keep": 1.0, "faster": 1.0}

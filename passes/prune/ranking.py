@@ -93,22 +93,22 @@ def surgeon(readers: Sequence[Reader], size: int, given: Sequence[int] | None = 
     while alive:
         if given is None:
             costs = torch.stack([part.costs() for part in parts]).sum(0)
-            costs[gone] = float("inf")
             chosen: list[int] = costs.argsort()[: min(step, len(alive))].tolist()
         else:
-            chosen = [given[len(alive) - 1]]
+            chosen = [alive.index(given[len(alive) - 1])]
         before = losses[len(alive)]
         lost = sum(part.remove(chosen) for part in parts)
         left = len(alive) - len(chosen)
         losses[left : len(alive)] = before + lost * torch.linspace(1, 1 / len(chosen), len(chosen))
-        gone += chosen
-        alive = [index for index in alive if index not in set(chosen)]
+        going = dict.fromkeys(alive[position] for position in chosen)
+        gone += going
+        alive = [index for index in alive if index not in going]
     return Ranking(tuple(reversed(gone)), losses)
 
 
 @dataclass
 class _Remaining:
-    """Of a reader: V [out, n * width] in the metric of M, and H = C^-1, the columns in the order of the indices."""
+    """Of a reader: V [out, n * width] in the metric of M, and H = C^-1, of the n indices that are left, in order."""
 
     weight: Tensor
     inverse: Tensor
@@ -132,21 +132,19 @@ class _Remaining:
             return 0.5 * columns.square().sum((1, 2)) / own[:, 0, 0]
         return 0.5 * (torch.linalg.solve(own, columns.transpose(1, 2)) * columns.transpose(1, 2)).sum((1, 2))
 
-    def remove(self, indices: Sequence[int]) -> float:
-        """Let the other columns make up for those of ``indices``, which become zero. Returns the cost."""
-        flat = [index * self.width + place for index in indices for place in range(self.width)]
+    def remove(self, positions: Sequence[int]) -> float:
+        """Let the other columns make up for those at ``positions`` among the indices, which go. Returns the cost."""
+        flat = [position * self.width + place for position in positions for place in range(self.width)]
+        left = torch.ones(len(self.inverse), dtype=torch.bool)
+        left[flat] = False
         rows = self.inverse[flat]
         columns = self.weight[:, flat].double()
-        solved = torch.linalg.solve(rows[:, flat].double(), torch.cat([rows.double(), columns.T], 1))
-        update = solved[:, : len(self.inverse)].float()
-        cost = 0.5 * float((solved[:, len(self.inverse) :] * columns.T).sum())
-        self.weight -= self.weight[:, flat] @ update
-        self.inverse -= rows.T @ update
-        self.weight[:, flat] = 0
-        self.inverse[flat] = 0
-        self.inverse[:, flat] = 0
-        self.inverse[flat, flat] = 1
-        return cost
+        solved = torch.linalg.solve(rows[:, flat].double(), torch.cat([rows[:, left].double(), columns.T], 1))
+        others = int(left.sum())
+        update = solved[:, :others].float()
+        self.weight = self.weight[:, left].addmm_(self.weight[:, flat], update, alpha=-1)
+        self.inverse = self.inverse[left][:, left].addmm_(rows[:, left].T, update, alpha=-1)
+        return 0.5 * float((solved[:, others:] * columns.T).sum())
 
 
 def in_metric(weight: Tensor, gradient: Tensor | None) -> Tensor:
