@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
+from compiler.binaries import write_binaries
 from compiler.calibration.sweep import token_batches
 from compiler.console import Console
 from compiler.datafiles import has_labelled, image_files
@@ -166,6 +167,7 @@ def _finished(output: OutputDirectory) -> Result:
         document = json.loads((output.path / "compress" / "report.json").read_text(encoding="utf-8"))
         files: dict[str, int] = document["output"]["files"]
         changed = [name for name, size in files.items() if (output.path / name).stat().st_size != size]
+        summary(document, output.path)  # which reads all that is shown
     except OSError as reason:
         raise _spoilt(output, f"cannot read {Path(reason.filename).name}: {reason.strerror}") from reason
     except (ValueError, LookupError, TypeError, AttributeError) as reason:
@@ -262,6 +264,7 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
 def _write_all(run: _Run, passed: _Passed, output: OutputDirectory, means: Means) -> None:
     if passed.emission is not None:
         _write(run, passed.emission, passed.graph, output, means)
+        _write_binaries(run, passed.emission, passed.graph, output)
     if passed.onnx is not None:
         _write_onnx(run, passed.onnx, output, means)
     if passed.gguf is not None:
@@ -280,6 +283,13 @@ def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory,
             on_progress=advance,
             **means.options(),
         )
+
+
+def _write_binaries(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory) -> None:
+    wanted = run.recipe.checkpoint
+    if wanted is not None and wanted.binaries:
+        with run.step("compile kernels"), run.console.progress("compile kernels") as advance:
+            write_binaries(graph, emission, wanted, output.files, advance)
 
 
 def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, means: Means) -> None:

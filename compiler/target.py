@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
 from backends.safetensors.compressed import config_of_generated
 from backends.safetensors.gptq import Version, missing_packages
 from backends.safetensors.parts import stored_parts
 from backends.safetensors.unify import Mismatch
+from compiler.binaries import check_compiler, check_launches
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from backends.gguf import GgufEmission
     from backends.onnx import OnnxEmission
     from compiler.recipe import Recipe
+    from compiler.recipe.schema import Safetensors
 
 ZEROS = "zeros of sparse weights are stored like other numbers and save nothing; `sparse: compact` leaves them out"
 
@@ -29,19 +31,44 @@ ModelClass = Literal["auto", "stock", "generated"]
 
 
 def emission_of(
-    graph: Graph, model_class: ModelClass = "auto", cache_bits: int | None = None, *, compact: bool = False
+    graph: Graph,
+    model_class: ModelClass = "auto",
+    cache_bits: int | None = None,
+    *,
+    compact: bool = False,
+    binaries: bool = False,
 ) -> Emission:
     """The checkpoint for ``graph``, of a stock class or with its own code as ``model_class`` says. Reads no weight.
 
-    ``cache_bits`` 8 or 4 rounds what attention caches, ``compact`` stores sparse weights as bits and values;
-    stock classes can neither. Raises TargetError when there is no such checkpoint.
+    ``cache_bits`` 8 or 4 rounds what attention caches, ``compact`` stores sparse weights as bits and values, and
+    ``binaries`` of kernels will lie beside it; stock classes can none of these. Raises TargetError when there is no
+    such checkpoint.
     """
     _check_no_blocks(graph)
-    return replace(_emission(graph, model_class, cache_bits, compact), tokens=graph.tokens)
+    own = _Own(cache_bits or 0, compact, binaries)
+    return replace(_emission(graph, model_class, own), tokens=graph.tokens)
 
 
-def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission:
-    found = _stock(graph, model_class, cache_bits, compact)
+class _Own(NamedTuple):
+    """What only generated code can: see ``emission_of``."""
+
+    cache_bits: int
+    compact: bool
+    binaries: bool
+
+    @property
+    def reason(self) -> str:
+        """Why no stock class will do; "" when one may."""
+        reasons = {
+            f"none caches in {self.cache_bits} bits": self.cache_bits,
+            "none loads sparse weights from bits and values": self.compact,
+            "none calls kernels that come with it": self.binaries,
+        }
+        return next((reason for reason, wanted in reasons.items() if wanted), "")
+
+
+def _emission(graph: Graph, model_class: ModelClass, own: _Own) -> Emission:
+    found = _stock(graph, model_class, own)
     if isinstance(found, Emission):
         return _noted(found, graph)
     if model_class == "stock":
@@ -49,8 +76,8 @@ def _emission(graph: Graph, model_class: ModelClass, cache_bits: int | None, com
             _none(found.reason),
             remedy="leave out the pass that made it so, or let the checkpoint carry its own code (`class: auto`)",
         )
-    made = _generated(graph, found.reason, cache_bits or 0, compact)
-    return made if compact else _noted(made, graph)
+    made = _generated(graph, found.reason, own)
+    return made if own.compact else _noted(made, graph)
 
 
 def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
@@ -65,6 +92,16 @@ def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
             f"evaluating a GPTQ checkpoint needs {' and '.join(missing)}, which transformers loads it with",
             remedy=f"pip install {' '.join(missing)}, or leave out `evaluate`",
         )
+    return found
+
+
+def _written_as(graph: Graph, wanted: Safetensors) -> Emission:
+    if wanted.binaries:
+        check_compiler()
+    own = {"compact": wanted.compact, "binaries": bool(wanted.binaries)}
+    found = emission_of(graph, wanted.class_, wanted.cache_bits, **own)
+    if wanted.binaries:
+        check_launches(graph, found, wanted)
     return found
 
 
@@ -134,19 +171,17 @@ def _noted(emission: Emission, graph: Graph) -> Emission:
     return replace(emission, notes=(*emission.notes, ZEROS)) if sparse else emission
 
 
-def _stock(graph: Graph, model_class: ModelClass, cache_bits: int | None, compact: bool) -> Emission | Refusal:
-    if cache_bits is not None:
-        return Refusal("", f"none caches in {cache_bits} bits")
-    if compact:
-        return Refusal("", "none loads sparse weights from bits and values")
+def _stock(graph: Graph, model_class: ModelClass, own: _Own) -> Emission | Refusal:
+    if own.reason:
+        return Refusal("", own.reason)
     return Refusal("", "the recipe asks for generated code") if model_class == "generated" else propose(graph)
 
 
-def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> Emission:
+def _generated(graph: Graph, no_stock: str, own: _Own) -> Emission:
     from backends.torch_module import generate
 
     try:
-        made = generate(graph, cache_bits=cache_bits, compact=compact)
+        made = generate(graph, **own._asdict())
     except TargetError as error:
         raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
     quantised = config_of_generated(made.unpacked)
@@ -155,7 +190,7 @@ def _generated(graph: Graph, no_stock: str, cache_bits: int, compact: bool) -> E
     config = {**_numbered(made.config, graph), "dtype": dtype_name(made.tensors.values())}
     if quantised:
         config["quantization_config"] = quantised.config
-    tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, compact).items()}
+    tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, own.compact).items()}
     return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
 
 

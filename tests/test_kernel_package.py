@@ -4,15 +4,17 @@ import base64
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from backends.binaries.package import write_package
+from backends.binaries.package import unique, with_imports, write_package
 from backends.kernels import low_rank_linear, rms_norm
-from backends.kernels.binary import Binaries, specialised
+from backends.kernels.binary import Binaries, DriverError, specialised
 from backends.kernels.launch import INTERPRETED, digest_of
 from backends.torch_module.packing import KERNELS as FILES
 
@@ -38,7 +40,7 @@ def loaded(folder, monkeypatch):
 def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "kernels"
     launches = [launch for rows in (2, 16, 17, 32) for launch in rms_norm.plan(*inputs(rows)).launches]
-    write_package(folder, "small-model", KERNELS, launches, ("sm_80", "sm_90", "gfx942"))
+    write_package(folder, "small-model", KERNELS, dict.fromkeys(("sm_80", "sm_90", "gfx942"), unique(launches)))
     return folder
 
 
@@ -90,16 +92,111 @@ def test_other_types_widths_and_addresses_are_other_specialisations():
     assert len(found) == 5
 
 
+class Driver:
+    """Stands for a GPU's driver: keeps what it is handed."""
+
+    target, device = "sm_90", 0
+    refuses = False
+
+    def __init__(self):
+        self.done = []
+
+    def load(self, code, kernel, shared):
+        if self.refuses:
+            raise DriverError("CUDA driver: no kernel image")
+        self.done.append((kernel, hashlib.sha256(code).hexdigest(), shared))
+        return kernel
+
+    def launch(self, function, grid, entry, parameters):
+        self.done.append((function, grid, len(parameters)))
+
+
+def lying_in(folder, name):
+    path = folder / name
+    return str(path) if path.exists() else None
+
+
+def found_in(folder, driver=None):
+    """The binaries of ``folder``, as the code of a checkpoint that it was written with finds them."""
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    binaries = Binaries(digest, lambda: driver or Driver())
+    binaries.lie(partial(lying_in, folder))
+    return binaries
+
+
+def launch_of(rows=5, **sizes):
+    return rms_norm.plan(*inputs(rows, "cpu", **sizes)).launches[0]
+
+
+@pytest.fixture
+def folder(package, tmp_path):
+    return shutil.copytree(package / "aot", tmp_path / "aot")
+
+
+def test_a_binary_is_checked_loaded_once_and_launched(folder, caplog):
+    driver, caplog.handler.level = Driver(), logging.INFO
+    binaries = found_in(folder, driver)
+    with caplog.at_level(logging.INFO):
+        assert binaries.run(launch_of(5)) and binaries.run(launch_of(6)) and binaries.has(launch_of(7))
+    entry = next(e for e in json.loads((folder / "manifest.json").read_text())["binaries"] if e["target"] == "sm_90")
+    passed = sum(kind != "constexpr" for kind in entry["signature"].values()) + entry["hidden"]
+    loaded = (entry["kernel"], entry["digest"], entry["shared"])
+    assert driver.done == [loaded, (entry["kernel"], (5,), passed), (entry["kernel"], (6,), passed)]
+    assert [record.getMessage().endswith("the checkpoint's binary") for record in caplog.records] == [True]
+
+
+def test_what_has_no_binary_is_left_to_triton_and_said_once(folder, caplog):
+    binaries = found_in(folder)
+    assert not any(binaries.run(launch_of(width=100)) for _ in range(3)) and not binaries.has(launch_of(width=100))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "there is no binary, Triton compiles it" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["sm_90", "manifest.json"])
+def test_a_damaged_file_is_refused(folder, file):
+    binaries = found_in(folder)
+    damaged = next((folder / file).glob("*")) if file == "sm_90" else folder / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(RuntimeError, match="is not the file that the checkpoint was written with"):
+        binaries.run(launch_of())
+
+
+def test_without_the_folder_the_code_or_the_driver_triton_compiles(folder, caplog):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["sources"]) == {f"{name}.py" for name in with_imports(KERNELS)} - {"aot.py"}
+    refusing = Driver()
+    refusing.refuses = True
+    assert not found_in(folder, refusing).run(launch_of())
+    assert "CUDA driver: no kernel image" in caplog.text
+    manifest["sources"]["rms_norm.py"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert not found_in(folder).run(launch_of())
+    assert "rms_norm.py was changed after the binaries were made" in caplog.text
+    away = found_in(folder)
+    away.lie(lambda name: None)
+    assert not away.run(launch_of()) and "not beside it" in caplog.text
+    assert not Binaries("").run(launch_of())
+
+
+def test_binaries_are_the_same_bytes_again(package, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    launches = {"sm_80": unique([launch_of()])}
+    write_package(tmp_path / "again", "small-model", KERNELS, launches)
+    (again,) = (tmp_path / "again" / "aot" / "sm_80").iterdir()
+    assert again.read_bytes() == (package / "aot" / "sm_80" / again.name).read_bytes()
+
+
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="binaries run on a GPU alone")
 def test_binaries_equal_the_reference_on_a_gpu(tmp_path):
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     down, up = torch.randn(256, 1024, device="cuda") / 32, torch.randn(1024, 256, device="cuda") / 16
     plans = {rms_norm: inputs(5, "cuda"), low_rank_linear: (torch.randn(3, 1024, device="cuda"), down, up, None)}
     made = {kernel: kernel.plan(*values) for kernel, values in plans.items()}
-    write_package(
-        tmp_path, "small-model", KERNELS, [each for plan in made.values() for each in plan.launches], [target]
-    )
-    binaries = Binaries(tmp_path / "aot")
+    launches = unique(launch for plan in made.values() for launch in plan.launches)
+    binaries = Binaries(write_package(tmp_path, "small-model", KERNELS, {target: launches}))
+    binaries.lie(partial(lying_in, tmp_path / "aot"))
     for kernel, plan in made.items():
         assert all(binaries.run(launch) for launch in plan.launches)
         torch.testing.assert_close(plan.result, kernel.reference(*plans[kernel]), rtol=1e-4, atol=1e-4)

@@ -30,6 +30,7 @@ ALLOWED = {
     ),
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),
+    "backends.torch_module": ("compiler.ir", "compiler.weights", "backends.kernels"),
     "backends.kernels": (),
     "backends.binaries": ("backends.kernels",),
     "recipes": (),

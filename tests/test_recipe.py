@@ -234,6 +234,7 @@ def test_spelling_of_sections():
     assert spell(Safetensors(5 * 10**9)) == {
         "shard": "5GB",
         "class": "auto",
+        "binaries": (),
         "cache-bits": None,
         "sparse": "zeros",
         "quantised-as": "compressed-tensors",

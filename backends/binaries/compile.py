@@ -16,6 +16,9 @@ from backends.kernels.launch import Launch
 # instruction set reference, local data share.
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TARGETS = tuple(SHARED)
+PROCESSORS = {"sm_80": (108, 56), "sm_86": (84, 82, 72), "sm_90": (132, 114), "sm_100": (148,), "gfx942": (304,)}
+"""Multiprocessors of the GPUs of each target, on which splits depend: A100, A30; A40, RTX 3090, A10; H100 and H200,
+H100 PCIe; B200; MI300X. Source: the vendors' data sheets."""
 REGISTERS = 65536  # of a multiprocessor of NVIDIA, 32 bits each
 AMD_REGISTERS, AMD_UNITS = 512, 4  # vector registers of a lane, and SIMD units of a compute unit
 
@@ -52,9 +55,11 @@ class Binary:
 def compiled(launch: Launch, target: str) -> Binary:
     """``launch`` for ``target``, one of TARGETS, specialised as Triton would specialise it for these arguments.
 
-    Reads sizes and types of its tensors, never their data. Raises Triton's CompilationError.
+    Reads sizes and types of its tensors, never their data. The bytes are the same wherever the source lies. Raises
+    Triton's CompilationError.
     """
     import triton
+    from triton import knobs
     from triton.compiler import ASTSource
 
     found = specialised(launch)
@@ -63,7 +68,9 @@ def compiled(launch: Launch, target: str) -> Binary:
     source = ASTSource(fn=launch.kernel, signature=found.signature, constexprs=found.constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     options |= _options(launch, target)
-    made = triton.compile(source, target=_gpu(target), options=options)
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True
+        made = triton.compile(source, target=_gpu(target), options=options)
     kind = "cubin" if target.startswith("sm_") else "hsaco"
     code, text = made.asm[kind], made.asm["ptx" if kind == "cubin" else "amdgcn"]
     registers, spilled = _cuda_resources(code) if kind == "cubin" else _amd_resources(text)

@@ -13,31 +13,48 @@ import ast
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.binaries.compile import TARGETS, Binary, compiled
-from backends.kernels.binary import specialised
+from backends.binaries.compile import Binary, compiled
+from backends.kernels.binary import sha256, specialised
 from backends.kernels.launch import Launch
 
 SOURCES = Path(__file__).parent.parent / "kernels"
 BACKENDS = ("cpu", "cuda", "rocm")
 LICENSE = "Apache-2.0"
+NAMES_MANIFEST = "aot.py"
+"""The file that differs between checkpoints: it has the digest of their manifest."""
+
+
+Progress = Callable[[int, int], None]
+"""Is told how many binaries are written, and of how many."""
+
+Unique = Mapping[str, Mapping[str, Launch]]
+"""Launches by target, then by the keys of their specialisations."""
+
+
+def unique(launches: Iterable[Launch]) -> dict[str, Launch]:
+    """Of ``launches`` one for each binary, by its key."""
+    return {specialised(launch).key: launch for launch in launches}
 
 
 def write_package(
-    folder: Path, name: str, kernels: Iterable[str], launches: Iterable[Launch] = (), targets: Iterable[str] = TARGETS
-) -> None:
+    folder: Path,
+    name: str,
+    kernels: Iterable[str],
+    launches: Unique | None = None,
+    on_progress: Progress | None = None,
+) -> str:
     """Writes the files of ``kernels`` and of what they import, named as their operations, and compiles ``launches``.
 
-    ``name`` is the package's, in lower case with dashes. Launches that one binary serves are compiled once. Raises
-    Triton's CompilationError.
+    ``name`` is the package's, in lower case with dashes. Gives the digest of the manifest of what was compiled; "" when
+    nothing was. Raises Triton's CompilationError.
     """
     exported = sorted(kernels)
-    unique = {specialised(launch).key: launch for launch in launches}
-    shipped = with_imports([*exported, "binary"] if unique else exported)
-    files = {f"{file}.py": (SOURCES / f"{file}.py").read_bytes() for file in shipped}
+    files = {f"{file}.py": (SOURCES / f"{file}.py").read_bytes() for file in with_imports(exported)}
+    sources = {file: sha256(content) for file, content in sorted(files.items()) if file != NAMES_MANIFEST}
     files["__init__.py"] = _exports(exported).encode()
     for backend in BACKENDS:
         variant = folder / "build" / f"torch-{backend}"
@@ -45,8 +62,12 @@ def write_package(
         for file, content in files.items():
             (variant / file).write_bytes(content)
         _write_json(variant / "metadata.json", _metadata(name, backend, files))
-    if unique:
-        _write_binaries(folder / "aot", unique, targets)
+    if not launches:
+        return ""
+    entries = list(_written(folder / "aot", launches, on_progress))
+    manifest = folder / "aot" / "manifest.json"
+    _write_json(manifest, {"sources": sources, "binaries": entries})
+    return sha256(manifest.read_bytes())
 
 
 def with_imports(kernels: Iterable[str]) -> list[str]:
@@ -89,16 +110,18 @@ def _metadata(name: str, backend: str, files: dict[str, bytes]) -> dict[str, Any
     }
 
 
-def _write_binaries(folder: Path, unique: dict[str, Launch], targets: Iterable[str]) -> None:
-    entries = list[dict[str, Any]]()
-    for target in targets:
+def _written(folder: Path, launches: Unique, on_progress: Progress | None) -> Iterator[dict[str, Any]]:
+    total, done = sum(map(len, launches.values())), 0
+    for target, found in launches.items():
         (folder / target).mkdir(parents=True, exist_ok=True)
-        for key, launch in unique.items():
+        for key, launch in sorted(found.items()):
             binary = compiled(launch, target)
             file = f"{target}/{binary.name.strip('_')}-{key}.{'cubin' if target.startswith('sm_') else 'hsaco'}"
             (folder / file).write_bytes(binary.code)
-            entries.append(_entry(file, binary))
-    _write_json(folder / "manifest.json", {"binaries": entries})
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+            yield _entry(file, binary)
 
 
 def _entry(file: str, binary: Binary) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def _entry(file: str, binary: Binary) -> dict[str, Any]:
         "kernel": binary.name,
         "target": binary.target,
         "file": file,
-        "digest": hashlib.sha256(binary.code).hexdigest(),
+        "digest": sha256(binary.code),
         "signature": found.signature,
         "constants": found.constants,
         "divisible": found.divisible,

@@ -39,7 +39,7 @@ from .decoding import (
     units,
     weights_of,
 )
-from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, processors, tl
+from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, gpu_of, jit_for_any, operation, tl
 
 WIDEST = 1024
 # Bits of the cache, queries of a key head, bytes of a key or value on chip, each at most -> tile; the first that does.
@@ -82,7 +82,7 @@ def reference(
     return mixed.transpose(1, 2).to(query.dtype)
 
 
-@jit
+@jit_for_any("keys", "splits", "keys_batch", "keys_head", "values_batch", "values_head", "mask_batch", "mask_token")
 def _cached_decode(
     query, cached_keys, cached_values, lengths, mask, sinks, sums, logs,
     keys, splits, window, scale, softcap,
@@ -188,7 +188,7 @@ def plan(
     tile = tile or tile_of(TILES, bits, tokens * share, bytes_on_chip(query, max(key_size, value_size)))
     blocks = ceil_div(tokens * share, tile.rows)
     near = extent if window is None else min(extent, window + tokens - 1)
-    splits = splits_of(batch * groups * blocks, near, tile, processors(query))
+    splits = splits_of(batch * groups * blocks, near, tile, gpu_of(query).processors)
     result = query.new_empty(batch, tokens, heads, value_size)
     sums, logs = scratch(query, splits, tokens * heads, value_size) if splits > 1 else (result, result)
     keys, values = units(keys, bits), units(values, bits)

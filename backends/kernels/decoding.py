@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Launch, ceil_div, jit, power_of_two, tl
+from .launch import Launch, ceil_div, jit, jit_for_any, power_of_two, tl
 
 GROUP = 64
 LEAST_KEYS = 64  # of a split
@@ -153,7 +153,7 @@ def combination(sums: Tensor, logs: Tensor, result: Tensor) -> Launch:
     return Launch(_combine, (batch * rows, ceil_div(size, COMBINED)), arguments, constants, warps=2)
 
 
-@jit
+@jit_for_any("splits")
 def _combine(sums, logs, result, rows, splits, size, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -42,7 +42,7 @@ from .decoding import (
     units,
     weights_of,
 )
-from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, processors, tl
+from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, gpu_of, jit_for_any, operation, tl
 
 WIDEST = 2048
 # Bits of the cache, queries of a sequence and bytes of a latent on chip, each at most -> tile; the first that does.
@@ -99,7 +99,7 @@ def _attended(
     return (weights @ latents).unflatten(1, (tokens, heads)).to(q_latent.dtype)
 
 
-@jit
+@jit_for_any("keys", "splits", "latents_batch", "rotary_batch", "table_batch", "mask_batch", "mask_token")
 def _latent_decode(
     q_latent, q_rotary, latents, rotary_keys, table, lengths, mask, sums, logs,
     keys, splits, window, scale, softcap,
@@ -219,7 +219,7 @@ def plan(
     keys = latents.shape[1] if table is None else table.shape[1] * latents.shape[1]
     blocks = ceil_div(rows, tile.rows)
     extent = keys if window is None else min(keys, window + tokens - 1)
-    splits = splits_of(batch * blocks, extent, tile, processors(q_latent))
+    splits = splits_of(batch * blocks, extent, tile, gpu_of(q_latent).processors)
     result = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     sums, logs = scratch(q_latent, splits, rows, rank) if splits > 1 else (result, result)
     latents = units(latents, bits)

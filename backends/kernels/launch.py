@@ -11,13 +11,17 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .binary import BINARIES, FOR_ANY
 
 try:
     import triton
@@ -30,7 +34,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def jit(function: Callable[..., Any]) -> Any:
     """``triton.jit``, or the function itself where Triton is not installed: then only the path for CPUs runs."""
-    return triton.jit(function) if triton is not None else function
+    return jit_for_any()(function)
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """``jit`` of a kernel that is not compiled anew for values of the arguments ``names``, as of lengths of caches."""
+
+    def made(function: Callable[..., Any]) -> Any:
+        function.__dict__[FOR_ANY] = names
+        return triton.jit(do_not_specialize=names)(function) if triton is not None else function
+
+    return made
 
 
 @dataclass(frozen=True)
@@ -50,10 +64,12 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Launches it on the current stream, or runs it in the interpreter. A grid without programs does nothing."""
-        if all(self.grid):
-            chosen = {} if INTERPRETED else {"num_warps": self.warps, "num_stages": self.stages, **self.options}
-            self.kernel[self.grid](**self.arguments, **self.constants, **chosen)
+        """Launches it on the current stream, from a binary that comes with it or compiled by Triton, or runs it in the
+        interpreter. A grid without programs does nothing."""
+        if not all(self.grid) or (not INTERPRETED and BINARIES.run(self)):
+            return
+        chosen = {} if INTERPRETED else {"num_warps": self.warps, "num_stages": self.stages, **self.options}
+        self.kernel[self.grid](**self.arguments, **self.constants, **chosen)
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,12 @@ def _registered(
         torch.library.define(name, torch.library.infer_schema(on_cpu, mutates_args=()))
 
         def on_gpu(*inputs: Any) -> Any:
-            return reference(*inputs) if triton is None or outside(*inputs) else plan(*inputs).run()
+            if outside(*inputs):
+                return reference(*inputs)
+            with torch.cuda.device_of(inputs[0]):
+                made = plan(*inputs)
+                runs = triton is not None or all(map(BINARIES.has, made.compiled))
+                return made.run() if runs else reference(*inputs)
 
         torch.library.impl(name, "cpu", on_cpu)
         torch.library.impl(name, "cuda", on_gpu)
@@ -195,11 +216,32 @@ def first_reason(checks: Iterable[tuple[bool, str]]) -> str | None:
     return next((reason for holds, reason in checks if not holds), None)
 
 
-def processors(tensor: Tensor) -> int:
-    """How many multiprocessors the tensor's GPU has; without a GPU, those of an H100."""
-    return _processors_of(tensor.device) if tensor.is_cuda else 132
+class Gpu(NamedTuple):
+    """What plans ask of a GPU: its multiprocessors, and whether the programs of a grid can wait for each other."""
+
+    processors: int
+    waits: bool
+
+
+H100 = Gpu(132, True)
+_ELSEWHERE: ContextVar[Gpu] = ContextVar("gpu", default=H100)
+
+
+@contextmanager
+def planned_for(gpu: Gpu) -> Generator[None]:
+    """Launches that are planned meanwhile, for tensors that are on no GPU, are those for ``gpu``."""
+    before = _ELSEWHERE.set(gpu)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(before)
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The tensor's GPU; without one that which launches are ``planned_for``, by default an H100."""
+    return _gpu_of(tensor.device) if tensor.is_cuda else _ELSEWHERE.get()
 
 
 @functools.cache
-def _processors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu_of(device: torch.device) -> Gpu:
+    return Gpu(torch.cuda.get_device_properties(device).multi_processor_count, not torch.version.hip)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, jit, operation, power_of_two, processors, tl
+from .launch import INTERPRETED, Launch, Plan, ceil_div, first_reason, gpu_of, jit, operation, power_of_two, tl
 
 MOST_TOKENS = 16
 SECTOR = 32  # bytes: the least that memory delivers
@@ -269,7 +269,7 @@ def outside(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> str | N
 def plan(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Plan:
     """One launch or two, as the tile's design says. In the interpreter programs cannot wait for each other."""
     tile = tile or _tile(x, down, up)
-    if tile.design == "grid" and (INTERPRETED or torch.version.hip):
+    if tile.design == "grid" and (INTERPRETED or not gpu_of(x).waits):
         tile = tile._replace(design="launches")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], up.shape[0])
@@ -284,7 +284,7 @@ def _tile(x: Tensor, down: Tensor, up: Tensor) -> Tile:
 
 def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, tile: Tile) -> list[Launch]:
     (r, k), n, tokens = down.shape, up.shape[0], x.numel() // x.shape[-1]
-    programs = processors(x) * tile.programs
+    programs = gpu_of(x).processors * tile.programs
     blocks = ceil_div(r, tile.rows)
     span = ceil_div(ceil_div(k, max(programs // blocks, 1)), tile.depth) * tile.depth
     pieces = ceil_div(k, span)
@@ -322,7 +322,7 @@ def _halves(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor,
 def _slices(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, tile: Tile) -> list[Launch]:
     r, n, tokens = down.shape[0], up.shape[0], x.numel() // x.shape[-1]
     slices = ceil_div(r, tile.rows)
-    share = ceil_div(n, max(processors(x) * tile.programs // slices, 1))
+    share = ceil_div(n, max(gpu_of(x).processors * tile.programs // slices, 1))
     parts = y if slices == 1 else x.new_empty(slices, tokens, n, dtype=torch.float32)
     arguments = _common(x, down, up, bias) | {"y": parts, "share": share, "slices": slices}
     kind = _kind(tokens, bias, tile)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import Launch, ceil_div, jit, processors, tl
+from .launch import Launch, ceil_div, gpu_of, jit, tl
 
 BLOCK = 1024
 PROGRAMS = 4
@@ -15,7 +15,7 @@ PROGRAMS = 4
 
 def share_of(steps: int, blocks: int, like: Tensor, splits: int = 0) -> int:
     """How many of ``steps`` each split takes; ``splits`` 0: as many as fill the GPU of ``like``."""
-    wanted = splits or PROGRAMS * processors(like) // max(blocks, 1)
+    wanted = splits or PROGRAMS * gpu_of(like).processors // max(blocks, 1)
     return ceil_div(steps, min(max(wanted, 1), steps))
 
 

@@ -23,6 +23,7 @@ HELPERS = (
     "RMSNorm",
     "OffsetRMSNorm",
     "RotaryEmbedding",
+    "kernel_binary",
     "apply_rotary",
     "apply_interleaved_rotary",
     "apply_interleaved_rotary_to_half",
@@ -58,10 +59,10 @@ HELPERS = (
 )
 """Functions and classes that a module gets when it uses them, in the order of the file."""
 
-TOKEN_HELPERS = (
 CODEBOOK_HELPERS = ("CodebookWeight", "CodebookLinear", "CodebookEmbedding", "CodebookExperts")
 """The same, for weights that are looked up in tables."""
 
+TOKEN_HELPERS = (
     "token_scores",
     "block_scores",
     "select_tokens",
@@ -80,14 +81,14 @@ CODEBOOK_HELPERS = ("CodebookWeight", "CodebookLinear", "CodebookEmbedding", "Co
 )
 """The same, for operations on which tokens go on."""
 
-NEEDS = {
-    "causal_mask": ("past_length",),
 HELPER_FILES = (
     ("codebooks.py.jinja", CODEBOOK_HELPERS),
     ("helpers.py.jinja", HELPERS),
     ("tokens.py.jinja", TOKEN_HELPERS),
 )
 
+NEEDS = {
+    "causal_mask": ("past_length",),
     "eager_attention": ("allowed",),
     "latent_attention": ("allowed", "attention"),
     "merge_tokens": ("take_tokens",),
@@ -99,11 +100,11 @@ HELPER_FILES = (
     "PackedLinear": ("PackedWeight",),
     "PackedEmbedding": ("PackedWeight", "unpack_codes"),
     "PackedExperts": ("PackedWeight", "expert_linear"),
-}
-OUTPUTS = {
     "CodebookLinear": ("CodebookWeight", "unpack_codes"),
     "CodebookEmbedding": ("CodebookWeight", "unpack_codes"),
     "CodebookExperts": ("CodebookWeight", "unpack_codes", "expert_linear"),
+}
+OUTPUTS = {
     "BaseModelOutput",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
@@ -115,13 +116,14 @@ OUTPUTS = {
     "SequenceClassifierOutput",
 }
 KERNELS = {
+    "kernel_binary": ("binary", "BINARIES"),
     "PackedLinear": ("packed_linear", "packed_linear"),
     "PackedExperts": ("packed_linear", "packed_linear"),
+    "CodebookLinear": ("table_linear", "table_linear"),
+    "CodebookExperts": ("table_linear", "table_linear"),
     "dense": ("packed_dense", "packed_dense"),
     "latent_attention": ("latent_decode", "latent_decode"),
     "cached_decode": ("cached_decode", "cached_decode"),
-    "CodebookLinear": ("table_linear", "table_linear"),
-    "CodebookExperts": ("table_linear", "table_linear"),
     "low_rank": ("low_rank_linear", "low_rank_linear"),
 }
 """For helpers the kernel files that they call, which checkpoints get, and what of them."""

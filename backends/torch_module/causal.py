@@ -67,6 +67,8 @@ class CausalAssembly(Assembly):
         return render(
             "causal_lm.py.jinja",
             prefix=prefix,
+            binaries="kernel_binary" in self.model.helpers,
+            staged=self.staged is not None,
             no_split=strings(layers),
             layers=", ".join(layers),
             rotary="RotaryEmbedding" in self.model.helpers,

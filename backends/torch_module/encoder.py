@@ -78,6 +78,7 @@ class EncoderAssembly(Assembly):
         return render(
             "encoder.py.jinja",
             prefix=prefix,
+            binaries="kernel_binary" in self.model.helpers,
             ending=self.ending,
             main_input=next(iter(self.graph.inputs)),
             output=OUTPUTS[self.ending],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import torch
+
 from backends.torch_module.assembly import Assembly, Generated
+from backends.torch_module.calls import KernelCall, Reach, calls_of, longest
 from backends.torch_module.causal import CausalAssembly
 from backends.torch_module.classes import classes_of
 from backends.torch_module.code import camel, identifier
@@ -32,16 +35,26 @@ from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.layers import layer_of
 from compiler.ir.stages import shows_window
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "generate", "kernel_calls"]
 
 
-def generate(graph: Graph, *, cache_bits: int = 0, compact: bool = False) -> Generated:
+def generate(graph: Graph, *, cache_bits: int = 0, compact: bool = False, binaries: bool = False) -> Generated:
     """The files for ``graph``. Raises TargetError when something in it has no code.
 
     ``cache_bits`` 8 or 4 rounds what attention caches; ``compact`` loads sparse weights from bits and values,
-    and is an error when there are none. Reads no weight but rotary frequencies.
+    and is an error when there are none; with ``binaries`` the code looks for compiled kernels beside the checkpoint.
+    Reads no weight but rotary frequencies.
     """
-    return _assembly(graph, cache_bits).generated(compact)
+    assembly = _assembly(graph, cache_bits)
+    if binaries:
+        assembly.model.helpers.add("kernel_binary")
+    return assembly.generated(compact)
+
+
+def kernel_calls(graph: Graph, dtype: torch.dtype, cache_bits: int = 0) -> list[KernelCall]:
+    """The calls of kernels that the code for ``graph`` makes when it is loaded as ``dtype``. Raises TargetError."""
+    config = graph.origin.config or {}
+    return list(calls_of(_assembly(graph, cache_bits).graph, Reach(dtype, cache_bits, longest(config))))
 
 
 def _assembly(graph: Graph, cache_bits: int) -> Assembly:

@@ -138,6 +138,7 @@ class PairAssembly(Assembly):
         return render(
             "seq2seq.py.jinja",
             prefix=self.model.prefix,
+            binaries="kernel_binary" in self.model.helpers,
             main_input=self.main_input,
             tokens=tokens,
             no_split=strings(self._layer_classes()),

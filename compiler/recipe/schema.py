@@ -108,7 +108,7 @@ class Safetensors:
     with the checkpoint, or ``auto``, which generates one where there is no stock class. ``cache-bits`` generates one
     whose keys and values, or latents, are cached in so many bits. ``sparse: compact`` generates one that reads sparse
     weights from bits and values; by default their zeros are written like other numbers, which any class loads and
-    which saves nothing.
+    which saves nothing. ``binaries`` generates one that comes with kernels compiled for these GPUs.
     ``quantised-as`` is the layout of quantised weights: that of compressed-tensors, or of GPTQ checkpoints, whose first
     version cannot hold every zero point.
     """
@@ -118,6 +118,7 @@ class Safetensors:
     cache_bits: Literal[8, 4] | None = None
     sparse: Literal["zeros", "compact"] = "zeros"
     quantised_as: Literal["compressed-tensors", "gptq", "gptq-v2"] = "compressed-tensors"
+    binaries: tuple[Literal["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"], ...] = ()
 
     @property
     def compact(self) -> bool:
@@ -126,12 +127,16 @@ class Safetensors:
     def __post_init__(self) -> None:
         if self.shard < SMALLEST_SHARD:
             raise RecipeError("`shard` is less than 1MB", option="shard", remedy="the default is `shard: 5GB`")
-        own_code = self.class_ == "generated" or self.cache_bits is not None or self.compact
+        if self.class_ == "stock" and self.binaries:
+            raise RecipeError(
+                "no stock class calls kernels", option="binaries", remedy="leave out `binaries`, or `class: stock`"
+            )
+        own_code = self.class_ == "generated" or self.cache_bits is not None or self.compact or self.binaries
         if own_code and self.quantised_as != "compressed-tensors":
             raise RecipeError(
                 f"no generated class loads weights quantised as {self.quantised_as}",
                 option="quantised-as",
-                remedy="leave out `quantised-as`, or `class`, `cache-bits` and `sparse`",
+                remedy="leave out `quantised-as`, or `class`, `cache-bits`, `sparse` and `binaries`",
             )
 
 

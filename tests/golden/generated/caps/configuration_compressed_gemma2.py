@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma2, generated from the graph of a compressed Gemma2ForCausalLM.
 
-For the code of modeling_compressed_gemma2.py with the digest 44405a01f90a5249.
+For the code of modeling_compressed_gemma2.py with the digest bf3aa3b1ff39886c.
 """
 
 from dataclasses import field

@@ -485,6 +485,7 @@ class CompressedLlamaModel(CompressedLlamaPreTrainedModel):
 class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin):
     """The model with a head that scores the next token."""
 
+    _is_stateful = True  # tokens that layers have dropped do not come back: no assistant's tokens can be undone
     def __init__(self, config: CompressedLlamaConfig) -> None:
         super().__init__(config)
         self.model = CompressedLlamaModel(config)
@@ -496,6 +497,16 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Static caches get their sizes from what is first cached, which differs from the sizes of heads."""
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """As of any model, but for prompts in chunks: which of a prompt's tokens go on depends on all of them."""
+        given = options.get("generation_config") or self.generation_config
+        if options.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
+            raise ValueError("prompts of which layers drop tokens are read in one piece: leave out prefill_chunk_size")
+        return super().generate(*inputs, **options)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> torch.Tensor | None:
         """The masks of a static cache, whose sizes are the same for every token."""

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3, generated from the graph of a compressed Qwen3ForCausalLM.
 
-For the code of modeling_compressed_qwen3.py with the digest 27d8a319e4f63c1f.
+For the code of modeling_compressed_qwen3.py with the digest 658d5f22badf45b8.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 82f5d2f000e522c5.
+For the code of modeling_compressed_llama.py with the digest 1b7c3d0eb12cebca.
 """
 
 from dataclasses import field

@@ -307,6 +307,9 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Static caches get their sizes from what is first cached, which differs from the sizes of heads."""
+
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> torch.Tensor | None:
         """The masks of a static cache, whose sizes are the same for every token."""
         return causal_mask(given["inputs_embeds"], attention_mask, given["past_key_values"])

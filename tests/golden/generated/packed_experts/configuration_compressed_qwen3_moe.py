@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen3Moe, generated from the graph of a compressed Qwen3MoeForCausalLM.
 
-For the code of modeling_compressed_qwen3_moe.py with the digest fd0ffad64df1bcf0.
+For the code of modeling_compressed_qwen3_moe.py with the digest 2c82e3d44ff6b07d.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest 588fd69383ec6df9.
+For the code of modeling_compressed_qwen2.py with the digest 6975c6b5b53cad9e.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest e500bef0961c9aac.
+For the code of modeling_compressed_llama.py with the digest bdc81616ddc3529a.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedQwen2, generated from the graph of a compressed Qwen2ForCausalLM.
 
-For the code of modeling_compressed_qwen2.py with the digest fc38760ccd7ab571.
+For the code of modeling_compressed_qwen2.py with the digest 773615f25f173f57.
 """
 
 from dataclasses import field

@@ -1,6 +1,6 @@
 """Configuration of CompressedGemma3, generated from the graph of a compressed Gemma3ForCausalLM.
 
-For the code of modeling_compressed_gemma3_text.py with the digest 91f9dc458f217fcd.
+For the code of modeling_compressed_gemma3_text.py with the digest 6a70a1034c27fc70.
 """
 
 from dataclasses import field
