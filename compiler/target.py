@@ -84,7 +84,7 @@ def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
     """The checkpoint that ``recipe`` asks for; None when it asks for none."""
     wanted = recipe.checkpoint
     if wanted is None or wanted.quantised_as == "compressed-tensors":
-        return wanted and emission_of(graph, wanted.class_, wanted.cache_bits, compact=wanted.compact)
+        return wanted and _written_as(graph, wanted)
     found = gptq_emission(graph, wanted.quantised_as)
     missing = missing_packages(found.quantization_config) if recipe.evaluate is not None else ()
     if missing:
