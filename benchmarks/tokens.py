@@ -8,12 +8,13 @@ DINOv2: Fashion-MNIST, enlarged. `cosine`: of the class token with the original'
 `agrees`: of the labels of its 10 nearest neighbours among others (as benchmarks/encoders.py).
 MiniLM: passages of ``--words`` words of ``--text``. `spearman`: rank correlation with the original's cosines of means
 over tokens, of all pairs. Means are over all tokens, dropped ones as they were then. ``--heal`` so many tokens of Brown
-B to F: the first method once more, healed on them.
+B to F: the first method once more, healed on them. ``--learn``: gates trained on so many.
 Whisper: recordings of people, half a minute each; its own decoder writes what the encoder's states say. `wer`: words
 that differ from what it writes with the original's, by the words of that; `same`: share of recordings without any.
 
 `times`: how often as fast as the original ONNX Runtime is on a batch, both in turns, by processor time of one thread,
-medians; `predicted`: the same by FLOPs of the products with weights. ``python benchmarks/fetch.py minilm dinov2 whisper
+medians; `predicted`: the same by FLOPs of the products with weights; `by parts`: by what each operation takes alone, of
+the first ``--parts`` methods. ``python benchmarks/fetch.py minilm dinov2 whisper
 brown fashion speech`` gets models and data.
 """
 
@@ -52,6 +53,8 @@ from compiler.frontend import capture
 from compiler.ir.facts import flops_per_token
 from compiler.ir.graph import Graph
 from compiler.ir.layers import copy_of
+from compiler.latency import Latency, Table, Workload
+from compiler.latency.measure import measuring
 from compiler.pipeline import Pass, Pipeline
 from passes import DropTokens, Heal
 
@@ -172,6 +175,9 @@ def minilm(options: argparse.Namespace) -> Task:
         budget: dict[str, Any] = {"layer_tokens": 0, "tokens": options.heal, "adapters": options.adapters}
         heal = Heal(where=LINEARS, of="means", **budget)
         methods = {"merge: bipartite, compare: stream, healed": [by_stream, heal]} | methods
+    if options.learn:
+        methods |= alone({"score: learned": DropTokens(score="learned", of="means", learn=options.learn, **common)})
+    if options.heal or options.learn:
         windows = calibration(tokenizer, options)
     return Task(capture(load_model(MODELS / "minilm")), batches, score, methods, calibration=windows)
 
@@ -187,7 +193,7 @@ def passages(text: str, words: int, count: int) -> list[str]:
 def calibration(tokenizer: Any, options: argparse.Namespace) -> list[Mapping[str, Tensor]]:
     """Passages of Brown B to F of as many tokens each, those of which most of the scored ones have about as many."""
     length = round(1.25 * options.words)
-    count = 1 + options.heal // length // 5
+    count = 1 + max(options.heal, options.learn) // length // 5
     rows = [
         tokenizer(passage, truncation=True, max_length=length)["input_ids"]
         for genre in "bcdef"
@@ -245,23 +251,34 @@ def _padded(ids: list[list[int]]) -> Feeds:
 TASKS = {"dinov2": dinov2, "minilm": minilm, "whisper": whisper}
 
 
-def rows(task: Task) -> Iterator[dict[str, Any]]:
-    whole = Session(task.graph)
+def by_parts(graph: Graph, table: Table, feeds: Feeds) -> float:
+    """The seconds that a batch like ``feeds`` takes by what each operation takes alone."""
+    shape = next(iter(feeds.values())).shape
+    latency = Latency(graph, table, shape[0], shape[-1])
+    latency.prepare([])
+    return latency.seconds({})
+
+
+def rows(task: Task, only: Sequence[str] | None, parts: int) -> Iterator[dict[str, Any]]:
+    methods = {name: steps for name, steps in task.methods.items() if only is None or name in only}
+    whole, table = Session(task.graph), Table({}, measure=measuring(Workload("onnxruntime")))
     original = [whole(feeds) for feeds in task.batches]
     longest = task.batches[-1 if task.peer is None else 0]
-    yield {"method": "original", "times": 1.0, "predicted": 1.0, **task.score(original, original)}
+    yield {"method": "original", "times": 1.0, "predicted": 1.0, "by parts": 1.0, **task.score(original, original)}
     if task.peer is not None:
         found = [task.peer(feeds) for feeds in task.batches]
-        yield {"method": "published ToMe", "times": "", "predicted": "", **task.score(original, found)}
-    for name, methods in task.methods.items():
+        yield {"method": "published ToMe", "times": "", "predicted": "", "by parts": "", **task.score(original, found)}
+    for number, (name, steps) in enumerate(methods.items()):
         graph = copy_of(task.graph)
         graph.sources = dict(task.graph.sources)
-        Pipeline(list(methods)).run(graph, calibration=lambda _: list(task.calibration))
+        Pipeline(list(steps)).run(graph, calibration=lambda _: list(task.calibration))
         session = Session(graph)
         found = [session(feeds) for feeds in task.batches]
         slow, fast = times([whole, session], longest)
-        predicted = flops_per_token(task.graph) / flops_per_token(graph)
-        yield {"method": name, "times": slow / fast, "predicted": predicted, **task.score(original, found)}
+        timed: Scores = {"times": slow / fast, "predicted": flops_per_token(task.graph) / flops_per_token(graph)}
+        taken = [by_parts(each, table, longest) for each in (task.graph, graph)] if number < parts else []
+        row = {"method": name, **timed, "by parts": taken[0] / taken[1] if taken else ""}
+        yield {**row, **task.score(original, found)}
 
 
 def main() -> None:
@@ -274,6 +291,9 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=60, help="in a passage")
     parser.add_argument("--text", default="brown_k", help="that passages are of, a file in data")
     parser.add_argument("--heal", type=int, default=0, help="tokens that MiniLM is healed on")
+    parser.add_argument("--learn", type=int, default=0, help="tokens that gates of MiniLM are trained on")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods, as they are called in the table")
+    parser.add_argument("--parts", type=int, default=1, help="methods whose time is also predicted by parts")
     parser.add_argument("--adapters", type=int, default=384, help="rank of what heals; 384 is all of it")
     parser.add_argument("--clips", type=int, default=12, help="recordings")
     parser.add_argument("--score", type=int, default=100, help="half as many as pictures asked about, or passages")
@@ -285,7 +305,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for name in options.tasks:
         measured = found[name] = []
-        for row in rows(TASKS[name](options)):
+        for row in rows(TASKS[name](options), options.only, options.parts):
             measured.append(row)
             path.write_text(json.dumps(found, indent=1))
             print(time.strftime("%H:%M:%S"), name, row, file=sys.stderr, flush=True)
