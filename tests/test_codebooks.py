@@ -113,6 +113,7 @@ def test_the_pass_makes_them_and_stock_formats_refuse_them():
     ("options", "message"),
     [
         ({"type": "codebook"}, "2 to 4 bits, not 8"),
+        ({"type": "codebook", "bits": 3, "scale": "robust"}, "for integers, not for codebook"),
         ({"type": "bit-serial", "bits": 3, "symmetric": False}, "asymmetric"),
         ({"type": "codebook", "bits": 3.5, "widths": (3, 5)}, "2 to 4 bits"),
     ],

@@ -13,6 +13,7 @@ from tests.test_packing import bound
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [(bits, group, symmetric) for bits in (2, 4, 8) for group in (0, 16) for symmetric in (True, False)]
+POWERS = [2.0, 0.7]
 
 
 def matrix(dtype: torch.dtype, rows: int = 24, columns: int = 64, seed: int = 0) -> torch.Tensor:
@@ -32,12 +33,13 @@ def by_group(codec: Codec, weight: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("bits", "group", "symmetric"), INTEGERS)
-def test_integers_by_column_are_those_of_the_whole(bits, group, symmetric, dtype):
+@pytest.mark.parametrize("power", POWERS)
+def test_integers_by_column_are_those_of_the_whole(bits, group, symmetric, dtype, power):
     weight = matrix(dtype)
-    codec = Integer(bits, group, dtype, symmetric)
+    codec = Integer(bits, group, dtype, symmetric, power=power)
     parts = by_group(codec, weight)
     (expr,), sources = bound(w=weight)
-    value = quantise(expr, bits, group, symmetric=symmetric, scale_dtype=dtype)
+    value = quantise(expr, bits, group, symmetric=symmetric, power=power, scale_dtype=dtype)
     for ours, whole in zip(parts, evaluate(list(value.args), sources), strict=True):
         assert ours.dtype == whole.dtype and torch.equal(ours, whole)
     exprs, stored = bound(**{f"p{index}": part for index, part in enumerate(parts)})
@@ -55,6 +57,30 @@ def test_integers_decode_to_what_is_stored(bits, group, symmetric, dtype):
     parts = codec.stored(codes, tuple(parameter.unsqueeze(1) for parameter in parameters))
     exprs, stored = bound(**{f"p{index}": part for index, part in enumerate(parts)})
     assert torch.equal(evaluate([codec.expression(exprs)], stored)[0].float(), codec.decode(codes, parameters))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_go_by_small_errors_have_the_least_sum_of_those_and_gain_with_bits(symmetric):
+    weight = matrix(torch.float32) * torch.linspace(0.1, 3, 64).exp()
+
+    def total(bits, power):
+        codec = Integer(bits, 16, torch.float32, symmetric, power=power)
+        parameters = codec.fit(weight.unflatten(-1, (-1, 16)))
+        found = codec.decode(codec.encode(weight.unflatten(-1, (-1, 16)), parameters), parameters)
+        return float((found - weight.unflatten(-1, (-1, 16))).abs().pow(0.7).sum())
+
+    sums = [total(bits, 0.7) for bits in (2, 3, 4)]
+    assert sums == sorted(sums, reverse=True)
+    assert all(robust < total(bits, 2.0) for robust, bits in zip(sums, (2, 3, 4), strict=True))
+
+
+def test_scales_that_go_by_small_errors_let_an_outlier_err():
+    values = (torch.randint(-4, 4, (4, 32), generator=torch.Generator().manual_seed(0)) / 4).float()
+    values[:, 0], values[:, 5] = -1.0, 2.0
+    codec = Integer(3, 32, torch.float32, power=0.7)
+    parameters = codec.fit(values)
+    off = codec.decode(codec.encode(values, parameters), parameters) - values
+    assert int((off.abs() > 1e-6).sum()) <= 4
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -28,7 +28,7 @@ SCHEMES = {
     "int4": [Quantize(bits=4, group=16)],
     "int4 asymmetric": [Quantize(bits=4, group=16, symmetric=False)],
     "int4 per row, not searched": [Quantize(bits=4, scale="minmax")],
-    "int3": [Quantize(bits=3, group=16)],
+    "int3, robust": [Quantize(bits=3, group=16, scale="robust")],
     "int5 asymmetric": [Quantize(bits=5, symmetric=False)],
     "int2": [Quantize(bits=2, group=8)],
     "two schemes": [Quantize(where="mlp", bits=4, group=16), Quantize(bits=8)],

@@ -14,7 +14,7 @@ from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 from compiler.weights.ops.codec import Codec
 from passes.quantize.activations import Activations, round_cache, round_inputs
-from passes.quantize.numbers import NumberSystem, Per, Type, Width
+from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width
 from passes.quantize.places import check_groups, check_learnable, check_widths, chosen_of, report
 
 
@@ -30,6 +30,7 @@ class Quantize(Pass):
 
     ``scale: minmax`` takes the smallest scale that clips nothing; ``search`` takes, group by group, the one of least
     squared error among ten or so candidates, which clip up to 60 % of the range. More bits never give a larger error.
+    ``robust`` (int) goes by the sum of |error|^0.7 instead, as half-quadratic quantisation does: outliers may err.
     ``weighted`` does so with each element's error times the energy of the input that it multiplies, on inputs that have
     passed the weights quantised before.
     ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``
@@ -69,7 +70,7 @@ class Quantize(Pass):
     group: int = 0
     symmetric: bool = True
     per: Per = "row"
-    scale: Literal["search", "minmax", "weighted"] = "search"
+    scale: Literal["search", "minmax", "weighted", "robust"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
     learn: Literal["none", "rounding", "scaling"] = "none"
     steps: Annotated[int, Field(ge=1)] = 200
@@ -131,4 +132,5 @@ class Quantize(Pass):
 
     def system(self, bits: int) -> NumberSystem:
         """The number system of weights of so many bits."""
-        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale != "minmax")
+        power = ROBUST if self.scale == "robust" else SQUARES
+        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale != "minmax", power)

@@ -29,6 +29,7 @@ Width = Literal[2, 3, 4, 5, 6, 7, 8]
 BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4, **{name: layout.bits for name, layout in LAYOUTS.items()}}
 GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16, **{name: layout.size for name, layout in LAYOUTS.items()}}
 BLOCK = 128
+SQUARES, ROBUST = 2.0, 0.7  # powers of errors that scales are chosen by
 DEFAULT_BITS = 8
 FREE = ("int", "codebook", "bit-serial")
 """Types whose bits and groups can be chosen."""
@@ -46,9 +47,13 @@ class NumberSystem:
     symmetric: bool
     per: Per
     search: bool
+    power: float = SQUARES
 
     def check(self) -> None:
         """Raises PassError for an option that the type does not have."""
+        if self.power != SQUARES and self.type != "int":
+            cause = f"`scale: robust` is for integers, not for {self.type}"
+            raise PassError(cause, option="scale", remedy="leave `scale` out")
         if self.per != "row" and self.type != "fp8":
             raise PassError(f"`per` is an option of fp8, not of {self.type}", option="per", remedy=_groups(self.type))
         if self.type in TABLES:
@@ -78,7 +83,7 @@ class NumberSystem:
         """The codec of weights stored in ``dtype``."""
         match self.type:
             case "int":
-                return Integer(self.bits, self.group, dtype, self.symmetric, self.search)
+                return Integer(self.bits, self.group, dtype, self.symmetric, self.search, self.power)
             case "codebook" | "bit-serial":
                 return Codebook(self.bits, self.group, dtype, linear=self.type == "bit-serial")
             case "fp8":

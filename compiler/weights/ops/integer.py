@@ -17,7 +17,8 @@ from compiler.weights.ops.quant import codes_of, quantise, scales_of, zeros_of
 class Integer:
     """Codes int8 q of ``bits`` bits with parameters (s,), or (s, z) unless ``symmetric``; see ``quant`` beside it.
 
-    Scales and values are of ``dtype``; z is int8. ``search`` tells ``fit`` to try scales that clip.
+    Scales and values are of ``dtype``; z is int8. ``search`` tells ``fit`` to try scales that clip, and to take that of
+    the least sum of errors to the ``power``.
     """
 
     bits: int
@@ -25,6 +26,7 @@ class Integer:
     dtype: torch.dtype
     symmetric: bool = True
     search: bool = True
+    power: float = 2.0
 
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Integer:
         return self
@@ -36,12 +38,19 @@ class Integer:
         return self
 
     def nearest(self, weight: Expr) -> Expr:
-        symmetric, search = self.symmetric, self.search
-        return quantise(weight, self.bits, self.group, symmetric=symmetric, search=search, scale_dtype=self.dtype)
+        return quantise(
+            weight,
+            self.bits,
+            self.group,
+            symmetric=self.symmetric,
+            search=self.search,
+            power=self.power,
+            scale_dtype=self.dtype,
+        )
 
     def fit(self, values: Tensor, weights: Tensor | None = None) -> Parameters:
         zero = None if self.symmetric else zeros_of(values, self.bits)
-        scale = scales_of(values, zero, self.bits, self.dtype, search=self.search, weights=weights)
+        scale = scales_of(values, zero, self.bits, self.dtype, search=self.search, weights=weights, power=self.power)
         return (scale,) if zero is None else (scale, zero)
 
     def encode(self, values: Tensor, parameters: Parameters) -> Tensor:

@@ -27,17 +27,25 @@ SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 
 
 def quantise(
-    weight: Expr, bits: int, group: int, *, symmetric: bool = True, search: bool = True, scale_dtype: torch.dtype
+    weight: Expr,
+    bits: int,
+    group: int,
+    *,
+    symmetric: bool = True,
+    search: bool = True,
+    power: float = 2.0,
+    scale_dtype: torch.dtype,
 ) -> Expr:
     """``weight`` [..., out, in] rounded to the nearest of ``bits``-bit codes: a ``dequantize`` expression.
 
-    ``group`` divides ``in``, or is 0 for one scale a row. With ``search`` every group takes the scale of least
-    squared error among a small grid, otherwise the smallest scale that clips nothing. The value is of that dtype too.
+    ``group`` divides ``in``, or is 0 for one scale a row. With ``search`` every group takes the scale of the least sum
+    of errors to the ``power`` among a small grid, otherwise the smallest that clips nothing. Values are of its dtype.
     Raises OpError when the group does not divide the input width.
     """
     attrs = {"bits": bits, "group": group}
     zero = () if symmetric else (apply("quant_zero", [weight], attrs),)
-    scale = apply("quant_scale", [weight, *zero], {**attrs, "search": search, "dtype": scale_dtype})
+    how = {"search": search, "dtype": scale_dtype} | ({} if power == 2.0 else {"power": power})
+    scale = apply("quant_scale", [weight, *zero], {**attrs, **how})
     codes = apply("quantize", [weight, scale, *zero], {"bits": bits})
     return apply("dequantize", [codes, scale, *zero], attrs)
 
@@ -128,18 +136,25 @@ def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, zero = tensors[0], tensors[1] if len(tensors) > 1 else None
     groups, bits, dtype = _group_count(weight.shape[-1], attrs["group"]), attrs["bits"], attrs["dtype"]
     parts = [
-        scales_of(_grouped(rows, groups), zeros, bits, dtype, search=attrs["search"])
+        scales_of(_grouped(rows, groups), zeros, bits, dtype, search=attrs["search"], power=attrs.get("power", 2.0))
         for rows, (zeros,) in _row_chunks(weight, [zero])
     ]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)
 
 
 def scales_of(
-    grouped: Tensor, zero: Tensor | None, bits: int, dtype: torch.dtype, *, search: bool, weights: Tensor | None = None
+    grouped: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    *,
+    search: bool,
+    weights: Tensor | None = None,
+    power: float = 2.0,
 ) -> Tensor:
     """Scales [...] of groups float32 [..., group]: without ``search`` those that clip nothing.
 
-    With it the candidates of least squared error, each element's times its weight.
+    With it the candidates of least error to the ``power``, each element's times its weight.
     """
     low, high = _bounds(grouped)
     amplitude = torch.maximum(-low, high) if zero is None else high - low
@@ -147,7 +162,7 @@ def scales_of(
     if not search:
         return _rounded_scale(amplitude, _unclipped(exponent), exponent, dtype)
     scales = (_rounded_scale(amplitude, factor, exponent, dtype) for factor in candidate_factors(exponent))
-    return least((scale, _squared_error(grouped, scale.float(), zero, bits, weights)) for scale in scales)
+    return least((scale, _error(grouped, scale.float(), zero, bits, weights, power)) for scale in scales)
 
 
 def candidate_factors(exponent: int) -> list[float]:
@@ -169,11 +184,14 @@ def _rounded_scale(amplitude: Tensor, factor: float, exponent: int, dtype: torch
     return torch.where(amplitude > 0, scale.clamp(min=tiny), torch.ones((), dtype=dtype))
 
 
-def _squared_error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, weights: Tensor | None) -> Tensor:
+def _error(
+    grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int, weights: Tensor | None, power: float
+) -> Tensor:
     error = codes_of(grouped, scale, zero, bits)
     if zero is not None:
         error -= zero.unsqueeze(-1)
-    return weighted_squares(error.mul_(scale.unsqueeze(-1)).sub_(grouped), weights)
+    error.mul_(scale.unsqueeze(-1)).sub_(grouped)
+    return weighted_squares(error if power == 2.0 else error.abs_().pow_(power / 2), weights)
 
 
 # --- codes -------------------------------------------------------------------------------------------------------
