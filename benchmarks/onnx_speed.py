@@ -31,15 +31,17 @@ from benchmarks.common import ROOT, SMOLLM2, WORK, run
 from compiler.console import table
 
 INT4 = "where: linear, bits: 4, group: 32, tied: copy"
+ZEROS = "where: linear, bits: 4, group: 32, symmetric: false, tied: share"
 PASSES: dict[str, str] = {
     "fp32": "[]",
     "int4, blocks of 32": f"[quantize: {{{INT4}}}]",
     "int4, blocks of 64": "[quantize: {where: linear, bits: 4, group: 64, tied: copy}]",
     "int4, blocks of 32, cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
-    "int4, blocks of 32, zero points": f"[quantize: {{{INT4}, symmetric: false}}]",
     "int4, prompts int8": f"[quantize: {{{INT4}}}]",
     "int4, prompts and cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
-    "int4 by gptq, prompts and cache int8": f"[quantize: {{{INT4}, method: gptq, cache: int8}}]",
+    "int4 with zero points": f"[quantize: {{{ZEROS}}}]",
+    "int4 with zero points, prompts int8": f"[quantize: {{{ZEROS}}}]",
+    "int4 with zero points, prompts and cache int8": f"[quantize: {{{ZEROS}, cache: int8}}]",
     "latent half, int4 of 32": f"[gqa-to-mla: {{rank: 128, rope-dim: 64}}, quantize: {{{INT4}}}]",
 }
 TEXT = ROOT / "data" / "brown_b.txt"

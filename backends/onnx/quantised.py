@@ -103,7 +103,8 @@ def gathered(build: Builder, form: Packed, ids: ir.Value) -> ir.Value:
     """The rows of a quantised table at ``ids``."""
     if not form.native:
         return build.op("Gather", _dequantised(build, form), ids, axis=0)
-    codes = _codes(build, form, (form.rows, form.width * form.bits // 8))
+    blocks = _codes(build, form, (form.rows, form.blocks, form.block * form.bits // 8))
+    codes = build.op("Reshape", blocks, build.ints(form.rows, -1))  # a product with the same weight has them in blocks
     zero = None if form.zero is None else _zeros(build, form, form.zero, ir.DataType.UINT8)
     return build.contrib(
         "GatherBlockQuantized",
