@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -12,10 +12,9 @@ from compiler.errors import PassError
 from compiler.ir.graph import Graph, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
-from compiler.weights.ops.codec import Codec
 from passes.quantize.activations import Activations, round_cache, round_inputs
 from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width
-from passes.quantize.places import check_groups, check_learnable, check_widths, chosen_of, report
+from passes.quantize.places import check_groups, check_learnable, check_searchable, check_widths, chosen_of, report
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,9 @@ class Quantize(Pass):
     w ~ (q - z) * s with q = clamp(round(w / s + z), -2^(bits-1), 2^(bits-1) - 1). A group is ``group`` consecutive
     inputs of one output row (0: the whole row) and has its own scale s, kept in the weight's storage dtype;
     symmetric codes have z = 0, asymmetric ones an integer zero point a group.
+
+    ``group: search`` takes for each matrix, or those that read the same, the size of groups that is worth its scales:
+    the least squared error times 4 to the power of the bits a weight that these take.
 
     ``scale: minmax`` takes the smallest scale that clips nothing; ``search`` takes, group by group, the one of least
     squared error among ten or so candidates, which clip up to 60 % of the range. More bits never give a larger error.
@@ -67,7 +69,7 @@ class Quantize(Pass):
     type: Type = "int"
     bits: Width | Annotated[float, Field(gt=2, lt=8)] = 8
     widths: tuple[Width, ...] = ()
-    group: int = 0
+    group: int | Literal["search"] = 0
     symmetric: bool = True
     per: Per = "row"
     scale: Literal["search", "minmax", "weighted", "robust"] = "search"
@@ -112,25 +114,36 @@ class Quantize(Pass):
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)
-        check_groups(chosen, system.fixed_group or self.group, self.type if system.fixed_group else "")
+        if self.group == "search":
+            check_searchable(self.type, solved=self.solved)
+        else:
+            check_groups(chosen, system.fixed_group or self.group, self.type if system.fixed_group else "")
         if self.solved:
             from passes.quantize.reduce import reduce
 
             reduce(graph, ctx, self, chosen)
         else:
-            self._round(ctx, system.codecs(chosen))
+            self._round(graph, ctx, chosen)
         if self.activations != "none":
             round_inputs(graph, ctx, chosen, self.activations, static=self.activation_scale == "static")
         if self.cache != "none":
             round_cache(graph, ctx, self.cache)
 
-    def _round(self, ctx: Context, codecs: Mapping[Param, Codec]) -> None:
-        """Every weight to nearest, without reading any."""
+    def _round(self, graph: Graph, ctx: Context, chosen: Sequence[Param]) -> None:
+        """Every weight to nearest, without reading any but to find groups."""
+        codecs = self.system(int(self.bits)).codecs(chosen)
+        if self.group == "search":
+            from passes.quantize.granularity import searched
+
+            sizes = searched(graph, ctx, self, chosen)
+            codecs = {param: self.system(int(self.bits), size).codec(param.storage) for param, size in sizes.items()}
         for param, codec in codecs.items():
-            report(ctx, param, str(self.system(codec.bits)))
+            report(ctx, param, str(self.system(codec.bits, codec.group)))
             param.expr = codec.nearest(param.expr)
 
-    def system(self, bits: int) -> NumberSystem:
-        """The number system of weights of so many bits."""
+    def system(self, bits: int, group: int | None = None) -> NumberSystem:
+        """The number system of weights of so many bits, in groups of ``group`` or, if None, of the pass's."""
         power = ROBUST if self.scale == "robust" else SQUARES
-        return NumberSystem(self.type, bits, self.group, self.symmetric, self.per, self.scale != "minmax", power)
+        if group is None:
+            group = 0 if self.group == "search" else self.group
+        return NumberSystem(self.type, bits, group, self.symmetric, self.per, self.scale != "minmax", power)

@@ -80,6 +80,16 @@ def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
         )
 
 
+def check_searchable(type: str, *, solved: bool) -> None:
+    """Raises PassError where the size of groups cannot be searched for."""
+    if type != "int":
+        raise PassError(f"groups of {type} are not searched for", option="group", remedy="use `type: int`")
+    if solved:
+        raise PassError(
+            "groups are searched for where weights are rounded to nearest", option="group", remedy="give a size"
+        )
+
+
 def check_learnable(learn: str, type: str) -> None:
     """Raises PassError when codes of ``type`` are not evenly spaced, which is what is learned."""
     if learn != "none" and type != "int":
