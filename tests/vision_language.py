@@ -24,6 +24,7 @@ _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "n
 TOWERS = {
     "clip": (CLIPVisionConfig(**_SIZES, image_size=24, patch_size=8, projection_dim=16), "default"),
     "siglip": (SiglipVisionConfig(**_SIZES, image_size=24, patch_size=8, vision_use_head=False), "full"),
+    "siglip with a head": (SiglipVisionConfig(**_SIZES, image_size=24, patch_size=8), "full"),
 }
 
 

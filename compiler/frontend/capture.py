@@ -125,7 +125,9 @@ def export(trace: _Trace) -> ExportedProgram:
     dynamic: dict[str, Any] = {name: dict.fromkeys(trace.dims[name], Dim.AUTO) for name in trace.inputs}
     try:
         with torch.no_grad(), _quiet(), passing_through(trace.module, trace.lists):
-            return torch.export.export(trace.module, (), dict(trace.inputs), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(trace.module, (), dict(trace.inputs), dynamic_shapes=dynamic, strict=False)
+            program.graph.eliminate_dead_code()  # such as a head of a tower that nothing reads
+            return program
     except (CompressError, NotFoldableError):
         raise
     except Exception as reason:
