@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,21 +17,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from backends.safetensors import emit
-from backends.torch_module.code import wrapped
-from backends.torch_module.emitters import EMITTERS
-from compiler.errors import TargetError
 from compiler.evaluate import load_model
 from compiler.frontend.capture import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
-from compiler.ir.ops import operations, tokens
 from compiler.target import emission_of
-from tests.emitted import written_for
 from tests.families import FAMILIES
 from tests.latent import latent_graph
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "generated"
 CAUSAL = [
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "granite", "cohere2",
     "smollm3", "gpt2", "gpt_neox", "opt", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
@@ -84,11 +76,6 @@ def check_language_model(graph: Graph, model, given: dict[str, Tensor]) -> None:
         padded = model(input_ids=ids, attention_mask=mask).logits[:, 3:]
     assert error(padded, logits) <= tolerance(graph)
     assert torch.equal(generated(model, ids, attention_mask=mask)[:, 3:], expected)
-
-
-def test_every_operation_has_code():
-    without = {op.name for op in tokens.OPS}  # what chooses tokens is written in ONNX only
-    assert set(EMITTERS) == set(operations()) - without
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -277,74 +264,6 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-GOLDEN = ROOT / "tests" / "golden" / "generated"
-KERNELS = ROOT / "backends" / "kernels"
-SHOWN = {"sizes by layer": None, "windows": None, "caps": 4, "some layers": None, "norms of heads": 8}
-"""What golden files show, and the bits of its cache."""
-
-
-@pytest.mark.parametrize("kind", SHOWN)
-def test_the_code_of_thirty_layers_is_short(kind, golden):
-    name, ranks, pairs, normed = LATENT[kind]
-    graph = capture(FAMILIES[name].config(30), architecture=FAMILIES[name].architecture)
-    emission = emission_of(latent_graph(graph, ranks * 10, pairs * 10, normed=normed), "auto", SHOWN[kind])
-    written = written_for(emission)
-    for file, text in written.items():
-        golden(GOLDEN / kind.replace(" ", "_") / file, text)
-    assert max(len(text.splitlines()) for text in written.values()) < 600
-    carried = emission.files.keys() - written.keys()
-    assert {"latent_decode.py", "launch.py"} <= carried
-    assert all(emission.files[file] == (KERNELS / file).read_text() for file in carried)
-
-
-@pytest.mark.parametrize(
-    "command", [("ruff", "check"), ("ruff", "format", "--check"), ("pyright", "--pythonpath", sys.executable)]
-)
-def test_the_code_is_formatted_and_typed(command, tmp_path):
-    """With the project's own rules, and types as pyright checks them by default."""
-    copy = tmp_path / "generated"
-    shutil.copytree(GOLDEN, copy)
-    kernels = list(KERNELS.glob("*.py"))  # whose own tests hold their style
-    for folder, file in product(copy.iterdir(), kernels if command[0] == "pyright" else ()):
-        shutil.copy(file, folder)
-    settings = {"typeCheckingMode": "basic", "ignore": [f"**/{file.name}" for file in kernels]}
-    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    tool = Path(sys.executable).with_name(command[0])
-    done = subprocess.run([tool, *command[1:], "generated"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-def test_what_cannot_be_generated_is_refused_by_name():
-    graph = capture(FAMILIES["llama"].config(), architecture="LlamaForCausalLM")
-    graph.origin = replace(graph.origin, architecture="LlamaForTokenClassification")
-    graph.outputs["more"] = graph.outputs["logits"]
-    with pytest.raises(TargetError, match="LlamaForTokenClassification has outputs that no generated module has"):
-        emission_of(graph, "generated")
-
-
-LONG = (
-    "self.map = nn.Parameter(torch.empty(config.one_size, config.another_size, config.first[layer_idx] + "
-    "config.second_size))",
-    "x = some_rather_long_name + another_rather_long_name * self.weight(the_first_argument, the_second_argument, "
-    "third, fourth)",
-    "return self.first_projection(hidden_states) / self.second_projection(hidden_states).sum(dim=-1) * 2.5 + "
-    "another_offset",
-    "self.layers = nn.ModuleList(CompressedModelLayer(config, layer_idx) for layer_idx in "
-    "range(config.number_of_layers))",
-)
-
-
-@pytest.mark.parametrize("line", LONG)
-def test_long_lines_are_laid_out_as_ruff_does(line, tmp_path):
-    line = f"        {line}"
-    pieces = wrapped(line)
-    assert max(map(len, pieces)) <= 120 < len(line)
-    text = f"class A:\n    def f(self) -> None:\n{chr(10).join(pieces)}\n"
-    command = [Path(sys.executable).with_name("ruff"), "format", "--config", ROOT / "pyproject.toml", "-q", "-"]
-    assert subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout == text
-
-
 @pytest.mark.parametrize("kind", ["sizes by layer", "windows"])
 def test_it_compiles_without_graph_breaks(kind, tmp_path):
     """Reading, reading with padding, and decoding: each is one graph."""
@@ -361,28 +280,6 @@ def test_it_compiles_without_graph_breaks(kind, tmp_path):
         caches = [model(input_ids=ids).past_key_values for _ in range(2)]
         step = compiled(input_ids=ids[:, :1], past_key_values=caches[0]).logits
         torch.testing.assert_close(step, model(input_ids=ids[:, :1], past_key_values=caches[1]).logits)
-
-
-SAME = """
-import sys
-from compiler.frontend.capture import capture
-from compiler.target import emission_of
-from tests.families import FAMILIES
-for name in ("gemma3", "modernbert"):
-    graph = capture(FAMILIES[name].config(3), architecture=FAMILIES[name].architecture)
-    emission = emission_of(graph, "generated")
-    print(sorted(emission.files.items()), sorted(emission.config.items()), list(emission.tensors))
-"""
-
-
-def test_the_code_does_not_depend_on_the_order_of_sets():
-    """These families make their rotary tables in the order of a set of strings, which each process shuffles."""
-    made = set()
-    for seed in ("0", "1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SAME]
-        made.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert len(made) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "deepseek_v2"])

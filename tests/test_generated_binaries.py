@@ -35,7 +35,6 @@ from tests.latent import latent_graph
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 INT4 = Quantize(bits=4, group=32, where="linear")
 KINDS = {
-    "packed": ("llama", [INT4], (), 0),
     "packed, zero points": ("llama", [Quantize(bits=3, group=0, symmetric=False, where="mlp")], (), 0),
     "experts": ("qwen3_moe", [Quantize(bits=4, group=32, where="experts")], (), 0),
     "pairs": ("qwen2", [LowRank(where="mlp", form="pair", keep=0.7, ranks="uniform")], (), 0),

@@ -40,15 +40,14 @@ def subject(request, tmp_path_factory):
     return graph, model, FAMILIES[name].inputs(batch=2, tokens=13)["input_ids"]
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 13])
 @pytest.mark.parametrize("static", [{}, STATIC], ids=["dynamic", "static"])
-def test_prompts_can_be_read_in_chunks(subject, static, chunk):
+def test_prompts_can_be_read_in_chunks(subject, static):
     _, model, ids = subject
     plain = generated(model, ids)
-    assert torch.equal(generated(model, ids, prefill_chunk_size=chunk, **static), plain)
+    assert torch.equal(generated(model, ids, prefill_chunk_size=4, **static), plain)
     longer, mask = padded(ids)
     expected = generated(model, longer, attention_mask=mask)
-    assert torch.equal(generated(model, longer, attention_mask=mask, prefill_chunk_size=chunk, **static), expected)
+    assert torch.equal(generated(model, longer, attention_mask=mask, prefill_chunk_size=4, **static), expected)
 
 
 def test_beams_are_those_of_decoding_without_a_cache(subject):

@@ -1,6 +1,6 @@
 """Configuration of CompressedLlama, generated from the graph of a compressed LlamaForCausalLM.
 
-For the code of modeling_compressed_llama.py with the digest 4eac1f85fc5be977.
+For the code of modeling_compressed_llama.py with the digest b8a563157da7d143.
 """
 
 from dataclasses import field

@@ -486,6 +486,7 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
     """The model with a head that scores the next token."""
 
     _is_stateful = True  # tokens that layers have dropped do not come back: no assistant's tokens can be undone
+
     def __init__(self, config: CompressedLlamaConfig) -> None:
         super().__init__(config)
         self.model = CompressedLlamaModel(config)
@@ -506,7 +507,8 @@ class CompressedLlamaForCausalLM(CompressedLlamaPreTrainedModel, GenerationMixin
         given = options.get("generation_config") or self.generation_config
         if options.get("prefill_chunk_size", given.prefill_chunk_size) is not None:
             raise ValueError("prompts of which layers drop tokens are read in one piece: leave out prefill_chunk_size")
-        return super().generate(*inputs, **options)
+        mixin: Any = super()
+        return mixin.generate(*inputs, **options)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None, **given: Any) -> torch.Tensor | None:
         """The masks of a static cache, whose sizes are the same for every token."""
