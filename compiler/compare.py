@@ -12,7 +12,7 @@ import numpy as np
 
 from compiler.console import human_bytes, human_count, table
 from compiler.errors import CheckpointError, DataError, UsageError, nearest
-from compiler.evaluate.estimates import Change, change
+from compiler.evaluate.estimates import Change, Estimate, change
 from compiler.evaluate.measure import statistic_of
 from compiler.report.quality import higher_is_better, metric_title, spelt_estimate
 
@@ -87,13 +87,26 @@ def read_output(path: Path) -> Output:
             "flops": float(ledger["flops_per_token"]),
         }
         original = document.get("inputs", {}).get("model", {}).get("files")  # hashes: the name may be another's too
-        return Output(path.name, costs, {"against": original, **(document["evaluation"] or {"metrics": {}})})
+        evaluation = document["evaluation"] or {"metrics": {}}
+        _check_evaluation(evaluation)
+        return Output(path.name, costs, {"against": original, **evaluation})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as reason:
         raise CheckpointError(
             "is no output of compress-model: it has no report that can be read",
             where=str(file),
             remedy="name directories that `compress-model RECIPE -o OUT` has written",
         ) from reason
+
+
+def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Raises TypeError, ValueError or LookupError where an evaluation is not what was written."""
+    for estimate in evaluation["metrics"].values():
+        Estimate(**{name: float(value) for name, value in estimate.items()})
+    for name, rows in evaluation.get("rows", {}).items():
+        if rows and np.array(rows, np.float64).ndim != 2:
+            raise ValueError(f"the rows of {name} are no table")
+    if evaluation["metrics"] and not 0 <= int(evaluation["inputs"].get("seed", 0)) < 1 << 63:
+        raise ValueError("the seed is no seed")
 
 
 def compare(outputs: Sequence[Output], *, quality: str | None = None, cost: str = "size") -> Comparison:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError
+from compiler.errors import CheckpointError, CompressError
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import open_checkpoint
-from compiler.weights.tensorfile import parse_json, read_header, read_tensor
+from compiler.weights.tensorfile import parse_json, read_document, read_header, read_tensor
 
 SHOWN = 40
 TOLD = ("relative_error",)  # of the numbers that passes report of a place
@@ -38,10 +38,12 @@ class _Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         config = path / "config.json"
-        self.config = parse_json(config.read_bytes(), config) if config.is_file() else {}
+        self.config = parse_json(read_document(config), config) if config.is_file() else {}
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise CheckpointError("the directory holds no safetensors file", where=str(path))
+            raise CheckpointError(
+                "the directory holds no safetensors file", where=str(path), remedy="name the directory of a checkpoint"
+            )
         self._tensors = {name: (file, stored) for file in files for name, stored in read_header(file).items()}
 
     @property
@@ -123,16 +125,29 @@ def _lock(path: Path) -> Any:
     file = path / "compress" / "recipe.lock.yaml"
     if not file.is_file():
         return {}
-    from ruamel.yaml import YAML
+    from compiler.recipe.yamltree import read_tree
 
-    return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    try:
+        return read_tree(file).plain()
+    except CompressError as reason:
+        raise _unreadable(file, reason.cause) from reason
 
 
 def _done(path: Path) -> dict[str, str]:
     """By pass and place what the report of a run says: ``int4, …`` and its numbers; {} of any other checkpoint."""
     file = path / "compress" / "report.json"
-    passes = parse_json(file.read_bytes(), file).get("passes", []) if file.is_file() else []
-    return {f"{step['name']} {one['scope']}": _told(one) for step in passes for one in step["rewritten"]}
+    if not file.is_file():
+        return {}
+    passes = parse_json(read_document(file), file).get("passes", [])
+    try:
+        return {f"{step['name']} {one['scope']}": _told(one) for step in passes for one in step["rewritten"]}
+    except (ValueError, LookupError, TypeError, AttributeError) as reason:
+        raise _unreadable(file, "it is no report of a run") from reason
+
+
+def _unreadable(file: Path, cause: str) -> CheckpointError:
+    remedy = "delete the folder `compress` to compare the weights alone, or make the output again"
+    return CheckpointError(f"{file.name} cannot be read: {cause}", where=str(file), remedy=remedy)
 
 
 def _told(one: Mapping[str, Any]) -> str:

@@ -210,11 +210,13 @@ def test_models_that_do_not_load_or_compare_are_one_clear_error(models, tmp_path
 
 @given(samples=st.integers(1, 8), length=st.integers(2, 200), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_windows_are_pieces_of_the_text_in_order_and_apart(samples, length, seed):
-    tokenizer = byte_tokenizer()
-    windows = token_windows(TEXT, tokenizer, samples, length, seed)
+def test_windows_are_pieces_of_the_text_in_order_and_apart(tmp_path_factory, samples, length, seed):
+    tokenizer, text = byte_tokenizer(), write_text(tmp_path_factory.mktemp("text"))
+    windows = TextData(text, samples, length, seed).windows(tokenizer)
     assert windows.shape == (samples, length)
-    assert torch.equal(windows, token_windows(TEXT, tokenizer, samples, length, seed))
+    size = len(TEXT) // samples  # read part by part, as if it were in memory
+    parts = [TEXT[start : start + size] for start in range(0, samples * size, size)]
+    assert torch.equal(windows, token_windows(parts, tokenizer, length, seed))
     end = 0
     for row in windows:
         at = TEXT.find(tokenizer.decode(row), end)

@@ -19,7 +19,10 @@ from tests.torture.places import obstruct
 from tests.torture.subjects import write_subjects
 
 SEED, EACH = 0, 12
-QUICK = ("safetensors header", "safetensors file", "index", "shard", "recipe", "GGUF", "tokenizer.json", "latencies")
+QUICK = (
+    *("safetensors header", "safetensors file", "index", "shard", "recipe", "GGUF", "tokenizer.json", "latencies"),
+    *("report, compared", "report, finished", "lock file", "idx pictures", "idx labels", "picture .png", "questions"),
+)
 
 
 @pytest.fixture(scope="module")

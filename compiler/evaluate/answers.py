@@ -44,7 +44,11 @@ def generate(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
     if not is_causal(model):
-        raise DataError(f"a {type(model).__name__} does not continue texts", where=str(path))
+        raise DataError(
+            f"a {type(model).__name__} does not continue texts",
+            where=str(path),
+            remedy="`compress-model eval` measures models of other kinds",
+        )
     started, made = time.perf_counter(), list[str]()
     for piece in pieces(model, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens):
         made.append(piece)

@@ -23,6 +23,7 @@ from compiler.weights.tensorfile import parse_json, read_document
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST = 1 << 31  # a compressed file can claim, and hold, any number of bytes
+AGAIN = "fetch the file again"
 BYTES = 8  # the code of the type uint8
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -54,11 +55,14 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             magic = file.read(4)
             if magic != bytes([0, 0, BYTES, dimensions]):
-                raise DataError(f"is no idx file of bytes with {dimensions} dimensions", where=str(path))
-            shape = np.frombuffer(file.read(4 * dimensions), ">u4").astype(int).tolist()
-            if len(shape) < dimensions or shape[0] < count:
+                raise DataError(f"is no idx file of bytes with {dimensions} dimensions", where=str(path), remedy=AGAIN)
+            sizes = file.read(4 * dimensions)
+            if len(sizes) < 4 * dimensions:
+                raise DataError("the file ends in its header", where=str(path), remedy=AGAIN)
+            shape = np.frombuffer(sizes, ">u4").astype(int).tolist()
+            if shape[0] < count:
                 raise DataError(
-                    f"there are {(shape or [0])[0]} entries where {count} are asked for",
+                    f"there are {shape[0]} entries where {count} are asked for",
                     where=str(path),
                     remedy="ask for fewer samples",
                 )
@@ -68,9 +72,9 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
                 raise DataError(cause, where=str(path), remedy="ask for fewer samples, or fetch the file again")
             data = file.read(size)
     except (OSError, EOFError, zlib.error) as reason:
-        raise DataError(f"cannot read the pictures: {reason}", where=str(path)) from reason
+        raise DataError(f"cannot read the pictures: {reason}", where=str(path), remedy=AGAIN) from reason
     if len(data) < size:
-        raise DataError(f"the file ends {size - len(data)} bytes early", where=str(path))
+        raise DataError(f"the file ends {size - len(data)} bytes early", where=str(path), remedy=AGAIN)
     return np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 

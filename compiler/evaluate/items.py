@@ -41,7 +41,9 @@ def read_items(path: Path | None, fields: Mapping[str, Any], metric: str) -> Ite
     except OSError as reason:
         raise DataError(f"cannot read the items: {reason.strerror}", where=str(path)) from reason
     except UnicodeDecodeError as reason:
-        raise DataError(f"is no UTF-8 text: byte {reason.start} of a piece is not", where=str(path)) from reason
+        raise DataError(
+            f"is no UTF-8 text: byte {reason.start} of a piece is not", where=str(path), remedy="save it as UTF-8"
+        ) from reason
     if not found:
         raise DataError("the file has no items", where=str(path), remedy=f"a line has {_shape(fields)}")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ CHARACTERS_PER_TOKEN = 8  # more than any language model's average on prose: a f
 
 REMEDY = "name a text file in UTF-8"
 LARGEST = 1 << 32
+PIECE = 1 << 22
 
 
 class Tokenizer(Protocol):
@@ -36,41 +38,48 @@ class TextData:
 
     def windows(self, tokenizer: Tokenizer) -> Tensor:
         """Token ids, int64 [samples, length]. Raises DataError when the file is no text, or too short."""
-        return token_windows(read_text(self.data), tokenizer, self.samples, self.length, self.seed, str(self.data))
+        if self.samples < 1 or self.length < 2:
+            cause = f"cannot take {self.samples} windows of {self.length} tokens"
+            raise DataError(cause, remedy="samples >= 1 and length >= 2")
+        parts = stretches(self.data, self.samples)
+        return token_windows(parts, tokenizer, self.length, self.seed, str(self.data))
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises DataError when there is none."""
+def stretches(path: Path, count: int) -> Iterator[str]:
+    """A UTF-8 text in ``count`` equal parts, one after the other; what is left over is no part of any.
+
+    The file is read twice, a part at a time is in memory. Raises DataError when it is no such text, or empty.
+    """
     try:
         if path.exists() and not path.is_file():
             raise DataError("is no regular file", where=str(path), remedy=REMEDY)
         if path.exists() and path.stat().st_size > LARGEST:
             raise DataError(f"a text of more than {LARGEST} bytes", where=str(path), remedy="take a part of it")
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            pieces = [(len(piece), bool(piece.strip())) for piece in iter(partial(file.read, PIECE), "")]
+            if not any(filled for _, filled in pieces):
+                raise DataError("the text is empty", where=str(path), remedy=REMEDY)
+            file.seek(0)
+            size = sum(length for length, _ in pieces) // count
+            yield from (file.read(size) if size else "" for _ in range(count))
     except OSError as reason:
         raise DataError(f"cannot read the text: {reason.strerror}", where=str(path), remedy=REMEDY) from reason
     except UnicodeDecodeError as reason:
-        raise DataError(f"is no UTF-8 text: byte {reason.start} is not", where=str(path), remedy=REMEDY) from reason
-    if not text.strip():
-        raise DataError("the text is empty", where=str(path), remedy=REMEDY)
-    return text
+        raise DataError("is no UTF-8 text", where=str(path), remedy=REMEDY) from reason
 
 
-def token_windows(text: str, tokenizer: Tokenizer, samples: int, length: int, seed: int, where: str = "") -> Tensor:
-    """``samples`` windows that do not overlap, one from each of as many equal stretches of ``text``.
+def token_windows(parts: Iterable[str], tokenizer: Tokenizer, length: int, seed: int, where: str = "") -> Tensor:
+    """Windows of ``length`` tokens, one from each of the ``parts`` of a text, which follow each other.
 
     Where a window lies in its stretch depends on ``seed``; it starts at a word. Each is tokenised by itself, so it
-    starts with the special tokens that the tokenizer puts first. Returns int64 [samples, length].
+    starts with the special tokens that the tokenizer puts first. Returns int64 [parts, length].
     """
-    if samples < 1 or length < 2:
-        raise DataError(f"cannot take {samples} windows of {length} tokens", remedy="samples >= 1 and length >= 2")
     place = random.Random(seed)
-    stretch = len(text) // samples
-    rows = [_window(text[i * stretch : (i + 1) * stretch], tokenizer, length, place) for i in range(samples)]
+    rows = [_window(part, tokenizer, length, place) for part in parts]
     short = [len(row) for row in rows if len(row) < length]
     if short:
         raise DataError(
-            f"the text is too short for {samples} windows of {length} tokens: one part of it has {min(short)}",
+            f"the text is too short for {len(rows)} windows of {length} tokens: one part of it has {min(short)}",
             remedy="use a longer text, or fewer or shorter windows",
             where=where,
         )

@@ -77,11 +77,12 @@ def _errors(place: Document) -> dict[str, float]:
 def matrix_picture(before: Sequence[Document], after: Sequence[Document]) -> str:
     """Every matrix of the layers: an outline of the bytes that it took, filled to what it takes now, by bits a weight.
 
-    Each row is to a scale of its own, a row of matrices that were not there to that of the largest beside it; at its
-    end is what the row takes in all. "" when no matrix lies in a layer.
+    Each row is to a scale of its own, a row of parts to that of the matrix that they stand for, under which they are,
+    one of other new matrices to that of the largest beside it; at its end is what the row takes in all. "" when no
+    matrix lies in a layer.
     """
     old, new = ({matrix["name"]: matrix for matrix in each} for each in (before, after))
-    names = [name for name in {**old, **new} if inside_layer(name)]
+    names = [name for name in _by_origin(old, new) if inside_layer(name)]
     most, totals = dict[str, int](), dict[str, list[int]]()
     for name in names:
         row = _place(_short(name))[0]
@@ -89,7 +90,8 @@ def matrix_picture(before: Sequence[Document], after: Sequence[Document]) -> str
         most[row] = max(most.get(row, 0), sizes[0])
         totals[row] = [a + b for a, b in zip(totals.get(row, [0, 0]), sizes, strict=True)]
     beside = {row: max(size for other, size in most.items() if _module(other) == _module(row)) for row in most}
-    most = {row: size or beside[row] or max([*most.values(), 1]) for row, size in most.items()}
+    largest = max([*most.values(), 1])
+    most = {row: size or most.get(_module(row)) or beside[row] or largest for row, size in most.items()}
     cells = {
         _short(name): _Cell(
             f"{_short(name)}: {_told(old.get(name))}, then {_told(new.get(name))}",
@@ -99,6 +101,18 @@ def matrix_picture(before: Sequence[Document], after: Sequence[Document]) -> str
     }
     aside = {row: f"{human_bytes(one)} → {human_bytes(other)}" for row, (one, other) in totals.items()}
     return _grid(cells, "every matrix before and after, by layer", aside) if cells else ""
+
+
+def _by_origin(old: Iterable[str], new: Iterable[str]) -> list[str]:
+    """All names by their rows, those of parts behind that of the matrix that they stand for."""
+    rows = list(dict.fromkeys(_place(_short(name))[0] for name in old))
+    place = {row: index for index, row in enumerate(rows)}
+
+    def position(name: str) -> int:
+        row = _place(_short(name))[0]
+        return place.get(row, place.get(_module(row), len(place)))
+
+    return sorted(dict.fromkeys([*old, *new]), key=position)
 
 
 def inside_layer(name: str) -> bool:

@@ -39,7 +39,7 @@ def _run(campaign: str, options: argparse.Namespace, folder: Path, tally: Tally)
     work = folder / campaign
     work.mkdir()
     if campaign == "mutations":
-        inputs.mutate_inputs(options.mutations, options.seed, tally, work)
+        inputs.mutate_inputs(options.mutations, options.seed, tally, work, options.of or ())
         return
     recipes = write_subjects(work)
     os.environ[warm.PLANNED] = os.pathsep.join(map(str, recipes.values()))
@@ -56,6 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="where all chance comes from")
     parser.add_argument("--kills", type=int, default=210, help="runs that are killed (210)")
     parser.add_argument("--mutations", type=int, default=2400, help="damaged inputs (2400)")
+    parser.add_argument("--of", action="append", metavar="WORD", help="damage only what has this in its name")
     parser.add_argument("--places", type=float, default=1.0, help="obstacles, as a part of the usual number (1)")
     parser.add_argument("--only", action="append", choices=CAMPAIGNS, help="this part alone; may be repeated")
     return parser.parse_args()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.evaluate import evaluate
 from compiler.weights.tokens import keep_tokens, tokens_of
 from tests.test_gguf import bound, make_file
+from tests.torture import more
 from tests.torture.mutate import damage_bytes, damage_json, damage_text
 from tests.torture.outcomes import Outcome, Tally, judged
 from tests.torture.subjects import SHARDS, write_latencies, write_sharded, write_subjects, write_wave
@@ -50,9 +51,9 @@ class Victim:
     attempt: Callable[[], str]
 
 
-def mutate_inputs(mutations: int, seed: int, tally: Tally, work: Path) -> None:
-    """``mutations`` in all, shared out among the victims."""
-    victims = make_victims(work)
+def mutate_inputs(mutations: int, seed: int, tally: Tally, work: Path, words: Sequence[str] = ()) -> None:
+    """``mutations`` in all, shared out among the victims, or those with one of ``words`` in their names."""
+    victims = [each for each in make_victims(work) if not words or any(word in each.name for word in words)]
     shares = sum(victim.share for victim in victims)
     for victim in victims:
         sound = victim.file.read_bytes()
@@ -98,6 +99,30 @@ def make_victims(work: Path) -> list[Victim]:
         Victim("tokenizer_config.json", 2, model / "tokenizer_config.json", _json, lambda: _tokenized(model, work)),
         Victim("latencies", 3, latencies, _json, lambda: _timed(latencies)),
         Victim("recording", 2, wave, damage_bytes, lambda: _heard(wave)),
+        *_more_victims(work),
+    ]
+
+
+def _more_victims(work: Path) -> list[Victim]:
+    """What the program has written itself, pictures and questions."""
+    one, other = more.write_outputs(work)
+    pictures, photographs = more.write_pictures(work / "idx", 2 * more.COUNT), more.write_photographs(work / "photos")
+    questions, model = more.write_questions(work / "items"), one / "onnx" / "model.onnx"
+    report, lock = one / "compress" / "report.json", one / "compress" / "recipe.lock.yaml"
+    images, labels = pictures / "train-images-idx3-ubyte.gz", pictures / "t10k-labels-idx1-ubyte"
+    files = [photographs / name for name in ("a.png", "b.jpg", "c.webp")]
+    return [
+        Victim("report, compared", 3, report, _json, lambda: more.compared(one, other)),
+        Victim("report, finished", 3, report, _json, lambda: more.finished_again(work / "onnx-out.yaml", one)),
+        Victim("lock file", 3, lock, _text, lambda: more.told_apart(one, other)),
+        Victim("ONNX model", 1, model, damage_bytes, lambda: more.answered(model)),
+        Victim("idx pictures", 2, images, damage_bytes, lambda: more.seen(pictures)),
+        Victim("idx labels", 2, labels, damage_bytes, lambda: more.seen(pictures)),
+        *(
+            Victim(f"picture {file.suffix}", 2, file, damage_bytes, lambda: more.looked_at(photographs))
+            for file in files
+        ),
+        Victim("questions", 3, questions, _text, lambda: more.asked(questions)),
     ]
 
 
