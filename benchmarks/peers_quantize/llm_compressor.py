@@ -1,9 +1,8 @@
-"""GPTQ and AWQ of llm-compressor, run by packages.py in an environment of its own."""
+"""GPTQ of llm-compressor with its defaults, run by packages.py in an environment of its own."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 import transformers
@@ -11,8 +10,6 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
 from outside import FLOAT, Job, finish
 
 
@@ -23,18 +20,11 @@ def main(job: Job) -> None:
     weights = QuantizationArgs(
         num_bits=job.bits, type="int", symmetric=job.symmetric, strategy="group", group_size=job.group
     )
-    given: dict[str, Any] = {
-        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        "ignore": ["lm_head"],
-    }
-    recipe = {
-        "gptq": lambda: [GPTQModifier(**given)],
-        "awq": lambda: [AWQModifier(), QuantizationModifier(**given)],
-    }[job.method]()
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=recipe,
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         num_calibration_samples=len(rows),
         max_seq_length=windows.shape[1],
     )

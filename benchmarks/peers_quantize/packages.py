@@ -17,6 +17,7 @@ from benchmarks.common import PEER, PEERS, Finished, peer_python, run
 from benchmarks.peers_quantize.outside import Job
 
 HERE = Path(__file__).resolve().parent
+HQQ = ("hqq==0.2.8.post1", "torch==2.13.0")
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,7 @@ class Package:
         return json.loads(done.output.splitlines()[-1])["bits"], done
 
 
-def package(script: str, method: str, requirement: str, *, symmetric: tuple[bool, ...] = (True, False)) -> Package:
-    """``method`` by ``script``, of which ``requirement`` is installed in an environment called after it."""
-    environment = PEERS.with_name(f"peers-{requirement.partition('==')[0]}")
-    return Package(script, method, (requirement, "torch==2.13.0"), environment, symmetric)
-
-
 PACKAGES: Mapping[str, Package] = {
     "llm-compressor gptq": Package("llm_compressor.py", "gptq", tuple(PEER), PEERS),
-    "llm-compressor awq": Package("llm_compressor.py", "awq", tuple(PEER), PEERS),
-    "hqq": package("hqq_.py", "hqq", "hqq==0.2.8.post1", symmetric=(False,)),
-    "auto-round light": package("auto_round_.py", "light", "auto-round==0.16.1", symmetric=(True,)),
+    "hqq": Package("hqq_.py", "hqq", HQQ, PEERS.with_name("peers-hqq"), symmetric=(False,)),
 }
