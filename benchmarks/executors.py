@@ -110,6 +110,7 @@ def compare(work: Path, options: argparse.Namespace) -> None:
         for name, (executor, workers) in WAYS.items():
             kill_every = options.kill_every if name.endswith("killed") else None
             run_one(recipe, work / "out", executor, workers, found[name], kill_every)
+            print(f"{name}: {found[name].seconds[-1] / found['local, 2 threads'].seconds[-1]:.2f}", flush=True)
     usual = statistics.median(found["local, 2 threads"].seconds)
     rows = [
         [

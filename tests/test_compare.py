@@ -164,6 +164,7 @@ def test_numbers_of_lm_eval_come_with_intervals(tmp_path, monkeypatch):
     evaluator = types.SimpleNamespace(simple_evaluate=lambda **given: results)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", evaluator)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", types.SimpleNamespace(HFLM=lambda **given: given))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", types.SimpleNamespace(TaskManager=lambda **given: given))
     found = harness(str(path), ["arc"])
     assert found["lm-eval arc: acc"] == pytest.approx({"value": 0.5, "low": 0.304, "high": 0.696})
     assert found["lm-eval arc: f1"] == {"value": 0.25, "low": 0.25, "high": 0.25}

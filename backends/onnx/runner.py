@@ -58,12 +58,19 @@ class Runner:
             beside = path.with_name(PROMPT)
             self._prompts = session(beside, threads) if beside.is_file() else self._session
         except Exception as reason:  # the runtime's own classes of errors share no better base
-            raise CheckpointError(f"ONNX Runtime cannot load it: {str(reason)[:200]}", where=str(path)) from reason
+            cause = f"ONNX Runtime cannot load it: {str(reason)[:200]}"
+            raise CheckpointError(
+                cause, where=str(path), remedy="write or fetch it again, with all files beside it"
+            ) from reason
         self._past = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
         self._buffers = buffers(self._session)
         names = {value.name for value in self._session.get_inputs()}
         if not self._past or not {"input_ids", "attention_mask"} <= names:
-            raise CheckpointError("it is no language model with a cache", where=str(path))
+            raise CheckpointError(
+                "it is no language model with a cache",
+                where=str(path),
+                remedy="name one that `emit: [onnx]` has written",
+            )
         defaults = {value.name for value in self._session.get_overridable_initializers()}
         self._scores_last = "logits_to_keep" in defaults
         self._in_place = self._session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "yes"
@@ -209,7 +216,9 @@ def _json(file: Path) -> dict[str, Any]:
 def _tokenizer(directory: Path) -> Any:
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise CheckpointError("there is no tokenizer.json beside the model", where=str(directory))
+        raise CheckpointError(
+            "there is no tokenizer.json beside the model", where=str(directory), remedy="copy the original's there"
+        )
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file))
