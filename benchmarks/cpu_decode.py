@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from backends.kernels.codebook_linear import codebook_linear
+from backends.kernels.low_rank_linear import low_rank_linear
 from backends.kernels.packed_linear import packed_linear
 from backends.kernels.sparse_linear import compressed, sparse_linear
 
@@ -32,9 +33,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=25)
     arguments.add_argument("--tokens", type=int, default=1)
+    arguments.add_argument("--rows", type=int, default=1 << 30, help="the most rows of a weight")
     chosen = arguments.parse_args()
     torch.manual_seed(0)
-    for rows, width in SHAPES:
+    for rows, width in [shape for shape in SHAPES if shape[0] <= chosen.rows]:
         times = medians(dict(calls(rows, width, chosen.tokens)), chosen.rounds)
         table = Table("weight", "dtype", "µs", "dense bf16 / it", "dense fp32 / it", title=f"{rows} x {width}")
         for (name, dtype), seconds in times.items():
@@ -51,11 +53,26 @@ def calls(rows: int, width: int, tokens: int) -> Iterator[tuple[tuple[str, str],
         for bits in (2, 3, 4, 8):
             words, scales = packed_weight(rows, width, bits, 64, dtype)
             yield (f"packed, {bits} bits", _short(dtype)), _call(packed_linear, x, words, scales, None, bits)
+        yield from of_factors(x, rows, width)
         yield from of_torch(x, rows, width)
         indices = torch.randint(0, 256, (1, rows, width // 8), dtype=torch.uint8)
         codebooks = torch.randn(1, 1, 256, 8).to(dtype)
         yield ("looked up, 256 x 8", _short(dtype)), _call(codebook_linear, x, indices, codebooks, None)
         yield ("2 of 4 kept", _short(dtype)), _call(sparse_linear, x, *compressed(weight, 2, 4), 4)
+
+
+def of_factors(x: Tensor, rows: int, width: int) -> Iterator[tuple[tuple[str, str], Callable[[], Any]]]:
+    """Half the numbers of the weight as two factors, dense and with codes of 4 bits."""
+    rank = rows * width // (rows + width) // 2 // 64 * 64
+    down, up = torch.randn(rank, width).to(x.dtype), torch.randn(rows, rank).to(x.dtype)
+    yield ("factors", _short(x.dtype)), _call(low_rank_linear, x, down, up, None)
+    parts = [packed_weight(*shape, 4, 64, x.dtype) for shape in ((rank, width), (rows, rank))]
+
+    def both() -> Tensor:
+        hidden = packed_linear(x, *parts[0], None, 4)
+        return packed_linear(hidden, *parts[1], None, 4)
+
+    yield ("factors, 4 bits", _short(x.dtype)), both
 
 
 def of_torch(x: Tensor, rows: int, width: int) -> Iterator[tuple[tuple[str, str], Callable[[], Any]]]:

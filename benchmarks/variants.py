@@ -49,7 +49,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "int4": [INT4],
     "latent attention, int4": [{"gqa-to-mla": {}}, INT4],
     "pruned, int4": [PRUNE, INT4],
-    "latent attention, low rank, int4": [{"gqa-to-mla": {}}, LOW_RANK, INT4],
+    "latent attention, low rank, int4": [{"gqa-to-mla": {}}, LOW_RANK, {"quantize": {**INT4["quantize"], "group": 0}}],
 }
 CLEAN = """
 import json, sys
