@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,10 @@ from torch import Tensor
 import compiler.calibration.distil.whole
 import passes.drop_tokens.learn
 from backends.onnx import emit, propose, verify
+from compiler.calibration.distil.job import Job
 from compiler.calibration.distil.windows import divide
 from compiler.calibration.fidelity import Fidelity
+from compiler.cli import main
 from compiler.errors import PassError
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph
@@ -23,6 +27,7 @@ from compiler.weights.spill import Progress
 from passes.drop_tokens import DropTokens
 from tests.captures import graph_of
 from tests.families import FAMILIES
+from tests.small import write_folder, write_recipe
 from tests.test_drop_prompts import PROMPT, decoded
 from tests.test_drop_tokens import check_masked, dropped
 from tests.test_generated import written as generated
@@ -54,7 +59,8 @@ def gated(name: str, **options) -> tuple[Graph, Graph]:
     graph = graph_of(name, layers=3)
     reduced = copy_of(graph)
     reduced.sources = dict(graph.sources)
-    Pipeline([DropTokens(score="learned", **{**KEEP, **options})]).run(reduced, planned=True)
+    wanted = DropTokens(score="learned", **{**KEEP, **options})
+    Pipeline([wanted]).run(reduced, planned=True, calibration=lambda _: [])
     for param in reduced.params.values():
         if param.name.endswith("token_gate.outer.weight"):
             key = reduced.sources["spill"].add(param.name, torch.randn(param.type.static_shape))
@@ -69,7 +75,7 @@ def test_an_untrained_gate_chooses_as_attention_does(name):
     for options in ({}, {"score": "learned"}):
         reduced = copy_of(graph)
         reduced.sources = dict(graph.sources)
-        Pipeline([DropTokens(**KEEP, **options)]).run(reduced, planned=True)
+        Pipeline([DropTokens(**KEEP, **options)]).run(reduced, planned=True, calibration=lambda _: [])
         outputs.append(run(reduced, FAMILIES[name].inputs(batch=2, tokens=11)))
     for output, value in outputs[0].items():
         torch.testing.assert_close(outputs[1][output], value)
@@ -85,13 +91,54 @@ def test_windows_held_out_are_never_further_from_the_original(name):
     assert bool(entry.skipped) == (trained >= plain)
 
 
-def test_gates_that_are_no_better_are_left_out(monkeypatch):
-    monkeypatch.setattr(passes.drop_tokens.learn, "distil", lambda job, *_: ({p: p.expr for p in job.params}, 0, 0.0))
+@pytest.fixture
+def jobs(monkeypatch):
+    """What would train gates, none of which is trained."""
+    found: list[Job] = []
+
+    def distil(job, *_):
+        found.append(job)
+        return {param: param.expr for param in job.params}, 0, 0.0
+
+    monkeypatch.setattr(passes.drop_tokens.learn, "distil", distil)
+    return found
+
+
+def test_gates_that_are_no_better_are_left_out(jobs):
     _, reduced, entry = learned("bert")
     assert "left out" in entry.skipped[0].reason
     plain = copy_of(graph_of("bert", layers=3))
     Pipeline([DropTokens(**KEEP)]).run(plain)
     assert print_graph(reduced) == print_graph(plain)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_is_measured_without_gates_is_what_is_written_without_them(name, jobs):
+    """In blocks means of logarithms, of which gates choose, are not those of attention."""
+    for block in (1, 3):
+        graph, _, entry = learned(name, block=block)
+        plain = copy_of(graph)
+        Pipeline([DropTokens(**KEEP, block=block)]).run(plain)
+        expected = Fidelity(graph, divide(windows(name)).held).distance(plain)
+        assert entry.trials[0].distance == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("keep", [(0.5, 0.5), (0.97, 0.5)])
+def test_where_no_token_leaves_what_is_trained_is_the_original(keep, jobs):
+    learned("llama", keep=keep)
+    (job,) = jobs
+    given = FAMILIES["llama"].inputs(batch=2, tokens=2)  # the first and the last remain
+    torch.testing.assert_close(run(job.graph, given)["logits"], run(job.original, given)["logits"])
+
+
+def test_the_command_trains_gates(tmp_path):
+    folder = write_folder(tmp_path)
+    passes = "[drop-tokens: {score: learned, keep: 50%, layers: '0', learn: 64}]"
+    calibration = "calibration: {data: text.txt, samples: 4, length: 16}\n"
+    recipe = write_recipe(folder, passes, calibration)
+    assert main([str(recipe), "-o", str(tmp_path / "out"), "-q"]) == 0
+    (entry,) = json.loads((tmp_path / "out" / "compress" / "report.json").read_text())["passes"]
+    assert [trial["what"] for trial in entry["trials"]] == ["by attention alone", "by trained gates"]
 
 
 class Stop(Exception):

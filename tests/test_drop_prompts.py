@@ -80,6 +80,7 @@ CHOICES = {
     "received": {"score": "received"},
     "by keys": {"score": "key-norm"},
     "in blocks": {"score": "last", "block": 3},
+    "by keys in blocks": {"score": "key-norm", "block": 3},
     "by chance": {"score": "random"},
     "recent": {"score": "recency", "prefix": 2},
     "renumbered": {"score": "last", "positions": "renumber"},
@@ -107,6 +108,17 @@ def test_a_sample_decodes_in_a_padded_batch_as_alone(name, options, tmp_path):
         alone = run(after_prompt(reduced, length), {"input_ids": own})["logits"]
         padded = torch.cat((found[0][:, -length:], *found[1:]), 1)[row : row + 1]
         assert error(padded, alone) <= tolerance(graph)
+
+
+@pytest.mark.parametrize("score", ["last", "received", "key-norm", "change", "random", "recency", "earliest"])
+def test_what_comes_after_a_prompt_changes_nothing_in_it(score):
+    ids = tokens("llama")
+    for block in (1, 4):
+        _, reduced = dropped("llama", depth=3, keep=0.4, layers="0", score=score, block=block)
+        for prompt in (PROMPT, PROMPT + 1):
+            alone = run(reduced, {"input_ids": ids[:, :prompt]})["logits"]
+            found = run(after_prompt(reduced, prompt), {"input_ids": ids})["logits"][:, :prompt]
+            assert error(found, alone) <= tolerance(reduced)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "onnx"])

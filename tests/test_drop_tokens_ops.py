@@ -86,15 +86,15 @@ def test_scores_are_what_attention_gives_each_key(rows, causal):
 
 
 @settings(max_examples=40, deadline=None)
-@given(tokens=st.integers(1, 14), size=st.integers(1, 6), seed=st.integers(0, 2**16))
-def test_blocks_stay_or_go_as_one(tokens, size, seed):
+@given(tokens=st.integers(1, 14), size=st.integers(1, 6), keep=st.integers(1, 14), seed=st.integers(0, 2**16))
+def test_blocks_stay_or_go_as_one_but_for_the_last_that_stays(tokens, size, keep, seed):
     scores = torch.randn(2, tokens, generator=torch.Generator().manual_seed(seed))
     means = op_named("token_blocks").eval(scores, size=size)
     for first in range(0, tokens, size):
         own = scores[:, first : first + size].mean(1, keepdim=True)
         torch.testing.assert_close(means[:, first : first + size], own.expand(-1, min(size, tokens - first)))
-    keep = (tokens // size) * size or tokens
-    index, _ = op_named("token_select").eval(means, keep=keep, prefix=0, suffix=0)
+    index, _ = op_named("token_select").eval(means, keep=min(keep, tokens), prefix=0, suffix=0)
     for row in index.tolist():
-        taken = [sum(place // size == block for place in row) for block in range(-(-tokens // size))]
-        assert sum(0 < count < min(size, tokens - block * size) for block, count in enumerate(taken)) <= 1
+        taken = [[place for place in row if place // size == block] for block in range(-(-tokens // size))]
+        assert sum(0 < len(own) < min(size, tokens - block * size) for block, own in enumerate(taken)) <= 1
+        assert all(own == list(range(block * size, block * size + len(own))) for block, own in enumerate(taken))

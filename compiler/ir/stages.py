@@ -183,7 +183,7 @@ def _score_prompt(graph: Graph, node: Node, place: int, own: int) -> None:
             made = value.node
             part = graph.op("slice", [made.input(index)], {"axis": 2, "stop": own}, scope=made.scope, before=made)
             graph.set_input(made, index, part)
-    elif value.node is not None and scored(value) is not None:
+    elif value.node is not None and (value.node.op.name == "token_blocks" or scored(value) is not None):
         for index in range(len(value.node.inputs)):
             _score_prompt(graph, value.node, index, own)
     else:

@@ -33,7 +33,7 @@ class DropTokens(Pass):
     outputs, or the ``means`` ``of`` them over tokens, are the original's; or, to compare, `random` (by ``seed``) or
     `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
     learnt; of texts the first, and of causal models the last. Tokens stay or go in runs of ``block`` neighbours, by the
-    mean of their scores (SlimInfer, arXiv 2508.06447).
+    mean of their scores (SlimInfer, arXiv 2508.06447); of the last run a part may stay.
 
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from compiler.calibration.distil.job import Job, key_of
 from compiler.calibration.distil.whole import distil
@@ -56,18 +57,21 @@ class Learning:
     whole: Graph
     soft: Graph
 
-    def train(self, graph: Graph, ctx: Context, options: DropTokens) -> None:
-        """Let the gates of ``graph``, which drops tokens, be trained ones if those are better on held-out windows.
+    def train(self, graph: Graph, ctx: Context, options: DropTokens, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Let the gates of ``graph``, which drops tokens, be trained on ``batches`` (inputs by name) if such gates are
+        better than none on windows held out of them.
 
         Raises PassError where there is too little calibration data.
         """
         gates = [param for name, param in graph.params.items() if f".{NAME}." in name]
         if not gates:
             return
-        windows = divide(ctx.calibration())
+        windows = divide(batches)
         means = options.of == "means"
         fidelity = Fidelity(self.whole, windows.held, means=means)
-        before = fidelity.distance(graph)
+        plain = copy_of(graph)
+        remove_gates(plain)
+        before = fidelity.distance(plain)
         key = key_of(gates, "gates", options)
         soft = [self.soft.params[param.name] for param in gates]
         job = Job(self.soft, self.whole, ctx, soft, windows, RATE, options.seed, key, means)
@@ -130,7 +134,8 @@ def _step(
         own = ops("add", own, _log(ops, last.left))
     own = ops("add", own, _high(ops, place, ends))
     _, rest = ops.all("token_select", own, keep=count)
-    most = ops("max", ops("token_take", own, rest), axes=(1,), keep=True)
+    least = ops("full", shape=(own.shape[0], 1), value=-FAR)  # where none leaves, every share is 1
+    most = ops("max", ops("concat", ops("token_take", own, rest), least, axis=1), axes=(1,), keep=True)
     share = ops("sigmoid", ops("mul", ops("sub", own, most), scalar=1 / SOFTNESS))
     return Step(place, count, share, share if last is None else ops("mul", share, last.left))
 

@@ -169,7 +169,8 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     if options.tokens == "pictures":
         reduction.pictures = pictures(graph, found[0].stream)
     remain = _wanted(found[0].tokens, len(found), reduction)
-    trains = options.score == "learned" and not ctx.planned
+    windows = ctx.calibration() if options.calibrated else []
+    trains = options.calibrated and not ctx.planned
     learner = learning(graph, ctx, options, remain, (prefix, suffix)) if trains else None
     for place, wanted in zip(found, remain, strict=True):
         before = place.tokens
@@ -190,7 +191,7 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     reduction.weigh()
     graph.prune()
     if learner is not None:
-        learner.train(graph, ctx, options)
+        learner.train(graph, ctx, options, windows)
 
 
 def _wanted(tokens: Dim, steps: int, reduction: Reduction) -> list[Dim]:
