@@ -53,7 +53,7 @@ def write_binaries(
 ) -> None:
     """Writes the folder ``kernels`` for the targets of ``wanted`` into the checkpoint's ``directory``.
 
-    The digest of what it lists goes into the checkpoint's code. Raises Triton's CompilationError.
+    The digest of what it lists goes into the checkpoint's code. Raises TargetError when one does not compile.
     """
     from backends.binaries.package import NAMES_MANIFEST, unique, write_package
     from backends.kernels import aot

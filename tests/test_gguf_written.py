@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from transformers import BertModel
 
 from backends.gguf import emit
 from compiler.errors import CheckpointError, TargetError
@@ -149,3 +150,40 @@ def test_other_windows_are_refused_where_they_change_what_is_computed(name, tmp_
 def test_windows_that_llama_cpp_reads_are_no_note(tmp_path):
     _, _, emission = written("gemma2", tmp_path, **GEMMA)
     assert emission.notes == () and emission.sizes["gemma2.attention.sliding_window"] == 5
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The file that says how a checkpoint pools, and the checkpoint's graph."""
+    folder = tmp_path_factory.mktemp("encoder")
+    BertModel(FAMILIES["bert"].build(3, layers=1).config).save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    return folder / "1_Pooling" / "config.json", capture(folder)
+
+
+SAID = {
+    '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": false}': (1, ""),
+    '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}': (None, "mean_tokens and cls_token"),
+    '{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}': (None, "mean_tokens and max_tokens"),
+    '{"pooling_mode_max_tokens": true}': (None, "max_tokens"),
+    "{}": (None, "nothing"),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_one_way_of_pooling_is_written_and_others_are_noted(said, encoder):
+    path, graph = encoder
+    path.write_text(said)
+    number, noted = SAID[said]
+    emission = gguf_emission(graph)
+    assert emission.sizes.get("bert.pooling_type") == number
+    assert [noted in note for note in emission.notes if "one vector" in note] == [True] * bool(noted)
+
+
+@pytest.mark.parametrize("said", [b'{"pooling_mode', b"[1]", b"null", b"\xff\xfe"])
+def test_damaged_pooling_is_refused_with_its_place(said, encoder):
+    path, graph = encoder
+    path.write_bytes(said)
+    with pytest.raises(CheckpointError) as error:
+        gguf_emission(graph)
+    assert error.value.where == str(path) and error.value.remedy

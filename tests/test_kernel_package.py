@@ -11,12 +11,14 @@ from functools import partial
 
 import pytest
 import torch
+from triton.compiler import CompilationError
 
 from backends.binaries.package import unique, with_imports, write_package
 from backends.kernels import low_rank_linear, rms_norm
 from backends.kernels.binary import Binaries, DriverError, specialised
 from backends.kernels.launch import INTERPRETED, digest_of
 from backends.torch_module.packing import KERNELS as FILES
+from compiler.errors import TargetError
 
 KERNELS = ("rms_norm", "low_rank_linear", "cached_decode")
 
@@ -75,6 +77,22 @@ def test_binaries_are_shared_by_launches_of_one_specialisation(package):
         code = (package / "aot" / entry["file"]).read_bytes()
         assert code.startswith(b"\x7fELF") and hashlib.sha256(code).hexdigest() == entry["digest"]
         assert entry["hidden"] >= 0 and entry["shared"] > 0 and entry["registers"] > 0
+
+
+@pytest.mark.parametrize("kind", ["kernel", "assembler"])
+def test_what_does_not_compile_is_named_with_its_target(kind, tmp_path, monkeypatch):
+    import triton
+
+    def failing(*_, **__):
+        raise error
+
+    error = RuntimeError("no ptxas\nof any kind") if kind == "assembler" else CompilationError("", None, "no sum")
+    said = "no ptxas" if kind == "assembler" else "no sum"
+    monkeypatch.setattr(triton, "compile", failing)
+    launches = {"sm_80": unique(rms_norm.plan(*inputs(2)).launches)}
+    with pytest.raises(TargetError) as found:
+        write_package(tmp_path / "kernels", "small-model", KERNELS, launches)
+    assert found.value.cause.endswith(f"sm_80: {said}") and "rms_norm" in found.value.where
 
 
 def test_other_types_widths_and_addresses_are_other_specialisations():

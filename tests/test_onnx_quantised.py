@@ -322,6 +322,13 @@ def test_prompts_of_their_own_are_for_language_models_on_a_cpu(target, name):
         propose(graph_of(name), target, prompts="int8")
 
 
+def test_prompts_of_int8_exclude_inputs_as_they_are():
+    graph = graph_of("llama", head_dim=16)
+    Pipeline([Quantize(bits=4, group=16)]).run(graph)
+    with pytest.raises(TargetError, match="accuracy-level"):
+        propose(graph, accuracy=0, prompts="int8")
+
+
 def test_a_dense_model_has_no_prompts_of_int8():
     with pytest.raises(TargetError, match="quantised weights"):
         propose(graph_of("llama"), prompts="int8")

@@ -281,6 +281,13 @@ def test_job_depends_on_what_determines_the_output(tmp_path):
     assert len(keys) == 5
 
 
+def test_lock_has_what_compiles_binaries(tmp_path):
+    write_folder(tmp_path)
+    plain, compiled = "emit: [safetensors]\n", "emit: [safetensors: {binaries: [sm_80]}]\n"
+    locks = [lock_of(Recipe.load(write_recipe(tmp_path, "[quantize]", emit))) for emit in (plain, compiled)]
+    assert locks[1]["versions"].keys() - locks[0]["versions"].keys() == {"triton"}
+
+
 def test_lock_text_is_yaml(folder, document):
     from ruamel.yaml import YAML
 

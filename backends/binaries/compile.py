@@ -11,6 +11,7 @@ from typing import Any
 
 from backends.kernels.binary import ALIGNED, Specialisation, specialised
 from backends.kernels.launch import Launch
+from compiler.errors import TargetError, first_line
 
 # Shared memory that one program may take, in bytes: CUDA C++ Programming Guide, table of compute capabilities; CDNA3
 # instruction set reference, local data share.
@@ -56,8 +57,23 @@ def compiled(launch: Launch, target: str) -> Binary:
     """``launch`` for ``target``, one of TARGETS, specialised as Triton would specialise it for these arguments.
 
     Reads sizes and types of its tensors, never their data. The bytes are the same wherever the source lies. Raises
-    Triton's CompilationError.
+    TargetError when Triton, or a tool that comes with it, does not compile the kernel or is not there.
     """
+    from triton.compiler import CompilationError
+    from triton.errors import TritonError
+
+    try:
+        return _compiled(launch, target)
+    except (TritonError, RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as reason:
+        said = reason.error_message if isinstance(reason, CompilationError) else None
+        raise TargetError(
+            f"Triton makes no binary for {target}: {said or first_line(reason)}",
+            where=f"kernel {launch.kernel.__name__}",
+            remedy=f"leave {target} out of `binaries`, or install the Triton that constraints.txt names",
+        ) from reason
+
+
+def _compiled(launch: Launch, target: str) -> Binary:
     import triton
     from triton import knobs
     from triton.compiler import ASTSource

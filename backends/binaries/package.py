@@ -50,7 +50,7 @@ def write_package(
     """Writes the files of ``kernels`` and of what they import, named as their operations, and compiles ``launches``.
 
     ``name`` is the package's, in lower case with dashes. Gives the digest of the manifest of what was compiled; "" when
-    nothing was. Raises Triton's CompilationError.
+    nothing was. Raises TargetError when a launch does not compile.
     """
     exported = sorted(kernels)
     files = {f"{file}.py": (SOURCES / f"{file}.py").read_bytes() for file in with_imports(exported)}

@@ -94,8 +94,9 @@ def propose(
             f"blocks of {broken} do not stay whole in the layout of a GGUF file", remedy="quantise others"
         )
     tokenizer = tokenizer_of(model, int(config["vocab_size"])) if tokens is None else Tokenizer()
-    notes = (*_notes(kind.name, windows), *_unread(kind, tensors), *tokenizer.notes)
-    sizes = {**metadata_of(kind, config), **pooling(kind.name, model)}
+    pooled, unpooled = pooling(kind.name, model)
+    notes = (*_notes(kind.name, windows), *_unread(kind, tensors), *tokenizer.notes, *unpooled)
+    sizes = {**metadata_of(kind, config), **pooled}
     return GgufEmission(architecture, config, kind.name, sizes, found, notes, tokenizer, tokens)
 
 

@@ -123,7 +123,7 @@ def propose(
     """
     wanted = target_named(target)
     if prompts == "int8":
-        _require_prompts(graph, wanted)
+        _require_prompts(graph, wanted, accuracy)
     if is_pair(graph):
         if wanted.genai:
             require_generation(OnnxEmission(graph, wanted, "pair", {}, accuracy))
@@ -139,11 +139,14 @@ def propose(
     return found
 
 
-def _require_prompts(graph: Graph, target: Target) -> None:
+def _require_prompts(graph: Graph, target: Target, accuracy: int) -> None:
     """Raises TargetError when prompts cannot be read by a model of their own."""
     if target.name != "ort-cpu":
         cause = f"`prompts: int8` needs an operation of ONNX Runtime's on a CPU, which `{target.name}` has not"
         raise TargetError(cause, remedy="write `target: ort-cpu`")
+    if not accuracy:
+        cause = "`prompts: int8` rounds the inputs of products to int8, which `accuracy-level: 0` is to prevent"
+        raise TargetError(cause, remedy="leave one of them out")
     if not is_causal(graph):
         raise TargetError("`prompts: int8` is for language models, and this is none", remedy="leave it out")
     weights = [node.input(1) for node in graph.nodes_named("linear")]

@@ -34,7 +34,7 @@ def make_lock(recipe: Recipe, graph: Graph) -> dict[str, Any]:
         "versions": {
             "compress-model": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in (*PACKAGES, *_measured_with(recipe))},
+            **{name: _version(name) for name in (*PACKAGES, *_used_by(recipe))},
         },
     }
 
@@ -140,8 +140,10 @@ def _inputs(recipe: Recipe, graph: Graph) -> dict[str, Any]:
     return inputs
 
 
-def _measured_with(recipe: Recipe) -> list[str]:
-    return sorted({name for step in recipe.passes for name in step.packages})
+def _used_by(recipe: Recipe) -> list[str]:
+    names = {name for step in recipe.passes for name in step.packages}
+    compiles = recipe.checkpoint is not None and recipe.checkpoint.binaries
+    return sorted(names | ({"triton"} if compiles else set()))
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,15 @@ from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 from passes.quantize.activations import Activations, round_cache, round_inputs
 from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width
-from passes.quantize.places import check_groups, check_learnable, check_searchable, check_widths, chosen_of, report
+from passes.quantize.places import (
+    STEPS,
+    check_groups,
+    check_learnable,
+    check_searchable,
+    check_widths,
+    chosen_of,
+    report,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Quantize(Pass):
     scale: Literal["search", "minmax", "weighted", "robust"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
     learn: Literal["none", "rounding", "scaling"] = "none"
-    steps: Annotated[int, Field(ge=1)] = 200
+    steps: Annotated[int, Field(ge=1)] = STEPS
     tied: Literal["skip", "copy", "share"] = "skip"
     activations: Activations = "none"
     activation_scale: Literal["token", "static"] = "token"
@@ -110,7 +118,7 @@ class Quantize(Pass):
             check_widths(self.bits, self.widths, self.type)
         system = self.system(int(self.bits))
         system.check()
-        check_learnable(self.learn, self.type)
+        check_learnable(self.learn, self.type, self.steps)
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)

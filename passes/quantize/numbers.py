@@ -54,6 +54,9 @@ class NumberSystem:
         if self.power != SQUARES and self.type != "int":
             cause = f"`scale: robust` is for integers, not for {self.type}"
             raise PassError(cause, option="scale", remedy="leave `scale` out")
+        if not self.search and self.type in TABLES:
+            cause = f"`scale: minmax` is for evenly spaced codes and floats: tables of {self.type} are fitted"
+            raise PassError(cause, option="scale", remedy="leave `scale` out")
         if self.per != "row" and self.type != "fp8":
             raise PassError(f"`per` is an option of fp8, not of {self.type}", option="per", remedy=_groups(self.type))
         if self.type in TABLES:

@@ -15,6 +15,7 @@ from passes.quantize.numbers import FREE, TABLE_BITS, TABLES
 # operands that are matrices [..., out, in], by operation
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
 
+STEPS = 200  # of learning, unless given
 OTHER_GROUPS = "`int` has groups of any size, `fp8` none"
 TIED = "shares its tensor with the embedding; `tied: copy` gives the head a copy, `share` quantises it for both"
 ROUTER = "is a router: rounding it changes which experts are chosen"
@@ -90,8 +91,11 @@ def check_searchable(type: str, *, solved: bool) -> None:
         )
 
 
-def check_learnable(learn: str, type: str) -> None:
-    """Raises PassError when codes of ``type`` are not evenly spaced, which is what is learned."""
+def check_learnable(learn: str, type: str, steps: int) -> None:
+    """Raises PassError when codes of ``type`` are not evenly spaced, which is what is learned, or none are learned in
+    ``steps`` that are given."""
+    if learn == "none" and steps != STEPS:
+        raise PassError("nothing is learned, in however many steps", option="steps", remedy="say `learn: rounding`")
     if learn != "none" and type != "int":
         raise PassError(f"codes of {type} are not learned", option="learn", remedy="use `type: int`")
 
