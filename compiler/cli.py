@@ -21,7 +21,7 @@ from compiler.cli_measure import (
     write_page,
 )
 from compiler.console import Console
-from compiler.errors import CompressError, UsageError, memory_error, out_of_memory
+from compiler.errors import UsageError, as_ours
 from compiler.executor import NAMES
 
 Handler = Callable[[argparse.Namespace, Console], None]
@@ -59,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if options.debug else "ignore")  # other libraries talk to developers
             handler(options, console)
-    except CompressError as error:
-        return _fail(error, str(error), error.exit_code, arguments, console)
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
@@ -68,18 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 0
     except Exception as error:
-        if out_of_memory(error):
-            return _fail(error, str(memory_error()), memory_error().exit_code, arguments, console)
-        text = f"error[internal]: {type(error).__name__}: {error}\nhelp: this is a bug; `--debug` shows where"
-        return _fail(error, text, 2, arguments, console)
+        if "--debug" in arguments:
+            raise
+        told = as_ours(error)
+        console.error(str(told))
+        return told.exit_code
     return 0
-
-
-def _fail(error: Exception, text: str, code: int, arguments: Sequence[str], console: Console) -> int:
-    if "--debug" in arguments:
-        raise error
-    console.error(text)
-    return code
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:

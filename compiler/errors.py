@@ -112,6 +112,22 @@ def memory_error() -> RunError:
     )
 
 
+def as_ours(error: Exception, remedy: str = "`--debug` shows where") -> CompressError:
+    """``error``, or for one of another kind what a user is told of it."""
+    if isinstance(error, CompressError):
+        return error
+    if out_of_memory(error):
+        return memory_error()
+    return InternalError(f"{type(error).__name__}: {error}", remedy=f"this is a bug; {remedy}")
+
+
+class InternalError(CompressError):
+    """The program is wrong."""
+
+    code = "internal"
+    exit_code = 2
+
+
 class RunError(CompressError):
     """The machine does not give what a run needs."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from compiler.console import Console
-from compiler.errors import CompressError, ExecutorError, UsageError
-from compiler.executor import Name, in_order, open_executor
+from compiler.errors import ExecutorError, UsageError, as_ours
+from compiler.executor import Executor, Local, Name, open_executor, outcomes
 from compiler.job import Result, compress
 from compiler.recipe import Recipe
 
@@ -50,28 +51,36 @@ def outputs(recipes: Sequence[Path], folder: Path) -> list[Place]:
 
 
 def compress_all(job: Job, places: Sequence[Place], console: Console) -> None:
-    """Do all recipes, by the job's executor side by side; one that fails does not stop the others.
+    """Do all recipes, by other processes side by side; one that fails, in whatever way, does not stop the others.
 
     Every recipe is checked before the first one is begun. Raises ExecutorError in the end where some failed.
     """
     for recipe, _ in places:
         load(recipe, job)
-    apart = job.executor is not None
-    alone = replace(job, executor="local", workers=None) if apart else job
-    failed: list[str] = []
-    with open_executor(job.executor or "local", job.workers if apart else 1) as executor:
-        done = in_order(executor, _Worker(alone, torch.get_num_threads(), apart or console.quiet), places)
-        for (recipe, out), summary in zip(places, done, strict=True):
-            if isinstance(summary, CompressError):
-                failed.append(recipe.name)
-                console.error(f"{recipe}:\n{summary}")
-            else:
-                console.result(f"{recipe} -> {out}\n{summary}\n")
+    if job.executor is None or job.executor == "local":
+        failed = _failed(Local(1), _Worker(job, torch.get_num_threads(), console.quiet), places, console)
+    else:
+        alone = _Worker(replace(job, executor="local", workers=None), torch.get_num_threads(), quiet=True)
+        with open_executor(job.executor, job.workers) as executor:
+            failed = _failed(executor, alone, places, console)
     if failed:
         raise ExecutorError(
             f"{len(failed)} of {len(places)} recipes failed: {', '.join(failed)}",
             remedy="their errors are above; run the same command again when they are mended: the others are done",
         )
+
+
+def _failed(executor: Executor, worker: _Worker, places: Sequence[Place], console: Console) -> list[str]:
+    """Have all recipes done and say what came of each. Returns the names of those that failed."""
+    failed: list[str] = []
+    with closing(outcomes(executor, worker, places)) as done:
+        for (recipe, out), found in zip(places, done, strict=True):
+            if found.error is None:
+                console.result(f"{recipe} -> {out}\n{found.value}\n")
+                continue
+            failed.append(recipe.name)
+            console.error(f"{recipe}:\n{as_ours(found.error, '`--debug` with this recipe alone shows where')}")
+    return failed
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,10 @@ class _Worker:
     threads: int
     quiet: bool
 
-    def __call__(self, place: Place) -> str | CompressError:
+    def __call__(self, place: Place) -> str:
         if torch.get_num_threads() != self.threads:  # on which the last bits of sums depend
             torch.set_num_threads(self.threads)
         recipe, out = place
         graphs = self.job.dump_graphs
         job = self.job if graphs is None else replace(self.job, dump_graphs=graphs / out.name)
-        try:
-            return job.run(load(recipe, job), out, Console(quiet=self.quiet)).summary()
-        except CompressError as error:
-            return error
+        return job.run(load(recipe, job), out, Console(quiet=self.quiet)).summary()

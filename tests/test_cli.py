@@ -207,18 +207,18 @@ def test_a_config_alone_cannot_be_compressed(folder, run, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(folder, run, tmp_path, monkeypatch):
-    from compiler.weights import writer
+    from compiler.weights.make import Maker
 
-    run_all = writer._Writer._do
+    make = Maker.__call__
     done = []
 
     def interrupt_after_three(self, task):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(task)
-        return run_all(self, task)
+        return make(self, task)
 
-    monkeypatch.setattr(writer._Writer, "_do", interrupt_after_three)
+    monkeypatch.setattr(Maker, "__call__", interrupt_after_three)
     code, _, err = run(folder / "recipe.yaml", "-o", tmp_path / "out")
     assert code == 130
     assert "run the same command again to go on" in err and err.endswith("interrupted\n")

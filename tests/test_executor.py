@@ -1,14 +1,18 @@
 """Work spread over processes and over Ray: the same results, errors as they are, and workers that may die."""
 
+import os
+import subprocess
 import sys
+import time
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from compiler.errors import DataError, ExecutorError, PassError
-from compiler.executor import Local, in_order, open_executor
+from compiler.executor import Local, in_order, open_executor, outcomes
 from compiler.pipeline import Pipeline
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.source import MemorySource
@@ -17,7 +21,7 @@ from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.jobs import tensors_of
 from tests.matrix import PASSES
-from tests.workers import Killing, odd, refused, squared
+from tests.workers import Killing, interrupting, odd, refused, squared, squared_but_zero
 
 WORKERS, LAYERS, KILLS = 2, 12, 3
 SPREAD = ("processes", "ray")
@@ -90,6 +94,68 @@ def test_ray_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(ExecutorError, match="needs Ray") as caught, open_executor("ray"):
         pass
     assert "pip install 'compress-model[ray]'" in caught.value.remedy
+
+
+@pytest.mark.parametrize("reason", [ValueError, ConnectionError, RuntimeError])
+def test_an_address_of_no_ray_cluster_is_named(reason, monkeypatch):
+    def init(**options):
+        raise reason("no such place")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.setenv("RAY_ADDRESS", "foo")
+    with pytest.raises(ExecutorError, match="no Ray cluster can be joined at foo: no such place"), open_executor("ray"):
+        pass
+
+
+def test_an_item_that_fails_does_not_stop_the_others(spread):
+    first, *others = outcomes(spread, squared_but_zero, [0, 1, 2])
+    assert isinstance(first.error, ExecutorError)
+    assert [other.get() for other in others] == [1, 4]
+
+
+def test_an_interrupted_run_ends_its_workers_amid_their_work(spread, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(spread, interrupting, [(os.getpid(), tmp_path, number) for number in range(2)]))
+    assert {path.name for path in tmp_path.iterdir()} == {"begun-0", "begun-1"}
+
+
+RUN = """
+import sys
+from pathlib import Path
+from compiler.executor import in_order
+from compiler.executor.processes import Processes
+from tests.workers import endless
+
+list(in_order(Processes(2), endless, [Path(name) for name in sys.argv[1:]]))
+"""
+
+
+def test_workers_go_with_the_process_that_is_killed(tmp_path):
+    """They hold its standard error, which ends when the last of them is gone."""
+    marks = [tmp_path / "a", tmp_path / "b"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.Popen([sys.executable, "-c", RUN, *marks], env=environment, stderr=subprocess.PIPE)
+    while not all(mark.exists() for mark in marks) and run.poll() is None:
+        time.sleep(0.05)
+    run.kill()
+    assert run.communicate(timeout=60)[1] == b""
+
+
+def test_workers_import_nothing_from_where_they_are_started(tmp_path, monkeypatch):
+    for name in ("json", "signal", "pickle"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    with open_executor("processes", 1) as executor:
+        assert list(in_order(executor, squared, [2])) == [4]
+
+
+def test_workers_that_the_system_does_not_give_are_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with (
+        open_executor("processes", 1) as executor,
+        pytest.raises(ExecutorError, match="no worker can be started: No such"),
+    ):
+        list(in_order(executor, squared, [2]))
 
 
 @pytest.mark.parametrize("family", ["llama", "whisper"])

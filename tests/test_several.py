@@ -1,5 +1,8 @@
 """Several recipes in one command: the outputs of each alone, whatever becomes of its neighbours."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 
 from compiler.cli import main
@@ -27,7 +30,9 @@ def recipes(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--executor", "processes", "--workers", "2")], ids=["in turn", "side by side"]
+    "options",
+    [(), ("--executor", "local", "--workers", "3"), ("--executor", "processes", "--workers", "2")],
+    ids=["in turn", "with threads", "side by side"],
 )
 def test_each_recipe_gives_what_it_gives_alone(folder, options, tmp_path, capsys):
     assert main([*recipes(folder), "-o", str(tmp_path), "-q", *options]) == 0
@@ -50,6 +55,27 @@ def test_one_that_fails_does_not_stop_the_others(folder, tmp_path, capsys):
     said = capsys.readouterr()
     assert "exists already" in said.err and "1 of 2 recipes failed: rounded.yaml" in said.err
     assert (tmp_path / "out" / "solved" / "config.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--executor", "local", "--workers", "2")])
+@pytest.mark.parametrize(
+    "error, told", [(KeyError("x"), "error[internal]: KeyError: 'x'"), (MemoryError(), "not enough memory")]
+)
+def test_one_that_meets_a_bug_does_not_stop_the_others(folder, options, error, told, tmp_path, capsys, monkeypatch):
+    threads = []
+
+    def compress(recipe, out, **_):
+        threads.append(threading.current_thread())
+        if out.name == "rounded":
+            raise error
+        return SimpleNamespace(summary=lambda: "well done")
+
+    monkeypatch.setattr("compiler.several.compress", compress)
+    assert main([*recipes(folder), "-o", str(tmp_path), "-q", *options]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and "1 of 2 recipes failed: rounded.yaml" in said.err
+    assert "well done" in said.out
+    assert threads == 2 * [threading.main_thread()]  # in turn: a job sets PyTorch's threads for the whole process
 
 
 def test_a_wrong_recipe_is_told_before_the_first_is_begun(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +61,31 @@ def _die() -> None:
 
 def squared(number: int) -> int:
     return number * number
+
+
+def squared_but_zero(number: int) -> int:
+    """The square of ``number``; of 0 the worker dies."""
+    if number == 0:
+        _die()
+    return number * number
+
+
+def interrupting(item: tuple[int, Path, int]) -> None:
+    """Interrupt the process of this id, once two of its items are begun, and work on for a while."""
+    process, marks, number = item
+    (marks / f"begun-{number}").touch()
+    if number == 0:
+        while not (marks / "begun-1").exists():
+            time.sleep(0.01)
+        os.kill(process, signal.SIGINT)
+    time.sleep(5)
+    (marks / f"done-{number}").touch()
+
+
+def endless(begun: Path) -> None:
+    """Work that is longer than any test."""
+    begun.touch()
+    time.sleep(300)
 
 
 def refused(number: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from compiler.errors import ExecutorError, first_line
+from compiler.executor import default_workers
 from compiler.executor.outcome import ATTEMPTS, Outcome, deaths, outcome
 
 T = TypeVar("T")
@@ -36,16 +37,25 @@ class Cluster:
     def open(self, function: Callable[[T], R]) -> Generator[Callable[[T], R]]:
         task = self.ray.remote(_outcome_in).options(max_retries=ATTEMPTS - 1)
         folder, shared = str(Path.cwd()), self.ray.put(function)
+        running: set[Any] = set()
 
         def call(item: T) -> R:
+            begun = task.remote(folder, shared, item)
+            running.add(begun)
             try:
-                return self.ray.get(task.remote(folder, shared, item)).get()
+                return self.ray.get(begun).get()
             except self.ray.exceptions.WorkerCrashedError as reason:
                 raise deaths("as Ray reports it") from reason
             except self.ray.exceptions.RayError as reason:
                 raise ExecutorError(f"Ray failed: {first_line(reason)}", remedy="see Ray's logs") from reason
+            finally:
+                running.discard(begun)
 
-        yield call
+        try:
+            yield call
+        finally:
+            for begun in list(running):
+                self.ray.cancel(begun, force=True)
 
 
 def _outcome_in(folder: str, function: Callable[[Any], Any], item: Any) -> Outcome:
@@ -58,7 +68,7 @@ def _outcome_in(folder: str, function: Callable[[Any], Any], item: Any) -> Outco
 def open_cluster(workers: int | None) -> Generator[Cluster]:
     """Join the cluster that RAY_ADDRESS or this machine names, or start one here, which ends with the run.
 
-    Raises ExecutorError when Ray is not installed or does not start.
+    Raises ExecutorError when Ray is not installed, does not start, or RAY_ADDRESS is of no cluster.
     """
     ray = _ray()
     if ray.is_initialized():
@@ -85,11 +95,14 @@ def _join(ray: Any, workers: int | None) -> None:
     try:
         ray.init(address="auto", **quiet)
         return
-    except ConnectionError as reason:
+    except Exception as reason:  # an address can be wrong in many ways, and Ray has an error of another kind for each
         if "RAY_ADDRESS" in os.environ:
-            cause = f"no Ray cluster answers at {os.environ['RAY_ADDRESS']}"
+            cause = f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {first_line(reason)}"
             raise ExecutorError(cause, remedy="correct RAY_ADDRESS, or unset it to start one here") from reason
-    cores = workers or len(os.sched_getaffinity(0))
+        if not isinstance(reason, ConnectionError):
+            cause = f"the Ray cluster of this machine cannot be joined: {first_line(reason)}"
+            raise ExecutorError(cause, remedy="`ray stop` ends it, or use `executor: processes`") from reason
+    cores = workers or default_workers("ray")
     try:
         ray.init(num_cpus=cores, object_store_memory=STORE, include_dashboard=False, **quiet)
     except Exception as reason:  # of a dozen unrelated kinds

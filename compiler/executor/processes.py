@@ -6,9 +6,8 @@ A worker is a fresh Python with a pipe to this process. It does not import the p
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -17,16 +16,19 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
+from compiler.errors import ExecutorError
 from compiler.executor.outcome import ATTEMPTS, Outcome, deaths, outcome
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]);"
-    "from compiler.executor.processes import serve; serve(int(sys.argv[1]))"
+    "import sys; descriptor, *sys.path[:] = sys.argv[1:];"  # first of all: until then, modules of this folder are found
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"  # whoever is interrupted ends its workers itself
+    "from compiler.executor.processes import serve; serve(int(descriptor))"
 )
 
 
@@ -59,12 +61,17 @@ class Processes:
 
 
 class _Worker:
-    """A process that computes a pickled function. It is started when it is first called, and again when it dies."""
+    """A process that computes a pickled function. It is started when it is first called, and again when it dies.
+
+    One thread calls it at a time. Any may ``stop`` it, for good.
+    """
 
     def __init__(self, function: bytes) -> None:
         self._function = function
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._stopped = False
+        self._starting = Lock()
 
     def call(self, item: Any) -> Any:
         how = ""
@@ -75,15 +82,14 @@ class _Worker:
                 how = str(reason)
         raise deaths(how)
 
-    def stop(self) -> int:
-        """End the process. Returns its exit status, 0 when there is none."""
-        if self._process is None or self._pipe is None:
-            return 0
-        self._pipe.close()
-        self._process.kill()
-        status = self._process.wait()
-        self._process = self._pipe = None
-        return status
+    def stop(self) -> None:
+        """End the process, amid its work too, and start none any more."""
+        with self._starting:
+            self._stopped = True
+            process = self._process
+            if process is not None:
+                process.kill()
+                process.wait()
 
     def _ask(self, item: Any) -> Outcome:
         request = pickle.dumps(item)
@@ -92,15 +98,38 @@ class _Worker:
             pipe.send_bytes(request)
             return pipe.recv()
         except (EOFError, ConnectionError) as reason:
-            raise _Died(_explained(self.stop())) from reason
+            raise _Died(_explained(self._end())) from reason
 
     def _start(self) -> Connection:
-        self._pipe, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2)
+        with self._starting:
+            if self._stopped:
+                raise ExecutorError("the work was stopped", remedy="run it again: what is finished is reused")
+            self._process, self._pipe = _process()
         self._pipe.send_bytes(self._function)
         return self._pipe
+
+    def _end(self) -> int:
+        """Be rid of a process that answers no more. Returns its exit status, 0 when there is none."""
+        process, pipe = self._process, self._pipe
+        self._process = self._pipe = None
+        if process is None or pipe is None:
+            return 0
+        pipe.close()
+        process.kill()
+        return process.wait()
+
+
+def _process() -> tuple[subprocess.Popen[bytes], Connection]:
+    """A fresh process that serves the pipe. Raises ExecutorError when the system gives none."""
+    try:
+        ours, theirs = Pipe()
+        with theirs:
+            command = [sys.executable, "-c", _START, str(theirs.fileno()), *sys.path]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2)
+        return process, ours
+    except OSError as reason:
+        cause = f"no worker can be started: {reason.strerror}"
+        raise ExecutorError(cause, remedy="use fewer `workers`, or `executor: local`") from reason
 
 
 class _Died(Exception):
@@ -112,12 +141,21 @@ def _explained(status: int) -> str:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker does: take the function, then items, until whoever sends them is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that was interrupted ends its workers itself
-    with Connection(descriptor) as pipe:
-        try:
-            function = pipe.recv()
-            while True:
-                pipe.send(outcome(function, pipe.recv()))
-        except (EOFError, ConnectionError):
-            return
+    """What a worker does: take the function, then items, until whoever sends them is gone, and the process with it."""
+    pipe, told = Connection(descriptor), SimpleQueue[bytes]()
+    Thread(target=_receive, args=(pipe, told), daemon=True).start()
+    function = pickle.loads(told.get())
+    try:
+        while True:
+            pipe.send(outcome(function, pickle.loads(told.get())))
+    except ConnectionError:
+        return
+
+
+def _receive(pipe: Connection, told: SimpleQueue[bytes]) -> None:
+    """Hand on what is sent. At its end nobody waits for the work any more, which stops where it is."""
+    try:
+        while True:
+            told.put(pipe.recv_bytes())
+    except (EOFError, ConnectionError):
+        os._exit(1)

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,13 +140,14 @@ class _Writer:
         self._on_progress(done, self._total)
         finished: list[str] = []
         unsynced = 0
-        for task, _ in zip(tasks, in_order(executor, make, tasks), strict=True):
-            finished += task.completes
-            done, unsynced = done + task.nbytes, unsynced + task.nbytes
-            self._on_progress(done, self._total)
-            if unsynced >= self._safe_bytes:
-                self._checkpoint(finished)
-                finished, unsynced = [], 0
+        with closing(in_order(executor, make, tasks)) as made:
+            for task, _ in zip(tasks, made, strict=True):
+                finished += task.completes
+                done, unsynced = done + task.nbytes, unsynced + task.nbytes
+                self._on_progress(done, self._total)
+                if unsynced >= self._safe_bytes:
+                    self._checkpoint(finished)
+                    finished, unsynced = [], 0
         self._checkpoint(finished)
 
     def _checkpoint(self, finished: Sequence[str]) -> None:
