@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compiler.console import human_bytes, human_count, table
 from compiler.datafiles import check_kind
 from compiler.errors import CheckpointError, CompressError, DataError, TargetError, UsageError, nearest
-from compiler.executor import THREADS
-from compiler.instrument import DumpGraphs, peak_rss
+from compiler.instrument import DumpGraphs
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
 from compiler.pipeline import Calibration, Observer, PassReport, Pipeline, Report, no_calibration
@@ -238,6 +237,7 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
+    from compiler.means import expected_means
     from compiler.target import checkpoint_for, gguf_for, onnx_for
     from compiler.weights.layout import SHARD_BYTES, layout
 
@@ -249,7 +249,9 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
         folder = "onnx/" if emission is onnx else ""
         files |= {f"{folder}{part.name}": part.tensor_bytes for part in layout(emission.tensors, shard)}
     output = Output(written[0].architecture, files, tuple(line for emission in written for line in loads_in(emission)))
-    return output, peak_rss() + THREADS * max(_largest_step(emission.tensors) for emission in written)
+    means = expected_means(recipe)
+    share = means.budget // means.workers
+    return output, means.taken + means.workers * max(_largest_step(emission.tensors, share) for emission in written)
 
 
 def loads_in(emission: Emission | OnnxEmission | GgufEmission) -> tuple[str, ...]:
@@ -265,14 +267,13 @@ def loads_in(emission: Emission | OnnxEmission | GgufEmission) -> tuple[str, ...
     return (ours, *why, *(f"but: {note}" for note in emission.notes))
 
 
-def _largest_step(tensors: Mapping[str, Expr]) -> int:
-    """The most bytes that making a part of one of the largest tensors takes; smaller ones take less."""
+def _largest_step(tensors: Mapping[str, Expr], budget: int) -> int:
+    """The most bytes that making a part of one of the largest tensors takes within ``budget``; others take less."""
     from compiler.weights.evaluate import working_set
     from compiler.weights.tasks import plan
-    from compiler.weights.writer import BUDGET
 
     largest = sorted(tensors, key=lambda name: tensors[name].type.nbytes)[-LARGEST:]
-    tasks = plan({name: tensors[name] for name in largest}, BUDGET // THREADS)
+    tasks = plan({name: tensors[name] for name in largest}, budget)
     return max(working_set([piece.expr for piece in task.pieces]) for task in tasks)
 
 
