@@ -107,6 +107,14 @@ def test_an_address_of_no_ray_cluster_is_named(reason, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_is_is_told_at_once(address, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=pytest.fail))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ExecutorError, match="no Ray cluster answers at"), open_executor("ray"):
+        pass
+
+
 def test_an_item_that_fails_does_not_stop_the_others(spread):
     first, *others = outcomes(spread, squared_but_zero, [0, 1, 2])
     assert isinstance(first.error, ExecutorError)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from socket import create_connection
 from typing import Any, TypeVar
 
 from compiler.errors import ExecutorError, first_line
@@ -24,6 +25,9 @@ R = TypeVar("R")
 
 STORE = 100_000_000
 """Bytes of Ray's store of objects on one machine: tasks are small, and write what they make themselves."""
+
+CONNECT = 10
+"""Seconds in which the machine that RAY_ADDRESS names has to accept a connection."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,16 @@ def _ray() -> Any:
 
 def _join(ray: Any, workers: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address, remedy = os.environ.get("RAY_ADDRESS"), "correct RAY_ADDRESS, or unset it to start one here"
+    if address is not None and not _answers(address):
+        raise ExecutorError(f"no Ray cluster answers at {address}", remedy=remedy)
     try:
         ray.init(address="auto", **quiet)
         return
     except Exception as reason:  # an address can be wrong in many ways, and Ray has an error of another kind for each
-        if "RAY_ADDRESS" in os.environ:
-            cause = f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {first_line(reason)}"
-            raise ExecutorError(cause, remedy="correct RAY_ADDRESS, or unset it to start one here") from reason
+        if address is not None:
+            cause = f"no Ray cluster can be joined at {address}: {first_line(reason)}"
+            raise ExecutorError(cause, remedy=remedy) from reason
         if not isinstance(reason, ConnectionError):
             cause = f"the Ray cluster of this machine cannot be joined: {first_line(reason)}"
             raise ExecutorError(cause, remedy="`ray stop` ends it, or use `executor: processes`") from reason
@@ -107,6 +114,18 @@ def _join(ray: Any, workers: int | None) -> None:
         ray.init(num_cpus=cores, object_store_memory=STORE, include_dashboard=False, **quiet)
     except Exception as reason:  # of a dozen unrelated kinds
         raise ExecutorError(f"Ray does not start: {first_line(reason)}", remedy="use `executor: processes`") from reason
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody is at ``host:port``, for which Ray would wait minutes; of other forms it tells by itself."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return True
+    try:
+        create_connection((host.strip("[]"), int(port)), timeout=CONNECT).close()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _cluster(ray: Any, workers: int | None) -> Cluster:
