@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from compiler.errors import CheckpointError, CompressError, DataError, RecipeError
 from compiler.evaluate.items import read_items
 from compiler.evaluate.loading import load_extractor, load_model, load_tokenizer
-from compiler.evaluate.texts import read_text
+from compiler.evaluate.texts import stretches
 from compiler.frontend.capture import capture
 from compiler.frontend.subject import config_from_dict
 from compiler.job import compress
@@ -317,7 +317,7 @@ def test_texts_without_end_are_refused(tmp_path):
     sparse(tmp_path / "endless", 1 << 40)
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "endless"):
         with at_once(), pytest.raises(DataError):
-            read_text(path)
+            list(stretches(path, 1))
 
 
 def test_items_without_end_are_refused(tmp_path):
