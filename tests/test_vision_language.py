@@ -34,6 +34,15 @@ def test_pictures_take_their_places_in_texts_of_any_number_and_length(tower):
     assert print_graph(parse_graph(text)) == text
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_checkpoint_is_captured_as_its_model_is(tower, tmp_path):
+    llava(tower).save_pretrained(tmp_path)
+    graph, given = capture(tmp_path, inputs=prompts(2, 15)), prompts(3, 21, seed=1)
+    wanted = run(graph_of_llava(tower), given)
+    for name, found in run(graph, given).items():
+        assert (found - wanted[name]).abs().max() <= TOLERANCE * wanted[name].abs().max()
+
+
 class First(nn.Module):
     """Gives the first sample alone, or the first ones joined."""
 

@@ -310,14 +310,17 @@ def _transient(module: nn.Module) -> frozenset[str]:
 
 
 def computed_buffers(model: Any) -> dict[str, Expr]:
-    """The values of buffers that no checkpoint holds, as the model's initialiser computes them on the CPU."""
+    """The values of buffers that no checkpoint holds, computed on the CPU by the initialiser of their model.
+
+    Raises CaptureError for one that it does not compute, or that is too large.
+    """
     found: dict[str, Expr] = {}
     for path, child, name in list(_transient_buffers(model)):
         meta: Tensor = child._buffers[name]
         _check_size(path, meta)
         child._buffers[name] = torch.full(meta.shape, _unset(meta.dtype), dtype=meta.dtype)
         with torch.no_grad():
-            model._init_weights(child)
+            _innermost(model, path)._init_weights(child)
         value: Tensor = child._buffers[name]
         child._buffers[name] = meta
         if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
@@ -327,6 +330,17 @@ def computed_buffers(model: Any) -> dict[str, Expr]:
                 remedy="correct the settings of the config that it is made from",
             )
         found[path] = _literal(path, value)
+    return found
+
+
+def _innermost(model: Any, path: str) -> Any:
+    """The smallest model around ``path``: the class of a tower knows its buffers, that of the whole may not."""
+    from transformers import PreTrainedModel
+
+    found = module = model
+    for name in path.split(".")[:-1]:
+        module = getattr(module, name)
+        found = module if isinstance(module, PreTrainedModel) else found
     return found
 
 
