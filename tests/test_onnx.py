@@ -19,11 +19,13 @@ from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
 from compiler.ir.ops import op_named, operations
 from compiler.ir.types import TensorType
+from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import load
 from compiler.weights.ops import take
 from compiler.weights.ops.rotary import rotary_table
 from compiler.weights.source import MemorySource
+from passes import GqaToMla
 from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.latent import latent_graph
@@ -238,6 +240,16 @@ def test_latent_attention_caches_latents(kind, tmp_path):
             if rank >= 0:
                 assert widths[f"past_key_values.{index}.latent"] == rank + 2 * count
                 assert (f"past_key_values.{index}.latent" in buffers(model.session)) == (target == "ort-cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "gpt2"])
+def test_exact_latent_attention_computes_and_continues(name, tmp_path):
+    """At full width all of a key may be rotated, some of it, or none."""
+    graph = graph_of(name, 3)
+    Pipeline([GqaToMla(rank="full")]).run(graph)
+    for target in TARGETS:
+        model = written(graph, tmp_path / target, target)
+        check_decoding(graph, model, FAMILIES[name].inputs(batch=3, tokens=9)["input_ids"], chunks=True)
 
 
 def test_what_has_no_rule_is_refused_with_its_scope(monkeypatch, captured):

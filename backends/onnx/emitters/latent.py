@@ -28,7 +28,7 @@ def latent_attention(build: Builder, node: Node) -> ir.Value:
     held = build.op("Unsqueeze", held, build.ints(1))
     if build.cache is not None and build.cache.holds(node):
         held = _kept(build, build.cache, node, held, rank + rotated)
-    absorbed = _absorbed(build, query, keys, width - rotated, rotated)
+    absorbed = _absorbed(build, query, keys, rank, width - rotated, rotated)
     folded = build.op("Reshape", absorbed, build.ints(0, 1, -1, rank + rotated))
     scores = build.op("Reshape", scaled_product(build, folded, held, node.attr("scale")), build.ints(0, heads, -1, 0))
     weights = build.op("Reshape", softmaxed(build, node, scores), build.ints(0, 1, -1, 0))
@@ -45,8 +45,12 @@ def _kept(build: Builder, cache: Cache, node: Node, new: ir.Value, width: int) -
     return cache.extended(node, "latent", new, 1, width)
 
 
-def _absorbed(build: Builder, query: ir.Value, keys: ir.Value, unrotated: int, rotated: int) -> ir.Value:
+def _absorbed(
+    build: Builder, query: ir.Value, keys: ir.Value | None, rank: int, unrotated: int, rotated: int
+) -> ir.Value:
     """Queries [B, H, T, rank + R] for latents and rotary keys from those [B, H, T, n + R] for expanded keys."""
+    if keys is None:  # latents make values alone
+        return build.op("Pad", query, build.ints(rank, 0), None, build.ints(3))
     if not rotated:
         return build.op("MatMul", query, keys)
     sizes = build.ints(unrotated, rotated)
@@ -54,15 +58,16 @@ def _absorbed(build: Builder, query: ir.Value, keys: ir.Value, unrotated: int, r
     return build.op("Concat", build.op("MatMul", plain, keys), turned, axis=-1)
 
 
-def _halves(build: Builder, node: Node, heads: int, unrotated: int) -> tuple[ir.Value, ir.Value]:
-    """The up-projection's key rows [H, n, rank] and its value rows, transposed, [H, rank, v]."""
+def _halves(build: Builder, node: Node, heads: int, unrotated: int) -> tuple[ir.Value | None, ir.Value]:
+    """The up-projection's key rows [H, n, rank], if there are any, and its value rows, transposed, [H, rank, v]."""
     up = node.input(3)
     if not isinstance(up, Param):
         raise TargetError("latent attention whose up-projection is computed has no ONNX form", where=node.scope)
     rows, rank = up.type.static_shape
     each = reshape(build.dense(up), (heads, rows // heads, rank))
-    keys, values = take(each, 1, 0, unrotated), take(each, 1, unrotated, rows // heads)
-    return build.store(f"{up.name}.keys", keys), build.store(f"{up.name}.values", transpose(values, (0, 2, 1)))
+    keys = build.store(f"{up.name}.keys", take(each, 1, 0, unrotated)) if unrotated else None
+    values = transpose(take(each, 1, unrotated, rows // heads), (0, 2, 1))
+    return keys, build.store(f"{up.name}.values", values)
 
 
 RULES: tuple[Rule, ...] = (latent_attention,)
