@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from backends.binaries.package import unique
+from backends.binaries.package import unique, with_imports
 from backends.kernels.binary import specialised
 from backends.safetensors import emit
 from backends.torch_module import kernel_calls
@@ -90,6 +90,37 @@ def test_binaries_are_of_all_that_a_model_launches_and_of_nothing_else(kind, tmp
                 ids, mask = ids[:, -1:], torch.cat((mask, mask[:, -1:]), 1)
     assert seen <= compiled
     assert {kernel for kernel, _ in seen} == {call.kernel for call in calls} == {kernel for kernel, _ in compiled}
+
+
+def projected():
+    """Two linear maps one after another that are no pair: what comes out of the last layer is narrowed for the head."""
+    changes = {"word_embed_proj_dim": 16, "hidden_size": 32, "do_layer_norm_before": False}
+    graph = capture(FAMILIES["opt"].build(3, layers=2, **changes))
+    Pipeline([Quantize(bits=4, group=16, where="mlp")]).run(graph)
+    return graph
+
+
+def half_looked_up():
+    """Pairs whose second factor is looked up in tables, beside packed maps."""
+    graph = capture(FAMILIES["qwen2"].build(3, layers=2, **WIDE))
+    given = [FAMILIES["qwen2"].inputs(batch=2, tokens=24)]
+    pairs = LowRank(where="mlp", form="pair", keep=0.7, ranks="uniform")
+    passes = [pairs, Quantize(bits=4, group=32, where="attention")]
+    Pipeline(passes).run(graph, calibration=lambda _: given)
+    maps = [node for node in graph.nodes_named("linear") if node.input(0).node is not None]
+    second = [node.input(1).name for node in maps if node.input(0).node.op.name == "linear"]
+    Pipeline([Quantize(type="codebook", bits=3, group=0, where=name) for name in second]).run(graph)
+    return graph
+
+
+@pytest.mark.parametrize("build", [projected, half_looked_up])
+def test_kernels_that_there_are_binaries_of_lie_beside_the_code(build):
+    """Else the manifest names a file that is not there, and the loader takes it for one that was changed."""
+    graph = build()
+    files = emission_of(graph, "generated", binaries=True).files
+    kernels = {call.kernel for call in kernel_calls(graph, torch.float32)}
+    assert "packed_linear" in kernels
+    assert {f"{file}.py" for file in with_imports(kernels)} <= set(files)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backends.kernels import low_rank_linear, packed_linear
 from backends.kernels.decoding import row_bytes
-from backends.torch_module.packing import Scheme, packed, scheme_of
+from backends.torch_module.layout import Layout
+from backends.torch_module.packing import Scheme, scheme_of
 from compiler.ir.graph import Graph, Node, Param, Value
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,11 +44,11 @@ class Reach(NamedTuple):
     keys: int
 
 
-def calls_of(graph: Graph, reach: Reach) -> Iterator[KernelCall]:
-    """The calls of the module that is generated from ``graph``, each once for layers of equal sizes."""
+def calls_of(graph: Graph, layout: Layout, reach: Reach) -> Iterator[KernelCall]:
+    """The calls of the module that ``graph`` makes in this ``layout``, each once for layers of equal sizes."""
     seen = set[tuple[Any, ...]]()
     for node in graph.nodes:
-        for kind, *sizes in _kinds(node, reach):
+        for kind, *sizes in _kinds(node, layout, reach):
             if (kind, *sizes) not in seen:
                 seen.add((kind, *sizes))
                 yield from CALLS[kind](reach, *sizes)
@@ -59,14 +60,14 @@ def longest(config: Any) -> int:
     return found if isinstance(found, int) else LONGEST
 
 
-def _kinds(node: Node, reach: Reach) -> Iterator[tuple[Any, ...]]:
+def _kinds(node: Node, layout: Layout, reach: Reach) -> Iterator[tuple[Any, ...]]:
     """What of CALLS the operation does, and the sizes it does it with."""
     name = node.op.name
     if name == "linear":
         scheme = _scheme(node.input(1))
         if scheme is not None:
             yield "linear", node.input(1).type.shape, scheme
-        elif (factors := _factors(node)) is not None:
+        elif (factors := _factors(node, layout)) is not None:
             yield "pair", *factors, node.optional_input(2) is not None
     elif name == "experts":
         found = [(value, _scheme(value)) for value in node.inputs[3:5]]
@@ -100,15 +101,19 @@ def _scores(node: Node) -> tuple[float, float | None]:
     return node.attr("scale"), node.attr("softcap") or None
 
 
-def _factors(node: Node) -> tuple[Any, Any] | None:
-    """The shapes of the factors of a linear map whose weight is a product; None for any other."""
+def _factors(node: Node, layout: Layout) -> tuple[Any, Any] | None:
+    """The shapes of the factors of a linear map whose weight is a product; None for any other.
+
+    One call multiplies by both where both are linear maps of one module with weights that are not packed.
+    """
     first = node.input(0).node
     if first is None or first.op.name != "linear" or first.optional_input(2) is not None or len(first.output.users) > 1:
         return None
-    down, up = first.input(1), node.input(1)
-    if not (isinstance(down, Param) and isinstance(up, Param)) or packed(down) is not None:
+    down, up = (layout.leaves.get(each) for each in (first, node))
+    if down is None or up is None or down.container != up.container:
         return None
-    return down.type.shape, up.type.shape
+    factors = [leaf.weights["weight"] for leaf in (down, up)]
+    return None if any(each in layout.schemes for each in factors) else (factors[0].type.shape, factors[1].type.shape)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -54,7 +54,8 @@ def generate(graph: Graph, *, cache_bits: int = 0, compact: bool = False, binari
 def kernel_calls(graph: Graph, dtype: torch.dtype, cache_bits: int = 0) -> list[KernelCall]:
     """The calls of kernels that the code for ``graph`` makes when it is loaded as ``dtype``. Raises TargetError."""
     config = graph.origin.config or {}
-    return list(calls_of(_assembly(graph, cache_bits).graph, Reach(dtype, cache_bits, longest(config))))
+    assembly = _assembly(graph, cache_bits)
+    return list(calls_of(assembly.graph, assembly.model.layout, Reach(dtype, cache_bits, longest(config))))
 
 
 def _assembly(graph: Graph, cache_bits: int) -> Assembly:
