@@ -25,6 +25,8 @@ from compiler.errors import UsageError, as_ours
 from compiler.executor import NAMES
 
 Handler = Callable[[argparse.Namespace, Console], None]
+LONGEST_ANSWER = 1 << 20  # tokens
+MOST_THREADS = 1 << 10
 
 OVERVIEW = """\
 commands:
@@ -185,9 +187,11 @@ def _diff(options: argparse.Namespace, console: Console) -> None:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or an .onnx model")
     parser.add_argument("prompt", metavar="PROMPT", help="what to say to it")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens of answer (64)")
+    most = "at most N tokens of answer (64)"
+    parser.add_argument("--max-new-tokens", type=whole(0, LONGEST_ANSWER), default=64, metavar="N", help=most)
     parser.add_argument("--tokens-per-second", action="store_true", help="say how fast it was")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of an .onnx model; default: all cores")
+    threads = "of an .onnx model; default: all cores"
+    parser.add_argument("--threads", type=whole(0, MOST_THREADS), default=0, metavar="N", help=threads)
     trust_option(parser)
 
 

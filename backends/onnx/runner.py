@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from backends.onnx.check import PAST, PRESENT, PROMPT, buffers, empty_cache, session, with_room
-from compiler.errors import CheckpointError
+from compiler.errors import CheckpointError, DataError
 
 ONE = np.ones(1, np.int64)
 POSITIONS = ".positions"  # of a stage's tokens, [B, S]
 IN_PLACE = "compress-model.cache-in-place"
+AGAIN = "write or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,12 @@ def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator
     """Pieces of the answer of the model in ``path`` to ``prompt``, with the seconds that each took.
 
     The tokenizer beside the model is used, and its chat template when there is one. Raises CheckpointError when
-    there is no tokenizer.
+    there is no tokenizer or what lies beside the model cannot be read, DataError when the prompt has no tokens.
     """
     runner, tokenizer = Runner(path, threads=threads), _tokenizer(path.parent)
     ids = tokenizer.encode(*in_template(path.parent, prompt)).ids
+    if not ids:
+        raise DataError("the prompt has no tokens", where=str(path), remedy="say something to the model")
     ends, written, shown = _ends(path.parent), list[int](), ""
     for token, seconds in runner.greedy(ids, count):
         if token in ends:
@@ -190,10 +193,13 @@ def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator
 
 
 def in_template(directory: Path, prompt: str) -> tuple[str, None, bool, bool]:
-    """The arguments with which a tokenizer encodes ``prompt``: in a chat template, which has its own special tokens."""
+    """The arguments with which a tokenizer encodes ``prompt``: in a chat template, which has its own special tokens.
+
+    Raises CheckpointError when the template cannot be read or filled.
+    """
     settings = _json(directory / "tokenizer_config.json")
     file = directory / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    template = _read(file) if file.is_file() else settings.get("chat_template")
     if not isinstance(template, str):
         return prompt, None, False, True
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -201,7 +207,11 @@ def in_template(directory: Path, prompt: str) -> tuple[str, None, bool, bool]:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     known = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token")}
     message = [{"role": "user", "content": prompt}]
-    filled = environment.from_string(template).render(messages=message, add_generation_prompt=True, **known)
+    try:
+        filled = environment.from_string(template).render(messages=message, add_generation_prompt=True, **known)
+    except Exception as reason:  # a template is code, which may raise anything
+        cause = f"the chat template cannot be filled: {reason}"
+        raise CheckpointError(cause, where=str(directory), remedy="mend or remove it") from reason
     return filled, None, False, False
 
 
@@ -209,8 +219,24 @@ def _text(token: Any) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token or "")
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as reason:
+        raise CheckpointError(f"it cannot be read: {reason}", where=str(file), remedy=AGAIN) from reason
+
+
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """The JSON object in ``file``, an empty one where there is no file. The reader of checkpoints would need torch."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(_read(file))
+    except (ValueError, RecursionError) as reason:
+        raise CheckpointError(f"its JSON cannot be read: {reason}", where=str(file), remedy=AGAIN) from reason
+    if not isinstance(found, dict):
+        raise CheckpointError("its JSON is not an object", where=str(file), remedy=AGAIN)
+    return cast(dict[str, Any], found)
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -221,13 +247,20 @@ def _tokenizer(directory: Path) -> Any:
         )
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as reason:  # the package raises no class of its own
+        raise CheckpointError(f"it is no tokenizer: {reason}", where=str(file), remedy=AGAIN) from reason
 
 
 def _ends(directory: Path) -> set[int]:
     """The tokens that end an answer."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        ends = _json(directory / name).get("eos_token_id")
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
+        given = _json(directory / name).get("eos_token_id")
+        ends: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(end, int) for end in ends):
+            cause = f"`eos_token_id` is {given!r}, not a token or a list of tokens"
+            raise CheckpointError(cause, where=str(directory / name), remedy="correct it")
+        found.update(ends)
     return found

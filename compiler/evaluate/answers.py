@@ -39,7 +39,7 @@ def generate(
     """The model's greedy continuation of ``prompt``; ``on_text`` gets it piece by piece as it is made.
 
     ``chat`` puts the prompt into the tokenizer's chat template; by default when there is one. Raises CheckpointError
-    when model or tokenizer do not load, DataError when the model does not generate text.
+    when model or tokenizer do not load, DataError when the model does not generate text or the prompt has no tokens.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -49,8 +49,11 @@ def generate(
             where=str(path),
             remedy="`compress-model eval` measures models of other kinds",
         )
+    ids = prompt_ids(tokenizer, prompt, chat)
+    if not ids.numel():
+        raise DataError("the prompt has no tokens", where=str(path), remedy="say something to the model")
     started, made = time.perf_counter(), list[str]()
-    for piece in pieces(model, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens):
+    for piece in pieces(model, tokenizer, ids, max_new_tokens):
         made.append(piece)
         if on_text is not None:
             on_text(piece)
