@@ -73,12 +73,13 @@ def test_weights_that_checkpoints_hold_transposed_keep_their_blocks(tmp_path):
     assert {kinds[f"blk.0.{name}.weight"] for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")} == {"Q4_0"}
 
 
-@pytest.mark.parametrize("kind", ["", "q8_0"])
-def test_an_encoder_of_sentences_gives_the_same_vectors(kind, tmp_path):
+@pytest.mark.parametrize("kind, types", [("", 2), ("", 1), ("", 3), ("q8_0", 2)])
+def test_an_encoder_of_sentences_gives_the_same_vectors(kind, types, tmp_path):
     torch.manual_seed(0)
     tokenizer, text = word_pieces(), "The inn, a Thing; the café's ending."
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, **sizes)
+    sizes |= {"max_position_embeddings": 64, "type_vocab_size": types}
+    config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)
     BertModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "1_Pooling").mkdir()

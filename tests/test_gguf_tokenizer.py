@@ -16,7 +16,7 @@ from compiler.recipe import Recipe
 from compiler.target import gguf_emission
 from compiler.weights.checkpoint import open_checkpoint
 from tests.captures import saved
-from tests.llama_cpp import gpt2_tokenizer
+from tests.llama_cpp import gpt2_tokenizer, word_pieces
 
 PREFIX = "tokenizer.ggml.add_space_prefix"
 PIECES = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}
@@ -82,6 +82,28 @@ def test_digits_are_cut_one_by_one_or_not_at_all(single, name, tmp_path):
             tokenizer_in(tmp_path, len(PIECES))
     else:
         assert tokenizer_in(tmp_path, len(PIECES)).metadata["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize(
+    "options, taken",
+    [
+        ({}, True),
+        ({"strip_accents": True}, True),
+        ({"strip_accents": False}, False),
+        ({"handle_chinese_chars": False}, False),
+        ({"clean_text": False}, False),
+        ({"lowercase": False}, False),
+    ],
+)
+def test_word_pieces_of_uncased_bert_alone_are_written(options, taken, tmp_path):
+    made = word_pieces()
+    made.backend_tokenizer.normalizer = normalizers.BertNormalizer(**options)
+    made.save_pretrained(tmp_path)
+    if taken:
+        assert tokenizer_in(tmp_path, len(made)).metadata["tokenizer.ggml.model"] == "bert"
+    else:
+        with pytest.raises(TargetError, match="another normalizer than that of uncased BERT"):
+            tokenizer_in(tmp_path, len(made))
 
 
 def test_added_tokens_without_a_row_are_left_out_and_said(tmp_path):

@@ -67,6 +67,7 @@ EXPERTS = {
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
 }
+TYPES = "tokenizer.ggml.token_type_count"
 FLOATS = (NORM_EPSILON, "attention.layer_norm_epsilon")
 
 
@@ -82,7 +83,8 @@ def metadata_of(architecture: Architecture, config: Config) -> Metadata:
         found |= {"attention.key_length": head_width(config), "attention.value_length": head_width(config)}
         found |= rotary.metadata(config)
     found |= architecture.more(config)
-    return {f"{architecture.name}.{name}": value for name, value in found.items()}
+    types = {TYPES: config["type_vocab_size"]} if config.get("type_vocab_size") is not None else {}
+    return {f"{architecture.name}.{name}": value for name, value in found.items()} | types
 
 
 def refusal(architecture: Architecture, config: Config) -> str:

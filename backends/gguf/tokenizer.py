@@ -137,8 +137,7 @@ def _vocabulary(tokenizer: Json, size: int) -> Metadata:
 def _word_pieces(tokenizer: Json, size: int) -> Metadata:
     """Pieces that continue a word bare, those that begin one behind a U+2581. llama.cpp splits as uncased BERT does."""
     model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
-    usual = normalizer.get("type") == "BertNormalizer" and normalizer.get("lowercase")
-    if not usual or (tokenizer.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer":
+    if not _is_uncased(normalizer) or (tokenizer.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer":
         raise _unknown("word pieces of another normalizer than that of uncased BERT")
     continued, special = model["continuing_subword_prefix"], {added["content"] for added in tokenizer["added_tokens"]}
 
@@ -154,10 +153,15 @@ def _word_pieces(tokenizer: Json, size: int) -> Metadata:
         "tokenizer.ggml.model": "bert",
         "tokenizer.ggml.tokens": [spelt(text) for text in found["tokenizer.ggml.tokens"]],
         "tokenizer.ggml.token_type": found["tokenizer.ggml.token_type"],
-        "tokenizer.ggml.token_type_count": 2,
         "tokenizer.ggml.add_bos_token": True,
         **{f"tokenizer.ggml.{name}_token_id": number for name, number in own.items()},
     }
+
+
+def _is_uncased(normalizer: Json) -> bool:
+    """Whether a normalizer does all that llama.cpp does; accents go with capitals unless it says otherwise."""
+    whole = all(normalizer.get(step) for step in ("lowercase", "clean_text", "handle_chinese_chars"))
+    return normalizer.get("type") == "BertNormalizer" and whole and normalizer.get("strip_accents") is not False
 
 
 def _prefixed(tokenizer: Json) -> bool:
