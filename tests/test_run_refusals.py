@@ -50,6 +50,11 @@ def test_a_prompt_without_tokens_is_refused(folder, capsys, model):
     assert "the prompt has no tokens" in refused(capsys, folder / model, "")
 
 
+def test_a_prompt_longer_than_the_model_is_refused(folder, capsys):
+    told = refused(capsys, folder / "out" / "onnx" / "model.onnx", "x" * 300)
+    assert "error[data]" in told and "a prompt of 300" in told
+
+
 @pytest.mark.parametrize("option", ["--max-new-tokens", "--threads"])
 @pytest.mark.parametrize("number", ["-3", "9" * 19, "many"])
 def test_a_number_out_of_range_is_refused(folder, capsys, option, number):

@@ -175,14 +175,15 @@ def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator
     """Pieces of the answer of the model in ``path`` to ``prompt``, with the seconds that each took.
 
     The tokenizer beside the model is used, and its chat template when there is one. Raises CheckpointError when
-    there is no tokenizer or what lies beside the model cannot be read, DataError when the prompt has no tokens.
+    there is no tokenizer or what lies beside the model cannot be read, DataError when the prompt has no tokens, or
+    it or the answer has one that the model cannot take.
     """
     runner, tokenizer = Runner(path, threads=threads), _tokenizer(path.parent)
     ids = tokenizer.encode(*in_template(path.parent, prompt)).ids
     if not ids:
         raise DataError("the prompt has no tokens", where=str(path), remedy="say something to the model")
     ends, written, shown = _ends(path.parent), list[int](), ""
-    for token, seconds in runner.greedy(ids, count):
+    for token, seconds in _taken(runner, ids, count):
         if token in ends:
             return
         written.append(token)
@@ -190,6 +191,18 @@ def answer(path: Path, prompt: str, count: int, *, threads: int = 0) -> Iterator
         piece = "" if text.endswith("\ufffd") else text[len(shown) :]
         shown += piece
         yield piece, seconds
+
+
+def _taken(runner: Runner, ids: Sequence[int], count: int) -> Iterator[tuple[int, float]]:
+    """What ``runner`` gives until the model has no position for a token, or no row of its table."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+    try:
+        yield from runner.greedy(ids, count)
+    except InvalidArgument as reason:
+        cause = f"the model cannot go on with a prompt of {len(ids)} tokens: {str(reason)[:300]}"
+        remedy = "a shorter prompt or answer, and the tokenizer that belongs to the model"
+        raise DataError(cause, where=str(runner.path), remedy=remedy) from reason
 
 
 def in_template(directory: Path, prompt: str) -> tuple[str, None, bool, bool]:
