@@ -166,7 +166,8 @@ SAID = {
     '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}': (None, "mean_tokens and cls_token"),
     '{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}': (None, "mean_tokens and max_tokens"),
     '{"pooling_mode_max_tokens": true}': (None, "max_tokens"),
-    "{}": (None, "nothing"),
+    '{"pooling_mode_mean_tokens": false}': (None, "no `pooling_mode_` of 1_Pooling/config.json is true"),
+    "{}": (None, "no `pooling_mode_` of 1_Pooling/config.json is true"),
 }
 
 
@@ -187,3 +188,26 @@ def test_damaged_pooling_is_refused_with_its_place(said, encoder):
     with pytest.raises(CheckpointError) as error:
         gguf_emission(graph)
     assert error.value.where == str(path) and error.value.remedy
+
+
+@pytest.mark.parametrize("other", ["a directory", "a link to itself"])
+def test_pooling_that_is_no_file_is_refused_with_its_place(other, encoder, tmp_path):
+    path, graph = encoder
+    path.unlink(missing_ok=True)
+    if other == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    try:
+        with pytest.raises(CheckpointError) as error:
+            gguf_emission(graph)
+    finally:
+        path.rename(tmp_path / "moved")
+    assert error.value.where == str(path) and error.value.remedy
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_header_says_how_many_kinds_of_tokens_there_are(count):
+    emission = gguf_emission(capture(BertModel(FAMILIES["bert"].config(type_vocab_size=count)).eval()))
+    assert emission.sizes["tokenizer.ggml.token_type_count"] == count
+    assert emission.tensors["token_types.weight"].type.static_shape[0] == count

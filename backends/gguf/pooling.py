@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import cast
-
 from backends.gguf.header import Metadata
-from compiler.errors import CheckpointError, first_line
+from compiler.errors import CheckpointError
 from compiler.weights.source import Source
+from compiler.weights.tensorfile import parse_json, read_document
 
-FILE = ("1_Pooling", "config.json")
+FILE = "1_Pooling/config.json"
 PREFIX = "pooling_mode_"
 KINDS = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2}  # llama.cpp's numbers
 POOLED = ("bert",)
-REMEDY = "fetch it again, or delete it and tell llama.cpp how texts are pooled"
 
 
 def pooling(architecture: str, model: Source | None) -> tuple[Metadata, tuple[str, ...]]:
     """The entry of the header that says so, and what the user should know; neither where the checkpoint does not say.
 
-    Raises CheckpointError when its file is no JSON of settings.
+    Raises CheckpointError when its file cannot be read or is no JSON of settings.
     """
     from compiler.weights.checkpoint import Checkpoint
 
     if architecture not in POOLED or not isinstance(model, Checkpoint):
         return {}, ()
-    path = model.files[0].parent.joinpath(*FILE)
-    if not path.exists():
+    path = model.files[0].parent / FILE
+    try:
+        said = parse_json(read_document(path), path)
+    except (FileNotFoundError, NotADirectoryError):
         return {}, ()
-    modes = [name for name, value in _said(path).items() if name.startswith(PREFIX) and value is True]
+    except OSError as reason:
+        remedy = "check that it may be read, or delete it and tell llama.cpp how texts are pooled"
+        raise CheckpointError(f"it cannot be read: {reason.strerror}", where=str(path), remedy=remedy) from reason
+    modes = [name for name, value in said.items() if name.startswith(PREFIX) and value is True]
     if len(modes) == 1 and modes[0] in KINDS:
         return {f"{architecture}.pooling_type": KINDS[modes[0]]}, ()
-    named = " and ".join(name.removeprefix(PREFIX) for name in modes) or "nothing"
-    return {}, (
-        f"the file does not say how a text becomes one vector: {named} of {'/'.join(FILE)} has no number in it",
-    )
-
-
-def _said(path: Path) -> dict[str, object]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise CheckpointError(f"this is no JSON: {first_line(reason)}", where=str(path), remedy=REMEDY) from reason
-    if not isinstance(said, dict):
-        raise CheckpointError("this is no mapping of settings", where=str(path), remedy=REMEDY)
-    return cast("dict[str, object]", said)
+    named = " and ".join(name.removeprefix(PREFIX) for name in modes)
+    reason = f"{named} of {FILE} has no number in it" if modes else f"no `{PREFIX}` of {FILE} is true"
+    return {}, (f"the file does not say how a text becomes one vector: {reason}",)
