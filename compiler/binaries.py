@@ -40,7 +40,8 @@ def check_launches(graph: Graph, emission: Emission, wanted: Safetensors) -> Non
     if not _calls(graph, emission, wanted):
         raise TargetError(
             "`binaries`: no kernel computes anything of this model",
-            remedy="leave it out, or let a pass make packed weights, factors, latents or a cache of few bits",
+            remedy="leave it out, or let a pass make packed weights (of codebooks those with `group: 0`), factors, "
+            "latents or a cache of few bits",
         )
 
 

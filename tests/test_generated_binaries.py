@@ -17,9 +17,13 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from backends.binaries.package import unique, with_imports
+from backends.kernels import table_linear
 from backends.kernels.binary import specialised
+from backends.kernels.launch import Gpu, planned_for
 from backends.safetensors import emit
 from backends.torch_module import kernel_calls
+from backends.torch_module.calls import CALLS, Reach
+from backends.torch_module.packing import TableScheme
 from compiler import Recipe, binaries, compress
 from compiler.binaries import launches_of
 from compiler.errors import RecipeError, TargetError
@@ -37,13 +41,15 @@ INT4 = Quantize(bits=4, group=32, where="linear")
 KINDS = {
     "packed, zero points": ("llama", [Quantize(bits=3, group=0, symmetric=False, where="mlp")], (), 0),
     "experts": ("qwen3_moe", [Quantize(bits=4, group=32, where="experts")], (), 0),
+    "tables": ("llama", [Quantize(type="codebook", bits=3, group=0, where="linear")], (), 0),
+    "experts' tables": ("qwen3_moe", [Quantize(type="bit-serial", bits=2, group=0, where="experts")], (), 0),
     "pairs": ("qwen2", [LowRank(where="mlp", form="pair", keep=0.7, ranks="uniform")], (), 0),
     "latents": ("llama", [], ((16, 11), (4, 2)), 0),
     "latents of bytes": ("llama", [INT4], ((32, 64), (4, 4)), 8),
     "keys and values of bytes": ("gpt_oss", [], (), 8),
     "caps and windows": ("gemma2", [], (), 4),
 }
-KERNELS = ("packed_linear", "packed_dense", "low_rank_linear", "latent_decode", "cached_decode")
+KERNELS = ("packed_linear", "packed_dense", "table_linear", "low_rank_linear", "latent_decode", "cached_decode")
 
 
 def graph_of(kind):
@@ -90,6 +96,18 @@ def test_binaries_are_of_all_that_a_model_launches_and_of_nothing_else(kind, tmp
                 ids, mask = ids[:, -1:], torch.cat((mask, mask[:, -1:]), 1)
     assert seen <= compiled
     assert {kernel for kernel, _ in seen} == {call.kernel for call in calls} == {kernel for kernel, _ in compiled}
+
+
+def test_maps_with_tables_launch_for_any_number_of_tokens_what_was_listed():
+    """Sums are split among programs while there are few blocks of tokens."""
+    calls = [*CALLS["tables"](Reach(torch.float16, 0, 1 << 17), (300, 400), TableScheme(3, 0, 8))]
+    with planned_for(Gpu(8, True)):
+        listed = unique(launch for call in calls for launch in table_linear.plan(*call.inputs).compiled)
+        _, *weight = calls[0].inputs
+        given = (torch.empty(tokens, 400, dtype=torch.float16, device="meta") for tokens in range(1, 700))
+        made = unique(launch for x in given for launch in table_linear.plan(x, *weight).compiled)
+    assert listed.keys() == made.keys()
+    assert {launch.constants.get("SPLITS") for launch in made.values()} == {None, 2, 4}
 
 
 def projected():
@@ -201,7 +219,9 @@ def test_what_cannot_have_binaries_is_refused(folder, monkeypatch):
         recipe_in(folder, "binaries: [sm_70]")
     with pytest.raises(RecipeError, match="no stock class calls kernels"):
         recipe_in(folder, "binaries: [sm_80], class: stock")
-    assert "no kernel computes anything" in make_plan(recipe_in(folder, "binaries: [sm_80]", "")).refusal
+    grouped = "quantize: {type: codebook, bits: 3, group: 16, where: linear}"
+    for passes in ("", grouped):
+        assert "no kernel computes anything" in make_plan(recipe_in(folder, "binaries: [sm_80]", passes)).refusal
     monkeypatch.setattr(binaries, "find_spec", lambda name: None)
     with pytest.raises(TargetError, match="`binaries` needs Triton"):
         compress(recipe_in(folder, "binaries: [sm_80]"), folder / "without")

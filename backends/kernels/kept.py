@@ -44,5 +44,5 @@ def kept(form: Hashable, make: Callable[[], Made], owner: Tensor, *others: Tenso
 
 
 def _mark(tensor: Tensor) -> Hashable:
-    ends = tuple(tensor.detach().flatten()[:: max(tensor.numel() - 1, 1)].tolist())
+    ends = () if tensor.is_meta else tuple(tensor.detach().flatten()[:: max(tensor.numel() - 1, 1)].tolist())
     return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), ends

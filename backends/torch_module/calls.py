@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backends.kernels import low_rank_linear, packed_linear
+from backends.kernels import codebook_linear, low_rank_linear, packed_linear
 from backends.kernels.decoding import row_bytes
+from backends.kernels.splits import PROGRAMS
 from backends.torch_module.layout import Layout
-from backends.torch_module.packing import Scheme, scheme_of
+from backends.torch_module.packing import AnyScheme, TableScheme, scheme_of
 from compiler.ir.graph import Graph, Node, Param, Value
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RESIDUES = 16
 """Whether a number is divisible by so many is what launches are compiled for."""
+MULTIPROCESSORS = 304
+"""Of the largest GPU that there are binaries for: on it sums are split up to the most tokens."""
 SPLIT = 64
 """Keys of a split, at least."""
 LONGEST = 1 << 17
@@ -64,18 +67,20 @@ def _kinds(node: Node, layout: Layout, reach: Reach) -> Iterator[tuple[Any, ...]
     """What of CALLS the operation does, and the sizes it does it with."""
     name = node.op.name
     if name == "linear":
-        scheme = _scheme(node.input(1))
-        if scheme is not None:
-            yield "linear", node.input(1).type.shape, scheme
+        kind, scheme = _kind(node.input(1), "linear")
+        if kind:
+            yield kind, node.input(1).type.shape, scheme
         elif (factors := _factors(node, layout)) is not None:
             yield "pair", *factors, node.optional_input(2) is not None
     elif name == "experts":
-        found = [(value, _scheme(value)) for value in node.inputs[3:5]]
-        yield from (("experts", value.type.shape, scheme) for value, scheme in found if value is not None and scheme)
+        for value in node.inputs[3:5]:
+            kind, scheme = _kind(value, "experts")
+            if kind and value is not None:
+                yield kind, value.type.shape, scheme
     elif name == "latent_attention":
-        scheme = _scheme(node.input(3))
-        if scheme is not None:
-            yield "dense", node.input(3).type.shape, scheme
+        kind, scheme = _kind(node.input(3), "dense")
+        if kind == "dense":
+            yield kind, node.input(3).type.shape, scheme
         rotary = node.optional_input(2)
         sizes = (*node.input(0).shape[1::2], node.input(1).shape[-1], rotary.shape[-1] if rotary is not None else 0)
         yield "latent", *sizes, _near(node, reach), *_scores(node)
@@ -86,10 +91,17 @@ def _kinds(node: Node, layout: Layout, reach: Reach) -> Iterator[tuple[Any, ...]
             yield "keys", heads, node.input(1).shape[1], width, _near(node, reach), *_scores(node), sinks
 
 
-def _scheme(value: Value | None) -> Scheme | None:
-    """How a weight is packed as integers; None for anything else."""
+def _kind(value: Value | None, integers: str) -> tuple[str, AnyScheme | None]:
+    """What is called for a weight, and how it is packed: ``integers``, "tables" for one table a row, or nothing, "".
+
+    No kernel multiplies by weights with several tables a row: they are written out.
+    """
     scheme = scheme_of(value) if isinstance(value, Param) else None
-    return scheme if isinstance(scheme, Scheme) else None
+    if value is None or scheme is None:
+        return "", None
+    if isinstance(scheme, TableScheme):
+        return "tables" if scheme.group_size in (0, value.shape[-1]) else "", scheme
+    return integers, scheme
 
 
 def _near(node: Node, reach: Reach) -> int:
@@ -151,6 +163,28 @@ def _experts(reach: Reach, shape: Any, scheme: Any) -> Iterator[KernelCall]:
         yield KernelCall("packed_linear", (x, words[expert], scales[expert], mine, scheme.bits))
 
 
+def _tables(reach: Reach, shape: Any, scheme: Any) -> Iterator[KernelCall]:
+    """The matrix, or each of a stack: what its launches read is made of it, and lies at the same kind of addresses."""
+    rows, columns = shape[-2:]
+    words, table = (
+        _meta(rows, -(-columns * scheme.bits // 32), dtype=torch.int32),
+        _meta(rows, 1, scheme.numbers, dtype=reach.dtype),
+    )
+    for tokens in _table_tokens(rows, columns):
+        yield KernelCall("table_linear", (_meta(tokens, columns, dtype=reach.dtype), words, table, scheme.bits))
+
+
+def _table_tokens(rows: int, columns: int) -> Iterator[int]:
+    """Numbers of tokens of maps with tables: each of few, then, for every number of blocks up to where sums are not
+    split, one for each power of two that launches are compiled for."""
+    *few, most = codebook_linear.TILES
+    tile = codebook_linear.TILES[most]
+    yield from range(1, few[-1] + 1)
+    split = PROGRAMS * MULTIPROCESSORS // (2 * -(-rows // tile.rows)) if columns > tile.width else 0
+    for blocks in range(1, split + 2):
+        yield from (blocks * tile.tokens - less for less in (0, 1, 2, 4, 8))
+
+
 def _dense(reach: Reach, shape: Any, scheme: Any) -> Iterator[KernelCall]:
     yield KernelCall("packed_dense", (*_parts(shape, scheme, reach.dtype), scheme.bits, shape[-1]))
 
@@ -202,6 +236,7 @@ def _keys(
 CALLS: dict[str, Any] = {
     "linear": _linear,
     "experts": _experts,
+    "tables": _tables,
     "dense": _dense,
     "pair": _pair,
     "latent": _latent,
