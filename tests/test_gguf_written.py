@@ -190,19 +190,15 @@ def test_damaged_pooling_is_refused_with_its_place(said, encoder):
     assert error.value.where == str(path) and error.value.remedy
 
 
-@pytest.mark.parametrize("other", ["a directory", "a link to itself"])
-def test_pooling_that_is_no_file_is_refused_with_its_place(other, encoder, tmp_path):
+def test_pooling_that_is_no_file_is_refused_with_its_place(encoder):
     path, graph = encoder
     path.unlink(missing_ok=True)
-    if other == "a directory":
-        path.mkdir()
-    else:
-        path.symlink_to(path)
+    path.mkdir()
     try:
         with pytest.raises(CheckpointError) as error:
             gguf_emission(graph)
     finally:
-        path.rename(tmp_path / "moved")
+        path.rmdir()
     assert error.value.where == str(path) and error.value.remedy
 
 
