@@ -1,6 +1,7 @@
 """Work spread over processes and over Ray: the same results, errors as they are, and workers that may die."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +122,15 @@ def test_an_item_that_fails_does_not_stop_the_others(spread):
     assert [other.get() for other in others] == [1, 4]
 
 
+@pytest.fixture
+def interruptible():
+    """What runs in a shell's background inherits that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_ends_its_workers_amid_their_work(spread, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         list(in_order(spread, interrupting, [(os.getpid(), tmp_path, number) for number in range(2)]))

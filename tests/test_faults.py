@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from compiler.errors import CheckpointError, OutputError
+from compiler.executor import Local
 from compiler.output import OutputDirectory
 from compiler.weights import writer
 from compiler.weights.checkpoint import open_checkpoint
@@ -99,7 +100,7 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path, monkeypatch)
             raise OSError(28, os.strerror(28))
         return genuine(descriptor, data, position)
 
-    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "threads": 1}
+    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "executor": Local(1)}
     (tmp_path / "files").mkdir()
     monkeypatch.setattr(writer.os, "pwrite", pwrite)
     with pytest.raises(OutputError, match="No space left on device"):
@@ -140,7 +141,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_one_error(checkpoint, tmp_path
     tensors = {name: load("model", name, type) for name, type in opened.types.items()}
     os.truncate(checkpoint / "model.safetensors", 9000)
     (tmp_path / "files").mkdir()
-    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "threads": 1}
+    options = {"journal": tmp_path / "journal", "safe_bytes": 1, "executor": Local(1)}
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: it ends at byte 9000"):
         write(tensors, {"model": opened}, tmp_path / "files", **options)
 
