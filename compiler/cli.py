@@ -197,6 +197,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     """Let a model answer a prompt, loaded by plain transformers, an .onnx model by ONNX Runtime alone."""
+    _check_prompt(options.prompt)
     if options.model.endswith(".onnx"):
         _run_onnx(options, console)
         return
@@ -212,6 +213,15 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     console.result("")
     if options.tokens_per_second:
         console.result(f"{answer.tokens_per_second:.1f} tokens/s")
+
+
+def _check_prompt(prompt: str) -> None:
+    """Raises UsageError for a prompt whose bytes were no UTF-8: Python hands them over as halves of surrogates."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as reason:
+        cause = f"PROMPT is no UTF-8: character {reason.start + 1} is none"
+        raise UsageError(cause, remedy="convert it, say with `iconv -f latin1 -t utf-8`") from reason
 
 
 def _run_onnx(options: argparse.Namespace, console: Console) -> None:

@@ -50,6 +50,12 @@ def test_a_prompt_without_tokens_is_refused(folder, capsys, model):
     assert "the prompt has no tokens" in refused(capsys, folder / model, "")
 
 
+@pytest.mark.parametrize("model", ["out/onnx/model.onnx", "tiny"])
+def test_a_prompt_that_is_no_text_is_refused(folder, capsys, model):
+    """What Python makes of an argument with the byte 0xff."""
+    assert "PROMPT is no UTF-8: character 3" in refused(capsys, folder / model, "ab\udcff")
+
+
 def test_a_prompt_longer_than_the_model_is_refused(folder, capsys):
     told = refused(capsys, folder / "out" / "onnx" / "model.onnx", "x" * 300)
     assert "error[data]" in told and "a prompt of 300" in told
