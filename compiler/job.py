@@ -31,7 +31,7 @@ from compiler.ir.graph import Graph
 from compiler.means import Means, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
-from compiler.plan import bytes_in_file, open_recipe_model
+from compiler.plan import bytes_in_file, open_recipe_model, written_cache
 from compiler.recipe import Recipe
 from compiler.recipe.schema import Calibration
 from compiler.report.lock import job_key, make_lock
@@ -236,6 +236,7 @@ def _pass_and_propose(run: _Run, graph: Graph, workdir: Path | None) -> _Passed:
         bytes_of=bytes_in_file(recipe.compact),
         calibration=no_calibration if run.recipe.calibration is None else run.calibration,
     )
+    report.written_cache = written_cache(graph, recipe)
     return _Passed(graph, report, checkpoint_for(graph, recipe), onnx_for(graph, recipe), gguf_for(graph, recipe))
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -147,7 +147,8 @@ class Report:
     """What a pipeline did. ``layers_before`` and ``layers_after`` are stored bytes by layer, and ``matrices_…``
     those of each matrix.
 
-    ``read_weights`` says whether any pass looked at a weight's value.
+    ``read_weights`` says whether any pass looked at a weight's value; ``written_cache`` is what the class that is
+    written caches of a token, in bytes, where it rounds that.
     """
 
     before: Ledger
@@ -157,10 +158,12 @@ class Report:
     matrices_after: Sequence[Matrix] = ()
     passes: list[PassReport] = field(default_factory=list[PassReport])
     read_weights: bool = False
+    written_cache: int | None = None
 
     @property
     def after(self) -> Ledger:
-        return self.passes[-1].after if self.passes else self.before
+        ledger = self.passes[-1].after if self.passes else self.before
+        return ledger if self.written_cache is None else replace(ledger, cache_bytes_per_token=self.written_cache)
 
 
 Calibration = Callable[[Graph], Sequence[Mapping[str, Tensor]]]

@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
     graph = open_recipe_model(recipe)
     model = f"{graph.origin.architecture or graph.name} from {recipe.model}{_on_disk(graph)}"
     report = run_passes(recipe, graph, dump_graphs=dump_graphs)
+    report.written_cache = written_cache(graph, recipe)
     output, refusal, remedy, memory = None, "", "", 0
     try:
         output, memory = _output(recipe, graph)
@@ -122,6 +123,14 @@ def run_passes(recipe: Recipe, graph: Graph, *, dump_graphs: Path | None = None,
         bytes_of=bytes_in_file(recipe.compact),
         calibration=calibration,
     )
+
+
+def written_cache(graph: Graph, recipe: Recipe) -> int | None:
+    """Bytes that the class that is written caches of a token, where `cache-bits` rounds them."""
+    from backends.torch_module import cached_bytes
+
+    wanted = recipe.checkpoint
+    return cached_bytes(graph, wanted.cache_bits) if wanted is not None and wanted.cache_bits else None
 
 
 def bytes_in_file(compact: bool = False) -> Bytes:

@@ -96,7 +96,10 @@ def test_a_recipe_asks_for_a_cache_of_few_bits(folder, made):
     assert result.document["verification"]["performed"]
     full, rounded = (cache_size(load_model(path, trust_remote_code=True)) for path in (made.path, folder / "bits"))
     assert rounded.bytes_per_token < full.bytes_per_token
-    assert "no stock class: none caches in 8 bits" in make_plan(recipe_in(folder, "cache-bits: 8")).text()
+    assert result.document["ledger"]["after"]["cache_bytes_per_token"] == rounded.bytes_per_token
+    plan = make_plan(recipe_in(folder, "cache-bits: 8"))
+    assert "no stock class: none caches in 8 bits" in plan.text()
+    assert plan.report.after.cache_bytes_per_token == rounded.bytes_per_token
 
 
 def test_generated_code_holds_integers_of_several_schemes_and_floats_of_one(folder):

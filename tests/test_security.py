@@ -183,6 +183,13 @@ def test_no_file_from_elsewhere_is_copied_into_an_output(model, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_to_itself_is_an_error_of_the_checkpoint(model, tmp_path):
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    (model / "tokenizer.json").symlink_to(model / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="leads nowhere"):
+        compress(Recipe.load(write_recipe(tmp_path)), tmp_path / "out")
+
+
 def test_an_included_recipe_leads_nowhere_else(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "other.yaml").write_text("model: tiny\n")

@@ -20,6 +20,7 @@ from backends.gguf.header import Metadata
 from compiler.errors import TargetError
 from compiler.weights.gguf_header import read_gguf_header
 from compiler.weights.source import Source
+from compiler.weights.tensorfile import parse_json, read_document
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
@@ -66,12 +67,12 @@ def tokenizer_in(directory: Path, size: int) -> Tokenizer:
     """What the tokenizer files in ``directory`` give, with ``size`` tokens; no tokenizer without tokenizer.json.
 
     Added tokens that the model has no row for are left out, with a note. Raises TargetError for a tokenizer that
-    llama.cpp has no code for, or with other tokens beyond ``size``.
+    llama.cpp has no code for, or with other tokens beyond ``size``, CheckpointError for files that are no JSON.
     """
     path = directory / "tokenizer.json"
     if not path.exists():
         return Tokenizer()
-    tokenizer, notes = _fitting(json.loads(path.read_text(encoding="utf-8")), size)
+    tokenizer, notes = _fitting(_read(path), size)
     config = _read(directory / "tokenizer_config.json")
     found = {**_special(tokenizer, config), **_vocabulary(tokenizer, size)}
     template = directory / "chat_template.jinja"
@@ -107,7 +108,7 @@ def _numbers(model: Json) -> Mapping[str, int]:
 
 
 def _read(path: Path) -> Json:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return parse_json(read_document(path), path) if path.exists() else {}
 
 
 def _vocabulary(tokenizer: Json, size: int) -> Metadata:

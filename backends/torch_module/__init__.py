@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backends.torch_module.caches import cached_bytes
 from backends.torch_module.generate import Generated, generate, kernel_calls
 from backends.torch_module.packing import as_computed, packed, packed_tensors
 from backends.torch_module.sparse import stored

@@ -84,17 +84,20 @@ def kv_cache_values(graph: Graph) -> int:
     """
     shared = {
         tuple(node.inputs[1:3]): node
+    return sum(count * size for count, size in cached_vectors(graph))
+
+
+def cached_vectors(graph: Graph) -> list[tuple[int, int]]:
+    """How many vectors, and of which size, every cached tensor has of a token: [B, G, S, d] or [B, S, r]."""
         for node in graph.nodes_named("attention", "latent_attention")
         if node.attr("causal")
     }
-    return sum(_cached(node.input(1)) + _cached(node.optional_input(2)) for node in shared.values())
-
-
-def _cached(value: Value | None) -> int:
-    """Values per token of a cached tensor [B, G, S, d] or [B, S, r]; none of an absent rotary key."""
-    if value is None:
-        return 0
-    return math.prod(static(dim) for axis, dim in enumerate(value.shape) if axis not in (0, value.type.rank - 2))
+    values = [value for node in shared.values() for value in (node.input(1), node.optional_input(2))]
+    return [
+        (static(value.shape[1]) if value.type.rank == 4 else 1, static(value.shape[-1]))
+        for value in values
+        if value is not None
+    ]
 
 
 def flops_per_token(graph: Graph) -> int:

@@ -154,7 +154,15 @@ class DirectoryCheckpoint(Checkpoint):
 
     def _check_inside(self, file: Path) -> None:
         """A link may lead anywhere: only the directory itself, or its blobs in a cache of the hub, is copied from."""
-        root, target = self.path.resolve(), file.resolve()
+        root = self.path.resolve()
+        try:
+            target = file.resolve(strict=file.is_symlink())
+        except (OSError, RuntimeError) as reason:  # before Python 3.13 a link to itself is a RuntimeError
+            raise CheckpointError(
+                f"{file.name} is a link that leads nowhere",
+                where=str(self.path),
+                remedy="replace the link with the file itself, or remove it",
+            ) from reason
         blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
         if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
             raise CheckpointError(
