@@ -32,6 +32,7 @@ from compiler.console import table
 
 INT4 = "where: linear, bits: 4, group: 32, tied: copy"
 ZEROS = "where: linear, bits: 4, group: 32, symmetric: false, tied: share"
+REFINED = "where: linear, bits: 4, method: refined, tied: share"
 PASSES: dict[str, str] = {
     "fp32": "[]",
     "int4, blocks of 32": f"[quantize: {{{INT4}}}]",
@@ -39,6 +40,9 @@ PASSES: dict[str, str] = {
     "int4, blocks of 32, cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
     "int4, prompts int8": f"[quantize: {{{INT4}}}]",
     "int4, prompts and cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
+    "int4, refined": f"[quantize: {{{REFINED}, group: 32}}]",
+    "int4 of 64, refined": f"[quantize: {{{REFINED}, group: 64, symmetric: false}}]",
+    "int4 of 64, refined, cache int8": f"[quantize: {{{REFINED}, group: 64, symmetric: false, cache: int8}}]",
     "int4 with zero points": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts int8": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts and cache int8": f"[quantize: {{{ZEROS}, cache: int8}}]",

@@ -245,7 +245,7 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
         with run.step("compute"):
             passed = _pass_and_propose(run, open_recipe_model(run.recipe), output.state)
     graph = passed.graph
-    _write_all(run, passed, output, means)
+    passed = replace(passed, onnx=_write_all(run, passed, output, means))
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     own_code = bool(passed.emission and passed.emission.files)
@@ -262,14 +262,15 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     return Result(output.path, document, passed.report)
 
 
-def _write_all(run: _Run, passed: _Passed, output: OutputDirectory, means: Means) -> None:
+def _write_all(run: _Run, passed: _Passed, output: OutputDirectory, means: Means) -> OnnxEmission | None:
+    """Write everything. Returns the ONNX models as they were written: what is measured on them may change them."""
     if passed.emission is not None:
         _write(run, passed.emission, passed.graph, output, means)
         _write_binaries(run, passed.emission, passed.graph, output)
-    if passed.onnx is not None:
-        _write_onnx(run, passed.onnx, output, means)
+    written = None if passed.onnx is None else _write_onnx(run, passed.onnx, output, means)
     if passed.gguf is not None:
         _write_gguf(run, passed.gguf, passed.graph, output, means)
+    return written
 
 
 def _write(run: _Run, emission: Emission, graph: Graph, output: OutputDirectory, means: Means) -> None:
@@ -293,14 +294,19 @@ def _write_binaries(run: _Run, emission: Emission, graph: Graph, output: OutputD
             write_binaries(graph, emission, wanted, output.files, advance)
 
 
-def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, means: Means) -> None:
-    from backends.onnx import emit
+def _write_onnx(run: _Run, emission: OnnxEmission, output: OutputDirectory, means: Means) -> OnnxEmission:
+    from backends.onnx import emit, measured
 
     folder = output.files / ONNX_FOLDER
     folder.mkdir(exist_ok=True)
     with run.step("write onnx"), run.console.progress("write onnx") as advance:
         journal = output.state / "onnx-journal"
         emit(emission, emission.graph.sources, folder, journal=journal, on_progress=advance, **means.options())
+    bound = run.recipe.onnx.input_error if run.recipe.onnx is not None else None
+    if bound is None:
+        return emission
+    with run.step("measure rounded inputs"):
+        return measured(emission, folder, run.calibration(emission.graph), bound)
 
 
 def _write_gguf(run: _Run, emission: GgufEmission, graph: Graph, output: OutputDirectory, means: Means) -> None:

@@ -130,7 +130,15 @@ def onnx_for(graph: Graph, recipe: Recipe) -> OnnxEmission | None:
             f"ONNX models need the package {reason.name}, which is not installed",
             remedy="pip install 'compress-model[onnx]'",
         ) from reason
-    return propose(graph, wanted.target, accuracy=wanted.accuracy_level, prompts=wanted.prompts)
+    found = propose(graph, wanted.target, accuracy=wanted.accuracy_level, prompts=wanted.prompts)
+    if wanted.input_error is not None:
+        from backends.onnx.levels import require_products
+
+        require_products(found)
+        if recipe.calibration is None:
+            cause = "`input-error` is measured on calibration data, and there is none"
+            raise TargetError(cause, remedy="add `calibration: {data: text.txt}`")
+    return found
 
 
 def _check_no_blocks(graph: Graph) -> None:
@@ -178,7 +186,7 @@ def _stock(graph: Graph, model_class: ModelClass, own: _Own) -> Emission | Refus
 
 
 def _generated(graph: Graph, no_stock: str, own: _Own) -> Emission:
-    from backends.torch_module import generate
+    from backends.torch_module import generate, in_reading_order, with_others
 
     try:
         made = generate(graph, **own._asdict())
@@ -191,6 +199,7 @@ def _generated(graph: Graph, no_stock: str, own: _Own) -> Emission:
     if quantised:
         config["quantization_config"] = quantised.config
     tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, own.compact).items()}
+    config, tensors = with_others(config, tensors), in_reading_order(tensors, made.tensors)
     return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from backends.onnx.emission import OnnxEmission as OnnxEmission
     from backends.onnx.emission import propose as propose
+    from backends.onnx.levels import measured as measured
     from backends.onnx.reload import Reloaded as Reloaded
     from backends.onnx.reload import verify as verify
     from backends.onnx.runner import Runner as Runner
@@ -21,11 +22,12 @@ _HOMES = {
     "Reloaded": "reload",
     "Runner": "runner",
     "emit": "write",
+    "measured": "levels",
     "propose": "emission",
     "verify": "reload",
 }
 
-__all__ = ["OnnxEmission", "Reloaded", "Runner", "emit", "propose", "verify"]
+__all__ = ["OnnxEmission", "Reloaded", "Runner", "emit", "measured", "propose", "verify"]
 
 
 def __getattr__(name: str) -> Any:

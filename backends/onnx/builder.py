@@ -58,6 +58,7 @@ class Builder:
     ``notes`` tell the user what was done differently than the graph says. ``accuracy`` is that of products with
     quantised weights: 0 takes inputs as they are, 4 rounds them to int8. Without ``rounds`` activations that the graph
     rounds are taken as they are. ``many``: it is for many tokens at a time, whose products with codes are of int8.
+    ``unrounded`` are the weights whose products take their inputs as they are in any case.
     """
 
     graph: Graph
@@ -71,6 +72,7 @@ class Builder:
     accuracy: int = 4
     rounds: bool = True
     many: bool = False
+    unrounded: frozenset[str] = frozenset()
     notes: dict[str, int] = field(default_factory=dict[str, int])
     scope: str = ""
     cache: Cache | None = None

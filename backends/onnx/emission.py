@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from backends.onnx.check import PROMPT
 from backends.onnx.genai import require_generation
+from backends.onnx.levels import Levels
 from backends.onnx.lower import Lowered, is_causal, lowered
 from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
 from backends.onnx.target import CONTRIB, TARGETS, Target
@@ -22,13 +23,15 @@ ENCODER, MAIN = "encoder.onnx", ("model.onnx", "decoder.onnx")
 @dataclass(frozen=True)
 class OnnxEmission:
     """Models by file name. ``kind`` says how they are run: ``causal``, ``encoder``, or a ``pair`` of both. ``accuracy``
-    4 rounds the inputs of products with quantised weights to int8, 0 does not."""
+    4 rounds the inputs of products with quantised weights to int8, 0 does not; ``levels`` say which do not all the
+    same, once that was measured."""
 
     graph: Graph
     runtime: Target
     kind: str
     models: Mapping[str, Lowered]
     accuracy: int
+    levels: Levels | None = None
 
     @property
     def target(self) -> str:
@@ -64,6 +67,14 @@ class OnnxEmission:
         """The same tensors, with nothing that is computed rounded to codes: neither inputs nor activations."""
         return propose(self.graph, self.runtime.name, accuracy=0, rounds=False)
 
+    def with_levels(self, levels: Levels) -> OnnxEmission:
+        """The same tensors, with products that take their inputs as they are where ``levels`` say so."""
+        prompts = "int8" if PROMPT in self.models else "same"
+        found = propose(
+            self.graph, self.runtime.name, accuracy=self.accuracy, prompts=prompts, unrounded=levels.unrounded
+        )
+        return replace(found, levels=levels)
+
     @property
     def main(self) -> str:
         """The file of the model that gives the outputs."""
@@ -85,7 +96,8 @@ class OnnxEmission:
         for model in self.models.values():
             for note, count in model.notes.items():
                 counts[note] = counts.get(note, 0) + count
-        return [f"{note} ({count} times)" for note, count in counts.items()]
+        levels = [] if self.levels is None else [self.levels.note()]
+        return [*(f"{note} ({count} times)" for note, count in counts.items()), *levels]
 
     def metadata(self, model: Lowered) -> dict[str, str]:
         """How a model was made, for its ``metadata_props``."""
@@ -113,11 +125,18 @@ def target_named(name: str) -> Target:
 
 
 def propose(
-    graph: Graph, target: str = "ort-cpu", *, accuracy: int = 4, rounds: bool = True, prompts: str = "same"
+    graph: Graph,
+    target: str = "ort-cpu",
+    *,
+    accuracy: int = 4,
+    rounds: bool = True,
+    prompts: str = "same",
+    unrounded: frozenset[str] = frozenset(),
 ) -> OnnxEmission:
     """What is written for ``graph``. Reads no weight.
 
-    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are. Without
+    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are, as ``unrounded``
+    ones are in any case, but in encoder-decoders. Without
     ``rounds``, activations that the graph rounds are not. With ``prompts`` of int8 a second model reads prompts, in
     products of int8. Raises TargetError naming the operation and scope of what has no ONNX form.
     """
@@ -130,9 +149,11 @@ def propose(
         encoder = lowered_encoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         decoder = lowered_decoder(graph, wanted, accuracy=accuracy, rounds=rounds)
         return OnnxEmission(graph, wanted, "pair", {ENCODER: encoder, MAIN[1]: decoder}, accuracy)
-    models = {MAIN[0]: lowered(graph, wanted, accuracy=accuracy, rounds=rounds)}
-    if prompts == "int8":
-        models[PROMPT] = lowered(graph, wanted, accuracy=accuracy, rounds=rounds, many=True)
+    names = (MAIN[0], PROMPT) if prompts == "int8" else (MAIN[0],)
+    models = {
+        name: lowered(graph, wanted, accuracy=accuracy, rounds=rounds, many=name == PROMPT, unrounded=unrounded)
+        for name in names
+    }
     found = OnnxEmission(graph, wanted, "causal" if is_causal(graph) else "encoder", models, accuracy)
     if wanted.genai:
         require_generation(found)

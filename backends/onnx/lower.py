@@ -102,14 +102,22 @@ def is_causal(graph: Graph) -> bool:
     return graph.outputs["logits"].shape[:-1] == tokens and all(node.attr("causal") for node in attends)
 
 
-def lowered(graph: Graph, target: Target, *, accuracy: int = 4, rounds: bool = True, many: bool = False) -> Lowered:
-    """``graph`` for ``target``; ``many`` for prompts only. Reads no weight.
+def lowered(
+    graph: Graph,
+    target: Target,
+    *,
+    accuracy: int = 4,
+    rounds: bool = True,
+    many: bool = False,
+    unrounded: frozenset[str] = frozenset(),
+) -> Lowered:
+    """``graph`` for ``target``; ``many`` for prompts only. Reads no weight. Other options are those of ``Builder``.
 
     A causal language model gets a cache and a mask for padding, an encoder of tokens a mask; all sizes but batch and
     tokens are fixed. Raises TargetError naming the operation and its scope for what has no ONNX form.
     """
     copy, causal = copy_of(graph), is_causal(graph)
-    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds, many=many)
+    build = Builder(copy, target, axis_names(copy), accuracy=accuracy, rounds=rounds, many=many, unrounded=unrounded)
     inputs = add_inputs(build, copy)
     if TOKENS in copy.inputs:
         inputs.append(add_mask(build, copy, TOKENS, cached=causal))

@@ -95,7 +95,7 @@ def multiplied(build: Builder, x: ir.Value, form: Packed, bias: ir.Value | None)
         N=form.rows,
         bits=form.bits,
         block_size=form.block,
-        accuracy_level=build.accuracy,
+        accuracy_level=0 if form.name in build.unrounded else build.accuracy,
     )
 
 

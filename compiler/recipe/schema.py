@@ -147,11 +147,14 @@ class Onnx:
     ``target`` ``ort-cpu`` uses what is fast in ONNX Runtime on a CPU, ``genai`` is that for onnxruntime-genai with its
     config, ``ort-cuda`` in half precision for a GPU, ``onnx`` only standard operations.
     ``accuracy-level`` 4 rounds the inputs of quantised weights to int8, 0 does not and is much slower.
+    ``input-error`` measures on calibration data how far that moves what each product gives, over its size; those that
+    it moves further take their inputs as they are.
     ``prompts: int8`` adds a model that reads prompts in products of int8, faster than the one for single tokens.
     """
 
     target: Literal["ort-cpu", "genai", "ort-cuda", "onnx"] = "ort-cpu"
     accuracy_level: Literal[4, 0] = 4
+    input_error: Annotated[float, Field(gt=0)] | None = None
     prompts: Literal["same", "int8"] = "same"
 
 

@@ -130,6 +130,7 @@ def _onnx(findings: Findings, directory: Path) -> dict[str, Any] | None:
         "kind": findings.onnx.kind,
         "loads_in": list(findings.onnx.loads_in),
         "tensor_bytes": findings.onnx.nbytes,
+        "input_errors": None if findings.onnx.levels is None else dict(findings.onnx.levels.errors),
         "files": {file.name: file.stat().st_size for file in files},
         "verification": asdict(findings.onnx_verification),
     }
