@@ -13,7 +13,7 @@ from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.products import products
 from compiler.calibration.sequence import in_order
 from compiler.errors import PassError
-from compiler.ir.execute import run
+from compiler.ir.execute import read_param, run
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
@@ -223,6 +223,35 @@ def test_weights_meet_what_those_before_them_have_become():
         assert torch.allclose(met.fit, torch.eye(len(met.fit), dtype=torch.float64), atol=1e-4)
     position = {node: index for index, node in enumerate(graph.nodes)}
     assert seen == sorted(params, key=lambda param: position[products(graph)[param][0]])
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_what_takes_inputs_back_does_so_on_other_data(count):
+    """However little it is fitted on; of one batch, which cannot be held out as well, nothing is concluded."""
+    graph, trial = graph_of("llama"), copy_of(graph_of("llama"))
+    param = next(param for param in products(graph) if "down_proj" in param.name)
+    gate = trial.params[param.name.replace("down", "gate")]
+    noise = torch.randn(gate.type.static_shape, generator=torch.Generator().manual_seed(4))
+    noisy = read_param(graph, graph.params[gate.name]) + noise * 0.05
+    spill = trial.sources["spill"] = SpillSource()
+    key = spill.add("noisy", noisy)
+    gate.expr = load("spill", key, spill.types[key])
+    given_batches = batches("llama", count=count + 8, tokens=4)
+    (met,) = in_order(graph, trial, [param], given_batches[8:], paired=True)
+    lost = [0.0, 0.0]
+    for batch in given_batches[:8]:
+        x, y = (entering_at(each, products(each)[each.params[param.name]][0], batch) for each in (graph, trial))
+        for index, taken in enumerate((y, y @ met.fit.T)):
+            lost[index] += float((x - taken).square().sum())
+    assert lost[0] > 0
+    assert lost[1] == lost[0] if count == 1 else lost[1] < lost[0]
+
+
+def entering_at(graph, node, batch):
+    """What enters ``node``: float64 [vectors, width]."""
+    seen = {}
+    run(graph, batch, observe=lambda value, tensor: seen.update({value: tensor}))
+    return seen[node.input(0)].double().flatten(0, -2)
 
 
 # --- shared out --------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from compiler.weights.spill import Progress
 
 RIDGE = 1e-2
 """Of the mean energy of inputs: what a departure of the fit from one costs."""
+HELD_OUT = 8
+"""One in so many batches tells how much of a fit on the others holds."""
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -29,8 +31,9 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Met:
     """A weight of the original, the moments of what enters its product in the rewritten graph, and F.
 
-    F float64 [in, in] takes what enters there nearest to what enters in the original; None where that was not asked
-    for, or is not known: of experts, which meet other tokens, and of weights with several products.
+    F float64 [in, in] takes what enters there towards what enters in the original, as far as batches that it is not
+    fitted on agree; None where that was not asked for, or is not known: of experts, which meet other tokens, and of
+    weights with several products.
     """
 
     param: Param
@@ -109,15 +112,33 @@ def _fit(theirs: Stage, ours: Stage, pending: _Pending, met: Met, counts: Sequen
     nodes, params = pending.nodes_of(met.param), (met.param, pending.twin_of(met.param))
     if nodes[0].op.name == "experts":
         return None
-    second = met.moments.second
-    cross = torch.zeros_like(second)
+    second, count = met.moments.second, met.moments.count
+    cross, held_cross, held_second = (torch.zeros_like(second) for _ in range(3))
     read = (stage.values([node.input(0)]) for stage, node in zip((theirs, ours), nodes, strict=True))
     for batch, known in enumerate(zip(*read, strict=True)):
         x, y = (_vectors(*one) for one in zip(nodes, params, known, strict=True))
+        weighed = y if counts is None else y * counts[batch][:, None]
         with quick_products():
-            cross += x.T @ (y if counts is None else y * counts[batch][:, None])
+            found = (x - y).T @ weighed
+            cross += found
+            if batch % HELD_OUT == 0:
+                held_cross += found
+                held_second += y.T @ weighed
+    others = _departure(second - held_second / count, (cross - held_cross) / count)
+    share = _holds(others, held_second, held_cross)
+    return torch.eye(len(second), dtype=torch.float64) + share * _departure(second, cross / count)
+
+
+def _departure(second: Tensor, cross: Tensor) -> Tensor:
+    """F less one, by least squares with a ridge: from E[y y^T] and E[(x - y) y^T]."""
     ridge = (RIDGE * float(second.diagonal().mean()) or 1.0) * torch.eye(len(second), dtype=torch.float64)
-    return torch.linalg.solve(second + ridge, cross / met.moments.count + ridge, left=False)
+    return torch.linalg.solve(second + ridge, cross, left=False)
+
+
+def _holds(departure: Tensor, second: Tensor, cross: Tensor) -> float:
+    """How much of ``departure``, between nothing and all, takes y nearest to x by sums over other vectors."""
+    whole = float((departure @ second * departure).sum())
+    return min(max(float((departure * cross).sum()) / whole, 0.0), 1.0) if whole > 0 else 0.0
 
 
 def _vectors(node: Node, param: Param, known: Mapping[Value, Tensor]) -> Tensor:
