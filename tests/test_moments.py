@@ -7,6 +7,7 @@ import torch
 
 from compiler.calibration import gradients
 from compiler.calibration import moments as m
+from compiler.calibration import sweep as sweeps
 from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.products import matrix_shape, products
 from compiler.calibration.slopes import slopes
@@ -155,6 +156,41 @@ def test_moments_at_a_stage_are_those_of_all_stages(name):
             expected = statistics.of(param)
             for part in ("count", "mean", "second"):
                 torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-6, atol=1e-9)
+
+
+def test_vectors_that_come_in_few_at_a_time_count_alike():
+    """Sums wait for enough vectors, and what still waits at the end is counted as well."""
+    vectors = torch.randn(2 * m.BLOCK + 77, 24, generator=torch.Generator().manual_seed(0))
+    counts = torch.rand(len(vectors), generator=torch.Generator().manual_seed(1))
+    for own in (None, counts):
+        found = []
+        for size in (300, len(vectors)):
+            sums = m.Sums(1, 24, magnitudes=True)
+            for start in range(0, len(vectors), size):
+                part = slice(start, start + size)
+                sums.add(iter([(0, vectors[part])]), None if own is None else own[part])
+            found.append(sums.bundle())
+        weights = torch.ones(len(vectors)).double() if own is None else own.double()
+        expected = (vectors.double().T * weights) @ vectors.double() / weights.sum()
+        for bundle in found:
+            torch.testing.assert_close(bundle["second"][0], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                bundle["mean"][0], weights @ vectors.double() / weights.sum(), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_narrow_products_are_those_of_wide_ones_to_their_precision(monkeypatch):
+    """Large linear maps multiply in bfloat16, so that moments of what follows move by no more than that rounds."""
+    graph, given = graph_of("llama"), batches("llama")
+    monkeypatch.setattr(sweeps, "NARROW_NUMBERS", 1)
+    monkeypatch.setattr(sweeps, "has_narrow_products", lambda: True)
+    found = []
+    for narrow in (False, True):
+        values = [values for stage in sweep(graph, given, narrow=narrow) for values in stage.values(stage.outputs())]
+        found.append([tensor for each in values for tensor in each.values()])
+    differences = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True) if a.is_floating_point()]
+    assert all(tensor.dtype == twin.dtype for tensor, twin in zip(*found, strict=True))
+    assert 0 < max(differences) < 16 * torch.finfo(torch.bfloat16).eps
 
 
 def test_slopes_are_sums_of_weights_times_their_gradients_of_every_sample():

@@ -24,7 +24,7 @@ from compiler.weights.ops.nvfp4 import Nvfp4
 from compiler.weights.spill import Progress, SpillSource
 from passes.quantize import Quantize, reduce
 from passes.quantize.mixed import evenly, together
-from passes.quantize.solve import Problem, damped, nearest, refined, solve
+from passes.quantize.solve import DAMPINGS, Problem, chosen_damping, damped, nearest, refined, solve
 from passes.quantize.solve import in_order as column_by_column
 from tests.captures import graph_of
 from tests.emitted import TOLERANCE, Job
@@ -146,16 +146,23 @@ class Stop(Exception):
     """Raised where a run is to be interrupted."""
 
 
-@pytest.mark.parametrize("options", [{"method": "refined"}, {"type": "nvfp4", "method": "gptq"}], ids=str)
-def test_an_interrupted_run_solves_only_what_is_left(options, tmp_path, monkeypatch):
-    """Queries, keys and values, which are measured together, are solved together again."""
+@pytest.mark.parametrize(
+    ("options", "problems", "first", "stop"),
+    [({"method": "refined"}, 9, 4, 5), ({"type": "nvfp4", "method": "gptq"}, 15, 7, 9)],
+    ids=["joined", "apart"],
+)
+def test_an_interrupted_run_solves_only_what_is_left(options, problems, first, stop, tmp_path, monkeypatch):
+    """Queries, keys and values, which are measured together, are solved together again.
+
+    There are ``problems``, ``first`` of them in the first layer; the run stops at number ``stop``, in the second one.
+    """
     wanted, _, _ = quantised("llama", **options)
     solved = 0
 
     def counting(*given, **how):
         nonlocal solved
         solved += 1
-        if solved == 9:
+        if solved == stop:
             raise Stop
         return solve(*given, **how)
 
@@ -163,9 +170,17 @@ def test_an_interrupted_run_solves_only_what_is_left(options, tmp_path, monkeypa
     with pytest.raises(Stop):
         quantised("llama", tmp_path, **options)
     found, _, _ = quantised("llama", tmp_path, **options)
-    matrices = len(products(found))
-    assert solved == 9 + matrices - 7  # the ninth was the second matrix of the second layer
+    assert solved == stop + problems - first
     assert [param.expr.key for param in found.params.values()] == [param.expr.key for param in wanted.params.values()]
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_rows_that_have_nothing_in_common_are_solved_together_as_apart(codec):
+    one = problem(12, 64, 11)
+    parts = [Problem(wanted, one.second) for wanted in one.wanted.split([5, 7])]
+    own = codec.for_matrix(one.wanted)
+    together, *apart = (column_by_column(each, own).values for each in (one, *parts))
+    assert (together == torch.cat(apart)).float().mean() > 0.99  # but for ties that the order of sums decides
 
 
 def test_a_plan_has_the_types_of_the_run():
@@ -179,6 +194,38 @@ def test_a_plan_has_the_types_of_the_run():
                 twin.expr.type,
                 [arg.type for arg in twin.expr.args],
             )
+
+
+def test_damping_is_searched_for_on_windows_that_are_held_out():
+    """The one that is taken costs least there, and what is solved is solved with it."""
+    one, other = problem(24, 64, 3), problem(24, 64, 3)
+    codec, aside = CODECS["int4 a row"], Problem(one.wanted, damped(other.second.double(), 0.0))
+    found = chosen_damping(one.wanted, one.second.double(), other.second.double(), codec)
+    costs = {
+        each: aside.cost(column_by_column(Problem(one.wanted, damped(one.second.double(), each)), codec).values)
+        for each in DAMPINGS
+    }
+    assert costs[found] == min(costs.values()) < max(costs.values())
+    _, report, _ = quantised("llama", method="gptq", bits=3, damping="search")
+    chosen = [entry.numbers["damping"] for entry in report.rewritten]
+    assert len(chosen) == 15 and set(chosen) <= set(DAMPINGS)
+    _, report, _ = quantised("llama", method="gptq", bits=3, damping=0.05)
+    assert all("damping" not in entry.numbers for entry in report.rewritten)
+
+
+def test_moments_in_two_parts_make_up_the_whole():
+    graph, given_batches = graph_of("mixtral"), batches("mixtral")
+    params = [param for param in products(graph) if param.type.rank == 3]
+    for held in (False, True):
+        mets = list(in_order(graph, copy_of(graph), params, given_batches, held=held))
+        if not held:
+            wholes = [met.moments for met in mets]
+            continue
+        for met, whole in zip(mets, wholes, strict=True):
+            rest, aside = met.parts
+            assert torch.equal(rest.count + aside.count, whole.count) and (aside.count > 0).any()
+            for part in ("mean", "second"):
+                torch.testing.assert_close(getattr(met.moments, part), getattr(whole, part), rtol=1e-4, atol=1e-6)
 
 
 # --- how much vectors count ------------------------------------------------------------------------------------
@@ -219,7 +266,7 @@ def test_weights_meet_what_those_before_them_have_become():
     params = [param for param in products(graph) if param.type.rank == 2]
     seen = []
     for met in in_order(graph, trial, params, given_batches, paired=True):
-        seen.append(met.param)
+        seen.extend(met.params)
         assert torch.allclose(met.fit, torch.eye(len(met.fit), dtype=torch.float64), atol=1e-4)
     position = {node: index for index, node in enumerate(graph.nodes)}
     assert seen == sorted(params, key=lambda param: position[products(graph)[param][0]])

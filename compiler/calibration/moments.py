@@ -17,7 +17,7 @@ Memory: C is measured a layer at a time, with the activations of all batches the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,8 @@ from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Node, Param
 from compiler.weights.spill import Progress
 
-BLOCK = 4096  # vectors whose products are summed in float32, before they go into a sum in float64
+BLOCK = 4096  # vectors whose products are summed in float32, at most, before they go into a sum in float64
+ENOUGH = 1024  # vectors, or as many as they are wide: fewer wait for others, as each such sum has to be added up
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Moments:
     All float64; a stack's have an axis of experts in front. ``count`` [] of vectors seen, ``mean`` [in] of them,
     ``second`` [in, in] their second moment C (both zero where nothing was seen), and ``gradient`` M [out, out], or its
     diagonal [out] for outputs wider than ``gradients.FULL_WIDTH``, or None when it was not asked for. ``magnitude`` and
-    ``largest`` [in] are the mean and the maximum of the elements' magnitudes.
+    ``largest`` [in] are the mean and the maximum of the elements' magnitudes; ``at_stage`` leaves them out.
     """
 
     count: Tensor
@@ -55,6 +56,12 @@ class Moments:
         others = (self.gradient, self.magnitude, self.largest)
         own = (None if tensor is None else tensor[expert] for tensor in others)
         return Moments(self.count[expert], self.mean[expert], self.second[expert], *own)
+
+    def joined(self, other: Moments) -> Moments:
+        """The moments of the vectors of both, without M and magnitudes."""
+        share = self.count / (self.count + other.count).clamp_min(1)
+        mean = torch.lerp(other.mean, self.mean, share[..., None])
+        return Moments(self.count + other.count, mean, torch.lerp(other.second, self.second, share[..., None, None]))
 
 
 class Statistics:
@@ -123,33 +130,43 @@ def measure(
 
 
 def at_stage(
-    graph: Graph, stage: Stage, params: Sequence[Param], counts: Sequence[Tensor] | None = None
+    graph: Graph,
+    stage: Stage,
+    params: Sequence[Param],
+    counts: Sequence[Tensor] | None = None,
+    batches: Container[int] | None = None,
 ) -> dict[Param, Moments]:
-    """The moments of ``params`` over their products in ``stage`` of a sweep, on what enters them there now; without M.
+    """The moments of ``params`` over their products in ``stage`` of a sweep, on what enters them there now.
 
-    ``counts``, a tensor [vectors] a batch, says by how much each vector counts, if not alike.
+    They are without M and without magnitudes.
+
+    ``counts``, a tensor [vectors] a batch, says by how much each vector counts, if not alike; ``batches`` which of
+    them count at all.
     Raises KeyError for a weight that ``compiler.calibration.products`` finds no product with.
     """
     known, inside = products(graph), set(stage.nodes)
     nodes = {param: [node for node in known[param] if node in inside] for param in params}
     places, inputs = _distinct(nodes, "")
-    bundles = {name: sums.bundle() for name, sums in _sums(graph, stage, places, counts).items()}
+    sums = _sums(graph, stage, places, counts=counts, batches=batches, magnitudes=False)
+    bundles = {name: own.bundle() for name, own in sums.items()}
     return {param: _moments(param, [bundles[name] for name in names], None) for param, names in inputs.items()}
 
 
 def _moments(param: Param, bundles: Sequence[Mapping[str, Tensor]], gradient: Tensor | None) -> Moments:
     """The moments of ``param`` from those over parts of its products."""
     joined = bundles[0] if len(bundles) == 1 else _joined(bundles)
-    count, mean, second, magnitude, largest = (joined[key] for key in _Sums.KEYS)
-    found = Moments(count, mean, second, gradient, magnitude, largest)
+    magnitudes = joined.get("magnitude"), joined.get("largest")
+    found = Moments(joined["count"], joined["mean"], joined["second"], gradient, *magnitudes)
     return found if _stacked(param) else found.of_expert(0)
 
 
 def _joined(bundles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Means over all vectors of several products from those over each's."""
     count = torch.stack([bundle["count"] for bundle in bundles]).sum(0)
-    found = {"count": count, "largest": torch.stack([bundle["largest"] for bundle in bundles]).amax(0)}
-    for key in _Sums.MEANS:
+    found = {"count": count}
+    if "largest" in bundles[0]:
+        found["largest"] = torch.stack([bundle["largest"] for bundle in bundles]).amax(0)
+    for key in _MEANS & bundles[0].keys():
         found[key] = torch.zeros_like(bundles[0][key])
         for bundle in bundles:
             share = bundle["count"] / count.clamp_min(1)
@@ -172,41 +189,54 @@ def key_of(graph: Graph, nodes: Mapping[Param, object], batches: Batches, gradie
 # --- what enters ---------------------------------------------------------------------------------------------
 
 
-class _Sums:
-    """Sums over vectors, in float64, and the largest magnitudes, for each of a number of experts."""
+_MEANS = {"mean", "second", "magnitude"}
 
-    MEANS = ("mean", "second", "magnitude")
-    KEYS = ("count", *MEANS, "largest")
 
-    def __init__(self, experts: int, width: int) -> None:
-        self.count = torch.zeros(experts, dtype=torch.float64)
-        self.mean = torch.zeros(experts, width, dtype=torch.float64)
-        self.second = torch.zeros(experts, width, width, dtype=torch.float64)
-        self.magnitude = torch.zeros(experts, width, dtype=torch.float64)
-        self.largest = torch.zeros(experts, width, dtype=torch.float64)
+class Sums:
+    """Sums over vectors, in float64, for each of a number of experts; with ``magnitudes`` of these, and the largest."""
+
+    def __init__(self, experts: int, width: int, *, magnitudes: bool) -> None:
+        self._magnitudes = magnitudes
+        shapes = {"count": (), "mean": (width,), "second": (width, width)}
+        if magnitudes:
+            shapes |= {"magnitude": (width,), "largest": (width,)}
+        self._found = {key: torch.zeros(experts, *shape, dtype=torch.float64) for key, shape in shapes.items()}
+        self._waiting: list[list[Tensor]] = [[] for _ in range(experts)]
 
     def add(self, rows: Rows, counts: Tensor | None) -> None:
-        for expert, vectors in rows:
+        for expert, given in rows:
+            vectors = given.float()
             weighed = vectors if counts is None else vectors * counts[:, None]
-            self.count[expert] += len(vectors) if counts is None else counts.sum()
-            self.mean[expert] += weighed.sum(0, dtype=torch.float64)
-            self.magnitude[expert] += weighed.abs().sum(0, dtype=torch.float64)
-            self.largest[expert] = torch.maximum(self.largest[expert], vectors.abs().amax(0).double())
-            rooted = vectors if counts is None else vectors * counts.sqrt()[:, None]
-            for block in rooted.split(BLOCK):
-                self.second[expert] += _squares(block)
+            self._found["count"][expert] += len(vectors) if counts is None else counts.sum()
+            self._found["mean"][expert] += weighed.sum(0)
+            if self._magnitudes:
+                self._found["magnitude"][expert] += weighed.abs().sum(0)
+                largest = self._found["largest"][expert]
+                torch.maximum(largest, vectors.abs().amax(0).double(), out=largest)
+            waiting = self._waiting[expert]
+            waiting.append(vectors if counts is None else vectors * counts.sqrt()[:, None])
+            if sum(map(len, waiting)) >= max(ENOUGH, vectors.shape[1]):
+                self._square(expert)
+
+    def _square(self, expert: int) -> None:
+        """Add the products of the vectors that wait."""
+        for block in torch.cat(self._waiting[expert]).split(BLOCK) if self._waiting[expert] else ():
+            self._found["second"][expert] += _squares(block)
+        self._waiting[expert].clear()
 
     def bundle(self) -> dict[str, Tensor]:
         """The sums as means, in their place: a stack's second moments are too large to have twice. Ends the sums."""
-        for key in self.MEANS:
-            own: Tensor = getattr(self, key)
-            own /= self.count.clamp_min(1).view(-1, *[1] * (own.ndim - 1))
-        return {key: getattr(self, key) for key in self.KEYS}
+        for expert in range(len(self._waiting)):
+            self._square(expert)
+        for key in _MEANS & self._found.keys():
+            own = self._found[key]
+            own /= self._found["count"].clamp_min(1).view(-1, *[1] * (own.ndim - 1))
+        return self._found
 
 
 def _squares(rows: Tensor) -> Tensor:
     """X^T X of X float32 [vectors, width]: numpy has BLAS compute one half of it, and torch both."""
-    values = rows.float().numpy()
+    values = rows.numpy()
     return torch.from_numpy(values.T @ values)
 
 
@@ -254,14 +284,19 @@ def _sums(
     graph: Graph,
     stage: Stage,
     places: Sequence[tuple[str, Node, Param]],
+    *,
     counts: Sequence[Tensor] | None = None,
-) -> dict[str, _Sums]:
+    batches: Container[int] | None = None,
+    magnitudes: bool = True,
+) -> dict[str, Sums]:
     if not places:
         return {}
-    sums = {name: _Sums(*_groups(param)) for name, _, param in places}
+    sums = {name: Sums(*_groups(param), magnitudes=magnitudes) for name, _, param in places}
     wanted = list(dict.fromkeys(value for _, node, _ in places for value in reads(node)))
     weights = expert_weights(graph, [node for _, node, _ in places])
     for batch, values in enumerate(stage.values(wanted)):
+        if batches is not None and batch not in batches:
+            continue
         with quick_products():
             for name, node, param in places:
                 rows = entering(node, param, {**values, **weights})

@@ -22,23 +22,26 @@ from compiler.weights.spill import Progress
 RIDGE = 1e-2
 """Of the mean energy of inputs: what a departure of the fit from one costs."""
 HELD_OUT = 8
-"""One in so many batches tells how much of a fit on the others holds."""
+"""One in so many batches tells how much of what was found on the others holds."""
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Met:
-    """A weight of the original, the moments of what enters its product in the rewritten graph, and F.
+    """Weights of the original that meet the same vectors, the moments of what enters in the rewritten graph, and F.
 
     F float64 [in, in] takes what enters there towards what enters in the original, as far as batches that it is not
     fitted on agree; None where that was not asked for, or is not known: of experts, which meet other tokens, and of
     weights with several products.
+    ``parts`` are the moments of all batches but every eighth, and of these; None where that was not asked for, where
+    there is but one batch, or where a weight has several products.
     """
 
-    param: Param
+    params: tuple[Param, ...]
     moments: Moments
     fit: Tensor | None = None
+    parts: tuple[Moments, Moments] | None = None
 
 
 def in_order(
@@ -49,29 +52,42 @@ def in_order(
     *,
     paired: bool = False,
     energies: Energies | None = None,
+    held: bool = False,
 ) -> Iterator[Met]:
     """Every weight of ``params`` of ``graph``, to be rewritten in ``trial``, its copy, before the next is asked for.
 
     ``params`` are among ``products(graph)``. Those with several products come first, as the original meets them.
-    ``paired`` asks for F. By ``energies`` vectors count, or all alike.
+    ``paired`` asks for F, ``held`` for the moments in two parts. By ``energies`` vectors count, or all alike.
     """
     known = products(graph)
     several = [param for param in params if len(known[param]) > 1]
     statistics = measure(graph, several, batches, Progress())
-    yield from (Met(param, statistics.of(param)) for param in several)
+    yield from (Met((param,), statistics.of(param)) for param in several)
     pending = _Pending(graph, trial, {param: known[param][0] for param in params if len(known[param]) == 1})
-    original = sweep(graph, batches) if paired else None
-    for ours in sweep(trial, batches) if pending.left else ():
+    original = sweep(graph, batches, narrow=True) if paired else None
+    for ours in sweep(trial, batches, narrow=True) if pending.left else ():
         theirs = None if original is None else next(original)
         for group in pending.take(ours):
             pending.reach(ours, theirs, group[0])
             counts = None if energies is None else energies.counts(group)
-            moments = at_stage(trial, ours, [pending.twin_of(param) for param in group], counts)
-            met = [Met(param, moments[pending.twin_of(param)]) for param in group]
-            fit = None if theirs is None else _fit(theirs, ours, pending, met[0], counts)
-            yield from (replace(one, fit=fit) for one in met)
+            twin = pending.twin_of(group[0])
+            parts = _parts(trial, ours, twin, counts, len(batches)) if held else None
+            moments = at_stage(trial, ours, [twin], counts)[twin] if parts is None else parts[0].joined(parts[1])
+            met = Met(tuple(group), moments, parts=parts)
+            yield met if theirs is None else replace(met, fit=_fit(theirs, ours, pending, met, counts))
         if not pending.left:
             return
+
+
+def _parts(
+    trial: Graph, stage: Stage, twin: Param, counts: Sequence[Tensor] | None, batches: int
+) -> tuple[Moments, Moments] | None:
+    """The moments of all batches but every eighth, and of these; None where there is but one."""
+    if batches < 2:
+        return None
+    held = range(0, batches, HELD_OUT)
+    rest = set(range(batches)).difference(held)
+    return at_stage(trial, stage, [twin], counts, rest)[twin], at_stage(trial, stage, [twin], counts, held)[twin]
 
 
 class _Pending:
@@ -109,7 +125,7 @@ class _Pending:
 
 def _fit(theirs: Stage, ours: Stage, pending: _Pending, met: Met, counts: Sequence[Tensor] | None) -> Tensor | None:
     """F where ``met`` was met, which both stages have reached."""
-    nodes, params = pending.nodes_of(met.param), (met.param, pending.twin_of(met.param))
+    nodes, params = pending.nodes_of(met.params[0]), (met.params[0], pending.twin_of(met.params[0]))
     if nodes[0].op.name == "experts":
         return None
     second, count = met.moments.second, met.moments.count

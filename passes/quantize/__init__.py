@@ -15,7 +15,9 @@ from compiler.pipeline import Context, Pass
 from passes.quantize.activations import Activations, round_cache, round_inputs
 from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width
 from passes.quantize.places import (
+    DAMPING,
     STEPS,
+    check_damping,
     check_groups,
     check_learnable,
     check_searchable,
@@ -52,6 +54,9 @@ class Quantize(Pass):
     error. `refined` aims at what the original computes, weighs every input by how much the loss depends on what the
     product makes of it, and then improves scales and codes in turns; it takes more than twice as long.
 
+    ``damping`` is added to the energy of every input that columns make up for one another by, as a part of the mean
+    energy: `search` tries five for each matrix and takes that of least error on windows that it was not solved on.
+
     ``learn`` then goes through the layers and fits integer codes and scales to what each of the original's gives, in
     ``steps`` steps of 512 tokens: `rounding` by signs of gradients, up or down (AutoRound, arXiv 2309.05516),
     `scaling` by what weights are divided by before, of low rank (LRQ, arXiv 2407.11534). A layer keeps what it learned
@@ -82,6 +87,7 @@ class Quantize(Pass):
     per: Per = "row"
     scale: Literal["search", "minmax", "weighted", "robust"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
+    damping: Annotated[float, Field(gt=0, lt=1)] | Literal["search"] = DAMPING
     learn: Literal["none", "rounding", "scaling"] = "none"
     steps: Annotated[int, Field(ge=1)] = STEPS
     tied: Literal["skip", "copy", "share"] = "skip"
@@ -118,6 +124,7 @@ class Quantize(Pass):
             check_widths(self.bits, self.widths, self.type)
         system = self.system(int(self.bits))
         system.check()
+        check_damping(self.damping, solved=self.method != "nearest")
         check_learnable(self.learn, self.type, self.steps)
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")

@@ -15,6 +15,7 @@ from passes.quantize.numbers import FREE, TABLE_BITS, TABLES
 # operands that are matrices [..., out, in], by operation
 MATRIX_OPERANDS = {"linear": (1,), "embedding": (0,), "experts": (3, 4), "latent_attention": (3,)}
 
+DAMPING = 0.01  # of the mean energy of inputs, unless given
 STEPS = 200  # of learning, unless given
 OTHER_GROUPS = "`int` has groups of any size, `fp8` none"
 TIED = "shares its tensor with the embedding; `tied: copy` gives the head a copy, `share` quantises it for both"
@@ -89,6 +90,12 @@ def check_searchable(type: str, *, solved: bool) -> None:
         raise PassError(
             "groups are searched for where weights are rounded to nearest", option="group", remedy="give a size"
         )
+
+
+def check_damping(damping: float | str, *, solved: bool) -> None:
+    """Raises PassError when nothing is solved for, so that nothing would be damped."""
+    if damping != DAMPING and not solved:
+        raise PassError("rounding to nearest has no damping", option="damping", remedy="say `method: gptq`")
 
 
 def check_learnable(learn: str, type: str, steps: int) -> None:

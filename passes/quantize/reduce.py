@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiler.calibration.energies import Energies, energies
 from compiler.calibration.fidelity import Fidelity, spread
+from compiler.calibration.moments import Moments
 from compiler.calibration.products import matrix_shape, products
 from compiler.calibration.sequence import Met, in_order
 from compiler.ir.graph import Graph, Param
@@ -21,9 +22,9 @@ from compiler.weights.ops.codec import Codec
 from passes.quantize.blocks import learn_blocks
 from passes.quantize.mixed import evenly, shared_out, together
 from passes.quantize.numbers import TABLE_BITS, TABLES
-from passes.quantize.places import report
-from passes.quantize.resume import Solved
-from passes.quantize.solve import Problem, Solution, damped, nearest, solve
+from passes.quantize.places import DAMPING, report
+from passes.quantize.resume import Numbers, Solved
+from passes.quantize.solve import Problem, Solution, chosen_damping, damped, nearest, solve
 
 if TYPE_CHECKING:
     from passes.quantize import Quantize
@@ -38,10 +39,10 @@ Bits = Mapping[Param, int]
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight's expression, and its error over its own size, both as outputs show them."""
+    """A weight's expression, and what the report says of it: its error over its own size, both as outputs show them."""
 
     expr: Expr
-    error: float | None = None
+    numbers: Numbers = field(default_factory=dict[str, float])
 
 
 def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]) -> None:
@@ -52,11 +53,10 @@ def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]
         learned = learn_blocks(graph, ctx, wanted, {param: one.expr for param, one in made.items()})
         made = {**made, **{param: Quantised(expr) for param, expr in learned.items()}}
     for param in params:
-        numbers = {} if made[param].error is None else {"relative_error": made[param].error}
         how = str(wanted.system(bits[param])) + (
             "" if param in job.measurable else "; to nearest, for it is no product"
         )
-        report(ctx, param, how, **{name: value for name, value in numbers.items() if value is not None})
+        report(ctx, param, how, **made[param].numbers)
         param.expr = made[param].expr
 
 
@@ -120,38 +120,65 @@ class _Job:
         batches = spread(self._batches, REFINED_TOKENS if refine else TOKENS)
         solved = Solved(self.ctx.progress, self.graph, self.wanted, bits, batches)
         for group in together(self.graph, ordered):
-            for param, (parts, error) in solved.load(group).items():
-                made[param] = self._quantised(param, codecs[param], parts, error)
+            for param, (parts, numbers) in solved.load(group).items():
+                made[param] = self._quantised(param, codecs[param], parts, numbers)
                 trial.params[param.name].expr = made[param].expr
         left = [param for param in ordered if param not in made]
         counts = self._measured_energies(batches) if refine and left else None
-        for met in in_order(self.graph, trial, left, batches, paired=refine, energies=counts) if left else ():
-            parts, error = self._one(met, codecs[met.param])
-            solved.save(met.param, parts, error)
-            made[met.param] = self._quantised(met.param, codecs[met.param], parts, error)
-            trial.params[met.param.name].expr = made[met.param].expr
+        how = {"paired": refine, "held": self.wanted.damping == "search"}
+        for met in in_order(self.graph, trial, left, batches, energies=counts, **how) if left else ():
+            for param, (parts, numbers) in self._solved(met, codecs).items():
+                solved.save(param, parts, numbers)
+                made[param] = self._quantised(param, codecs[param], parts, numbers)
+                trial.params[param.name].expr = made[param].expr
         return made
 
-    def _quantised(self, param: Param, codec: Codec, parts: Sequence[Tensor], error: float) -> Quantised:
-        return Quantised(codec.expression([self._kept(param, index, part) for index, part in enumerate(parts)]), error)
+    def _quantised(self, param: Param, codec: Codec, parts: Sequence[Tensor], numbers: Numbers) -> Quantised:
+        kept = [self._kept(param, index, part) for index, part in enumerate(parts)]
+        return Quantised(codec.expression(kept), numbers)
 
-    def _one(self, met: Met, codec: Codec) -> tuple[list[Tensor], float]:
-        """The tensors to keep of one weight, and its error."""
-        experts, rows, columns = matrix_shape(met.param)
-        stored: list[tuple[Tensor, ...]] = []
-        lost = whole = 0.0
-        matrices = self.ctx.read(met.param).float().reshape(experts, rows, columns)
-        for matrix, second in zip(matrices, met.moments.second.reshape(experts, columns, columns), strict=True):
+    def _solved(self, met: Met, codecs: Mapping[Param, Codec]) -> dict[Param, tuple[list[Tensor], Numbers]]:
+        """For each weight of ``met`` what to keep and what to report. Rows of one codec are solved as one matrix."""
+        own = {param: codecs[param].reading(self.ctx.value) for param in met.params}
+        first = own[met.params[0]]
+        joined = first.by_rows and all(codec == first for codec in own.values())
+        found: dict[Param, tuple[list[Tensor], Numbers]] = {}
+        for params in (met.params,) if joined else tuple((param,) for param in met.params):
+            found.update(self._together(params, own[params[0]], met))
+        return found
+
+    def _together(
+        self, params: Sequence[Param], codec: Codec, met: Met
+    ) -> Iterator[tuple[Param, tuple[list[Tensor], Numbers]]]:
+        shapes = [matrix_shape(param) for param in params]
+        experts, _, columns = shapes[0]
+        rows = [shape[1] for shape in shapes]
+        matrices = torch.cat([self.ctx.read(param).float().reshape(experts, -1, columns) for param in params], 1)
+        stored: list[list[tuple[Tensor, ...]]] = []
+        costs: list[Tensor] = []
+        dampings: list[float] = []
+        for expert, matrix in enumerate(matrices):
             wanted = matrix if met.fit is None else (matrix.double() @ met.fit).float()
-            problem = Problem(wanted, damped(second))
-            own = codec.reading(self.ctx.value).for_matrix(matrix, problem.second.diagonal())
+            dampings.append(self._damping(wanted, met, codec, expert))
+            problem = Problem(wanted, damped(_second(met.moments, expert), dampings[-1]))
+            own = codec.for_matrix(matrix, problem.second.diagonal())
             solution = self._solution(problem, own)
-            stored.append(own.stored(solution.codes, solution.parameters))
-            lost += problem.cost(solution.values)
-            whole += problem.cost(torch.zeros_like(matrix))
-        stacked = met.param.type.rank > 2
-        parts = [torch.stack(each) if stacked else each[0] for each in zip(*stored, strict=True)]
-        return parts, lost / whole if whole else 0.0
+            cut = zip(*(part.split(rows) for part in (solution.codes, *solution.parameters)), strict=True)
+            stored.append([own.stored(part[0], part[1:]) for part in cut])
+            costs.append(torch.stack([problem.costs(values) for values in (solution.values, torch.zeros_like(matrix))]))
+        lost = torch.stack(costs).sum(0).split(rows, 1)
+        searched = {"damping": sum(dampings) / experts} if self.wanted.damping == "search" else {}
+        for param, each, (over, under) in zip(params, zip(*stored, strict=True), (c.sum(1) for c in lost), strict=True):
+            parts = [torch.stack(part) if param.type.rank > 2 else part[0] for part in zip(*each, strict=True)]
+            yield param, (parts, {"relative_error": float(over / under) if under else 0.0, **searched})
+
+    def _damping(self, wanted: Tensor, met: Met, codec: Codec, expert: int) -> float:
+        if self.wanted.damping != "search":
+            return self.wanted.damping
+        if met.parts is None:
+            return DAMPING
+        rest, held = (_second(moments, expert) for moments in met.parts)
+        return chosen_damping(wanted, rest, held, codec)
 
     def _solution(self, problem: Problem, codec: Codec) -> Solution:
         if self.wanted.method == "nearest":
@@ -190,3 +217,8 @@ class _Job:
         for param, one in made.items():
             trial.params[param.name].expr = one.expr
         return trial
+
+
+def _second(moments: Moments, expert: int) -> Tensor:
+    """The second moment of what an expert, or the only matrix, meets."""
+    return moments.second if moments.second.ndim == 2 else moments.second[expert]

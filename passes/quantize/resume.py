@@ -16,11 +16,12 @@ from compiler.weights.spill import Progress
 if TYPE_CHECKING:
     from passes.quantize import Quantize
 
+Numbers = Mapping[str, float]
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 class Solved:
-    """The stored tensors of every weight and its error, for one model, data, options and number of bits each."""
+    """What is stored and reported of every weight, for one model, data, options and number of bits each."""
 
     def __init__(
         self, progress: Progress, graph: Graph, wanted: Quantize, bits: Mapping[Param, int], batches: Batches
@@ -29,12 +30,13 @@ class Solved:
         key = f"{key_of(graph, bits, batches, (), 0)} {wanted!r} {widths}"
         self._progress, self._key = progress, hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def save(self, param: Param, parts: Sequence[Tensor], error: float) -> None:
+    def save(self, param: Param, parts: Sequence[Tensor], numbers: Numbers) -> None:
         bundle = {f"part{index}": part for index, part in enumerate(parts)}
-        self._progress.save(self._name(param), {**bundle, "error": torch.tensor(error, dtype=torch.float64)})
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        self._progress.save(self._name(param), {**bundle, **values})
 
-    def load(self, group: Sequence[Param]) -> dict[Param, tuple[list[Tensor], float]]:
-        """The parts and the errors of ``group``, which was measured together; nothing if one of them is missing."""
+    def load(self, group: Sequence[Param]) -> dict[Param, tuple[list[Tensor], Numbers]]:
+        """The parts and the numbers of ``group``, which was measured together; nothing if one of them is missing."""
         found = {param: self._progress.load(self._name(param)) for param in group}
         known = {param: bundle for param, bundle in found.items() if bundle is not None}
         return {param: _read(bundle) for param, bundle in known.items()} if len(known) == len(found) else {}
@@ -43,5 +45,6 @@ class Solved:
         return f"solved-{self._key}-{param.name}"
 
 
-def _read(bundle: Mapping[str, Tensor]) -> tuple[list[Tensor], float]:
-    return [bundle[f"part{index}"] for index in range(len(bundle) - 1)], float(bundle["error"])
+def _read(bundle: Mapping[str, Tensor]) -> tuple[list[Tensor], Numbers]:
+    numbers = {name: float(tensor) for name, tensor in bundle.items() if not name.startswith("part")}
+    return [bundle[f"part{index}"] for index in range(len(bundle) - len(numbers))], numbers

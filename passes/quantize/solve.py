@@ -20,9 +20,10 @@ from compiler.errors import PassError
 from compiler.weights.ops.blockfloat import grouped
 from compiler.weights.ops.codebook import Codebook
 from compiler.weights.ops.codec import Codec, Parameters
+from passes.quantize.places import DAMPING
 from passes.quantize.tables import fitted_tables
 
-DAMPING = 0.01  # of the mean energy of inputs
+DAMPINGS = (DAMPING, 0.001, 0.003, 0.03, 0.1)
 BLOCK = 128  # columns whose errors are carried to the rest together
 ROUNDS = 4  # of refinement, at most
 GAIN = 0.005  # of the error: a round that gains less is the last
@@ -38,10 +39,14 @@ class Problem:
     wanted: Tensor
     second: Tensor
 
+    def costs(self, values: Tensor) -> Tensor:
+        """What each row of ``values`` costs in the place of the matrix's: float64 [rows]."""
+        error = self.wanted - values
+        return (error @ self.second).mul_(error).sum(1, dtype=torch.float64)
+
     def cost(self, values: Tensor) -> float:
         """What ``values`` in the place of the matrix cost."""
-        error = self.wanted - values
-        return float((error @ self.second * error).sum(dtype=torch.float64))
+        return float(self.costs(values).sum())
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ class Solution:
     values: Tensor
 
 
-def damped(second: Tensor) -> Tensor:
+def damped(second: Tensor, damping: float = DAMPING) -> Tensor:
     """``second`` [columns, columns] in float32, with damping; the identity where nothing was seen."""
-    ridge = DAMPING * float(second.diagonal().mean())
+    ridge = damping * float(second.diagonal().mean())
     ones = torch.eye(len(second), dtype=second.dtype)
     return (second + ridge * ones if ridge else ones).float()
 
@@ -76,6 +81,18 @@ def solve(problem: Problem, codec: Codec, *, refine: bool) -> Solution:
         found = refined(problem, codec, found)
     others = (nearest(problem, codec, weighted=weighted) for weighted in (True, False))
     return min((found, *others), key=lambda solution: problem.cost(solution.values))
+
+
+def chosen_damping(wanted: Tensor, rest: Tensor, held: Tensor, codec: Codec) -> float:
+    """The damping by which codes chosen for ``rest`` cost least by ``held``, second moments of other vectors."""
+    aside = Problem(wanted, damped(held, 0.0))
+
+    def cost(damping: float) -> float:
+        problem = Problem(wanted, damped(rest, damping))
+        own = codec.for_matrix(wanted, problem.second.diagonal())
+        return aside.cost(in_order(problem, own).values)
+
+    return min(DAMPINGS, key=cost)
 
 
 def in_order(problem: Problem, codec: Codec) -> Solution:
@@ -109,13 +126,13 @@ def _order(energy: Tensor, group: int) -> Tensor:
 
 
 def inverse_factor(second: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse."""
-    lower, failed = torch.linalg.cholesky_ex(second.double())
+    """The upper Cholesky factor U of the inverse, U^T U: from H = V V^T, V upper, U is the inverse of V."""
+    lower, failed = torch.linalg.cholesky_ex(second.double().flip(0, 1))
     if failed:
         raise PassError(
             "second moments of inputs are no finite numbers", remedy="look at the model's activations on this data"
         )
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    return torch.linalg.solve_triangular(lower, torch.eye(len(second)).double(), upper=False).flip(0, 1).float()
 
 
 def _cuts(columns: int, step: int) -> Iterator[slice]:
@@ -129,16 +146,16 @@ def _blocks(cut: slice) -> Iterator[slice]:
 
 
 def _rounded(block: Tensor, factor: Tensor, codec: Codec, parameters: Parameters) -> tuple[Tensor, Tensor]:
-    """Codes of ``block``, column by column, in place. With them what each column lost, over its pivot."""
+    """Codes of ``block``, column by column. With them what each column lost, over its pivot."""
     codes: list[Tensor] = []
-    errors = torch.empty_like(block)
-    for column in range(block.shape[1]):
-        code = codec.encode(block[:, column : column + 1], parameters)
-        lost = block[:, column] - codec.decode(code, parameters)[:, 0]
-        errors[:, column] = lost / factor[column, column]
-        block[:, column + 1 :] -= torch.outer(errors[:, column], factor[column, column + 1 :])
-        codes.append(code)
-    return torch.cat(codes, 1), errors
+    left = block.T.contiguous()
+    errors = torch.empty_like(left)
+    for column, pivot in enumerate(factor.diagonal().tolist()):
+        codes.append(codec.encode(left[column, :, None], parameters))
+        lost = left[column] - codec.decode(codes[-1], parameters)[:, 0]
+        torch.div(lost, pivot, out=errors[column])
+        left[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    return torch.cat(codes, 1), errors.T
 
 
 def _stacked(fitted: Sequence[Parameters]) -> Parameters:

@@ -35,7 +35,11 @@ def _infer_linear(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:
 
 
 def _eval_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+    """In x's dtype; a weight of another is multiplied in its own."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    product = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return product if bias is None else product + bias
 
 
 def _infer_embedding(types: Types, attrs: Mapping[str, Any]) -> list[TensorType]:

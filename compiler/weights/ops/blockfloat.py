@@ -57,6 +57,10 @@ class BlockFloat(ABC):
     def bits(self) -> int:
         return self.element.bits
 
+    @property
+    def by_rows(self) -> bool:
+        return self.rows == 1
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
         return self
 

@@ -46,6 +46,10 @@ class Codebook:
         """The attributes that say what codes mean."""
         return {"bits": self.bits, "group": self.group, "linear": self.linear}
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Codebook:
         return self
 

@@ -42,6 +42,11 @@ class Codec(Protocol):
     @property
     def group(self) -> int: ...
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the rows of a matrix have nothing in common, so that those of several may make one."""
+        ...
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Codec:
         """The codec with what all of ``matrix`` [rows, in], or several groups of it, share.
 

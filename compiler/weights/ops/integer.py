@@ -28,6 +28,10 @@ class Integer:
     search: bool = True
     power: float = 2.0
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Integer:
         return self
 

@@ -47,6 +47,10 @@ class Nvfp4(BlockFloat):
     def scale_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
 
+    @property
+    def by_rows(self) -> bool:
+        return False
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
         return self if self.divisor is not None else replace(self, divisor=divisor_of([matrix]))
 

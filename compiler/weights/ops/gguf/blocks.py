@@ -43,6 +43,10 @@ class Blocks:
     def group(self) -> int:
         return self.layout.part
 
+    @property
+    def by_rows(self) -> bool:
+        return self.layout.parts == 1
+
     def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Blocks:
         if self.layout.parts == 1:
             return self
