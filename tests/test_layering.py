@@ -26,7 +26,7 @@ ALLOWED = {
     "compiler.frontend": ("compiler.ir", "compiler.rewrite", "compiler.weights"),
     "passes": (
         "compiler.ir", "compiler.rewrite", "compiler.weights", "compiler.pipeline", "compiler.calibration",
-        "compiler.allocate", "compiler.factor", "compiler.instrument", "compiler.latency",
+        "compiler.allocate", "compiler.factor", "compiler.instrument", "compiler.latency", "compiler.masked",
     ),
     "backends": ("compiler.ir", "compiler.weights"),
     "backends.safetensors": ("compiler.ir", "compiler.weights", "compiler.frontend"),

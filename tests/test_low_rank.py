@@ -20,10 +20,10 @@ from compiler.ir.facts import parameter_count
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from compiler.weights.expr import load
-from compiler.weights.spill import SpillSource
-from passes.low_rank import LowRank
+from compiler.weights.spill import Progress, SpillSource
+from passes.low_rank import LowRank, update
 from passes.low_rank.basis import Member, basis, seconds
-from passes.low_rank.choose import allocated, uniform
+from passes.low_rank.choose import allocated, by_threshold, uniform
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.places import Form, bias_of
 from passes.low_rank.rewrite import stored
@@ -168,6 +168,34 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("form", ["auto", "tucker"])
+def test_an_update_that_was_killed_goes_on_where_it_was(form, tmp_path, monkeypatch):
+    options = {"where": "attention", "keep": 0.75, "form": form, "metric": "input", "ranks": "uniform"}
+    seen: list[str] = []
+    observed, save = update._observed, Progress.save
+
+    def counted(theirs, ours, ranked, trial):
+        seen.append(ranked.place.name)
+        return observed(theirs, ours, ranked, trial)
+
+    def killed(progress, name, tensors):
+        save(progress, name, tensors)
+        if name.startswith("updated-") and len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(update, "_observed", counted)
+    whole, _, _ = reduced("llama", tmp_path / "whole", **options)
+    everything, seen[:] = list(seen), []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "save", killed)
+        reduced("llama", tmp_path / "torn", **options)
+    done, seen[:] = list(seen), []
+    again, _, _ = reduced("llama", tmp_path / "torn", **options)
+    assert done[:-1] + seen == everything  # of the third input one weight of several was done
+    keys = [{param.name: param.expr.key for param in graph.params.values()} for graph in (whole, again)]
+    assert keys[0] == keys[1]
+
+
 def test_what_cannot_be_factorised_is_said():
     _, report, _ = reduced("gpt_oss", where="linear", keep=0.75, update=False, ranks="uniform")
     assert any("the experts add biases" in skip.reason for skip in report.skipped)
@@ -183,6 +211,7 @@ def test_impossible_wishes_are_errors():
             "none of the selected weights can be factorised",
         ),
         ("llama", {"where": "mlp", "keep": 0.01}, PassError, "leaves less than a rank of 1"),
+        ("llama", {"keep": 0.5, "form": "sparse", "ranks": "spectra"}, PassError, "is made without singular values"),
     ]
     for name, options, kind, reason in wishes:
         graph = plan_of(name)
@@ -271,6 +300,27 @@ def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
     assert total(even) <= budget
     assert 0.97 * budget <= total(shared_out) <= budget
     assert cost(shared_out) <= cost(even)
+
+
+def test_one_threshold_cuts_all_spectra_and_spends_what_there_is():
+    graph = graph_of("llama")
+    params = [param for param in graph.params.values() if param.name.endswith("proj.weight")]
+    places = places_of(graph, Silent(), params)
+    generator = torch.Generator().manual_seed(0)
+    costs = {
+        place: scale * torch.rand(place.most, generator=generator, dtype=torch.float64).sort(0, True)[0]
+        for scale, place in enumerate(places, 1)
+    }
+    form = Form("pair", bias=False)
+    choice = by_threshold(places, costs, form, 0.7)
+    left = sum(form.size(one.place, one.rank) - one.place.full for one in choice)
+    whole = sum(place.full for place in places)
+    assert 0.67 * whole <= whole + left <= 0.7 * whole
+    kept = [float(costs[one.place][one.rank - 1] / costs[one.place][0]) for one in choice if one.rank > 1]
+    gone = [float(costs[one.place][one.rank] / costs[one.place][0]) for one in choice]
+    assert max(gone) <= min(kept)
+    scaled = {place: 3.0 * saved for place, saved in costs.items()}
+    assert by_threshold(places, scaled, form, 0.7) == choice
 
 
 @settings(max_examples=15, deadline=None)

@@ -17,8 +17,9 @@ from compiler.ledger import measure
 from compiler.pipeline import Context, PassReport, Pipeline
 from compiler.target import emission_of
 from compiler.weights.ops.basic import literal
+from compiler.weights.spill import Progress
 from passes.low_rank import LowRank
-from passes.prune import Prune
+from passes.prune import Prune, refit
 from passes.prune.places import places_of
 from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance, stored_bytes
@@ -210,6 +211,39 @@ def test_an_interrupted_run_gives_the_same_bytes(tmp_path):
         found.append([value(graph, param) for param in graph.params.values()])
         assert attempt or any(tmp_path.rglob("*.safetensors"))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_refit_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
+    seen: list[str] = []
+    fit, save = refit._fit, Progress.save
+
+    def counted(ctx, node, *rest):
+        seen.append(node.scope)
+        return fit(ctx, node, *rest)
+
+    def killed(progress, name, tensors):
+        save(progress, name, tensors)
+        if name.startswith("refitted-") and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    def pruned(directory):
+        graph = graph_of("llama")
+        step = Prune(keep=0.8, align=8, refit=True)
+        (report,) = Pipeline([step]).run(graph, calibration=lambda _: batches("llama"), workdir=directory).passes
+        return [value(graph, param) for param in graph.params.values()], report.rewritten
+
+    monkeypatch.setattr(refit, "_fit", counted)
+    whole = pruned(tmp_path / "whole")
+    everything, seen[:] = list(seen), []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "save", killed)
+        pruned(tmp_path / "torn")
+    done, seen[:] = list(seen), []
+    again = pruned(tmp_path / "torn")
+    assert len(done) == 2
+    assert done + seen == everything
+    assert whole[1] == again[1]
+    assert all(torch.equal(*pair) for pair in zip(whole[0], again[0], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.ledger import stored_params
+from compiler.masked import fitted
 from compiler.pipeline import Pipeline
 from compiler.plan import bytes_in_file, make_plan
 from compiler.target import emission_of
@@ -30,7 +31,7 @@ from passes import Heal
 from passes.sparsify import Sparsify
 from passes.sparsify.masks import largest, largest_by_row
 from passes.sparsify.places import Pattern
-from passes.sparsify.solve import Problem, _chosen, damped, fitted, solve, surgeon
+from passes.sparsify.solve import Problem, _chosen, damped, solve, surgeon
 from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
@@ -99,7 +100,7 @@ def test_sparsegpt_costs_no_more_than_wanda_and_fitting_never_more(rows, groups,
         kept, plain = solve(one, "wanda", wanted)
         allowed = one.cost(plain) + FLOAT64 * one.cost(0 * plain)
         assert one.cost(surgeon(one, wanted)[1]) <= allowed
-        assert one.cost(fitted(one, kept, plain)) <= allowed
+        assert one.cost(fitted(one.weight, one.second, kept, plain)) <= allowed
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Set
 
 import torch
 
@@ -22,6 +23,7 @@ from compiler.ir.sites import (
     mlp_sites,
     static,
 )
+from compiler.ir.types import Dim
 
 __all__ = [
     "AttentionSite",
@@ -82,13 +84,13 @@ def kv_cache_values(graph: Graph) -> int:
     Grouped attention keeps G * (d + v) of each token, latent attention r + R. A window bounds the length of a cache,
     not the size of a token, so windowed attention counts in full. Keys that several layers share count once.
     """
-    shared = {
-        tuple(node.inputs[1:3]): node
     return sum(count * size for count, size in cached_vectors(graph))
 
 
 def cached_vectors(graph: Graph) -> list[tuple[int, int]]:
     """How many vectors, and of which size, every cached tensor has of a token: [B, G, S, d] or [B, S, r]."""
+    shared = {
+        tuple(node.inputs[1:3]): node
         for node in graph.nodes_named("attention", "latent_attention")
         if node.attr("causal")
     }
@@ -103,12 +105,27 @@ def cached_vectors(graph: Graph) -> list[tuple[int, int]]:
 def flops_per_token(graph: Graph) -> int:
     """Floating-point operations for one token at context length 0: two per weight that multiplies it.
 
-    Linear maps and products with a weight count as often as they are applied, experts as many as a token visits, a
-    convolution once per output position. Attention scores, which grow with the context, do not count. Where some tokens
-    do not go on, what follows counts by the part that does.
+    Linear maps and products with a weight count as often as they are applied, to each part of a token if they meet
+    parts (heads, say), experts as many as a token visits, a convolution once per output position. Attention scores,
+    which grow with the context, do not count. Where some tokens do not go on, what follows counts by the part that
+    does.
     """
     parts = _parts(graph) if graph.nodes_named("token_take", "token_merge") else {}
-    return round(sum(_flops(node) * parts.get(node.outputs[0], 1.0) for node in graph.nodes))
+    tokens = {node.input(index).shape[2] for node in graph.nodes_named("attention") for index in (0, 1)}
+    flops = (_flops(node) * _pieces(node, tokens) * parts.get(node.outputs[0], 1.0) for node in graph.nodes)
+    return round(sum(flops))
+
+
+def _pieces(node: Node, tokens: Set[Dim]) -> int:
+    """Into how many vectors a token is cut that the linear map ``node`` meets: axes beside those of samples and tokens.
+
+    ``tokens`` are the sizes of axes of tokens, apart from those that only inputs tell.
+    """
+    if node.op.name != "linear":
+        return 1
+    between = node.input(0).shape[1:-1]
+    others = [dim for dim in between if isinstance(dim, int) and dim not in tokens]
+    return math.prod(others) if len(others) < len(between) else 1
 
 
 def _parts(graph: Graph) -> dict[Value, float]:

@@ -39,7 +39,7 @@ class Basis:
 
 def basis(members: Members) -> Basis:
     """The directions of the inputs of all ``members``, the most useful first."""
-    vectors = _vectors(members)
+    vectors = leading(members)
     costs = sum((_saved(member, vectors) for member in members()), torch.zeros(len(vectors), dtype=torch.float64))
     return Basis(vectors, costs)
 
@@ -47,12 +47,12 @@ def basis(members: Members) -> Basis:
 def seconds(members: Members, first: Tensor) -> Iterator[Tensor]:
     """The best second factor [m, r] of each matrix beside ``first`` [r, n], float64."""
     for member in members():
-        orthonormal, triangle = _reduced(member.metric, first.double())
+        orthonormal, triangle = reduced(member.metric, first.double())
         seen = member.metric.seen(member.weight) @ orthonormal
         yield torch.linalg.solve_triangular(triangle.T, seen, upper=False, left=False)
 
 
-def _vectors(members: Members) -> Tensor:
+def leading(members: Members) -> Tensor:
     wanted = second = torch.zeros(())
     height = 0
     for member in members():
@@ -74,11 +74,11 @@ def _second(metric: Metric) -> Tensor:
 
 def _saved(member: Member, vectors: Tensor) -> Tensor:
     """What each of ``vectors`` saves of the cost of having none, after those before it."""
-    orthonormal, _ = _reduced(member.metric, vectors)
+    orthonormal, _ = reduced(member.metric, vectors)
     return 0.5 * (member.metric.errors(member.weight) @ orthonormal).square().sum(0)
 
 
-def _reduced(metric: Metric, first: Tensor) -> tuple[Tensor, Tensor]:
+def reduced(metric: Metric, first: Tensor) -> tuple[Tensor, Tensor]:
     """Q [n, r] and T [r, r] with V R = T^T Q^T: columns of Q span what the rows of V see, in their order."""
     orthonormal, triangle = torch.linalg.qr(metric.seen(first).T)
     return orthonormal, triangle

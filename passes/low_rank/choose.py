@@ -69,6 +69,29 @@ def allocated(groups: Sequence[Sequence[Place]], costs: Costs, form: Form, keep:
     return tuple(ranked for own, index in zip(ways, chosen, strict=True) for ranked in own[index].choice)
 
 
+def by_threshold(places: Sequence[Place], costs: Costs, form: Form, keep: float) -> Choice:
+    """The ranks that one threshold gives all places, the lowest within the part ``keep`` of all numbers.
+
+    It is for singular values over the largest of their own place (WeLore, arXiv 2407.11239).
+    """
+    spectra = {place: costs[place] / costs[place].max().clamp_min(torch.finfo(torch.float64).tiny) for place in places}
+    steps = torch.cat([*spectra.values(), torch.zeros(1)]).unique()  # squares of thresholds, ascending
+
+    def at(step: int) -> Choice:
+        found = [Ranked(place, max(1, int((spectra[place] > steps[step]).sum()))) for place in places]
+        return tuple(one for one in found if form.size(one.place, one.rank) <= WORTHWHILE * one.place.full)
+
+    def numbers(choice: Choice) -> int:
+        return sum(form.size(one.place, one.rank) - one.place.full for one in choice)
+
+    budget = (keep - 1) * sum(place.full for place in places)
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if numbers(at(middle)) <= budget else (middle + 1, high)
+    return at(low)
+
+
 def losses(saved: torch.Tensor) -> torch.Tensor:
     """The cost of every rank from 0, of what each rank more saves."""
     return torch.cat([saved.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=saved.dtype)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from compiler.ir.layers import Layer, layer_of
 from passes.low_rank.places import Place
 from passes.low_rank.shared import Adjacent
+from passes.low_rank.tucker import Tucker
 from passes.low_rank.values import Values, chain_with
 
 
@@ -24,7 +25,7 @@ def sharing(places: Sequence[Place], share: str) -> list[list[Place]]:
 
 def _shared(place: Place, share: str) -> object:
     """Equal for places that may share; None for one that shares with none."""
-    if type(place) is not Place:
+    if type(place) is not Place and not isinstance(place, Tucker):
         return None
     (param,) = place.params
     node = param.single_user()
@@ -32,7 +33,7 @@ def _shared(place: Place, share: str) -> object:
         return None
     layer = layer_of(param.name)
     if share == "input":
-        return node.input(0), layer
+        return node.input(0), layer, place.width if isinstance(place, Tucker) else None
     if share == "values":
         return chain_with(param)
     return layer and (Layer(layer.stack, layer.index // 2), param.name.removeprefix(layer.scope), param.type)
@@ -43,6 +44,9 @@ def together(group: Sequence[Place]) -> Place:
     if len(group) == 1:
         return group[0]
     params = tuple(param for place in group for param in place.params)
+    heads = tuple(heads for place in group if isinstance(place, Tucker) for heads in place.heads)
+    if heads:
+        return Tucker(params, heads, False)
     chain = chain_with(params[0])
     if chain is not None and {*params} == {chain.value.input(1), chain.output.input(1)}:
         return Values(params if params[0] is chain.value.input(1) else params[::-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiler.calibration.fidelity import spread
 from compiler.calibration.moments import Moments, Statistics, measure
-from compiler.factor import Factors, Kind, Metric, left_of, right_of
+from compiler.factor import Kind, Metric, left_of, right_of
 from compiler.ir.graph import Graph
 from compiler.pipeline import Context
 from passes.low_rank.places import Place, bias_of
@@ -61,12 +61,12 @@ class Metrics:
         """R of C, as the kind has it."""
         return right_of(self.kind, inputs, centred)
 
-    def mended(self, place: Place, factors: Factors) -> Tensor | None:
-        """The bias beside ``factors``: what is there, and if ``centred`` what keeps the mean of outputs."""
+    def mended(self, place: Place, matrix: Tensor) -> Tensor | None:
+        """The bias beside factors of ``matrix``: what is there, and if ``centred`` what keeps the mean of outputs."""
         bias = self.bias(place)
         if not self.centred:
             return bias
-        return self.expected(place, self.weight(place) - factors.matrix()) + (0 if bias is None else bias)
+        return self.expected(place, self.weight(place) - matrix) + (0 if bias is None else bias)
 
     def bias(self, place: Place) -> Tensor | None:
         """The biases that are there, zeros where there is none: float64 [rows]; None when there are none at all."""

@@ -62,6 +62,10 @@ class Place:
         """The largest rank."""
         return min(self.height, self.columns)
 
+    def numbers(self, rank: int) -> int:
+        """The numbers that factors of ``rank`` hold, as a pair where the form leaves that open, without new biases."""
+        return rank * (self.height + self.columns)
+
     @property
     def unbiased(self) -> int:
         """The outputs that have no bias."""
@@ -93,7 +97,7 @@ class Form:
         """The numbers that factors of ``rank`` hold, an order of rows and new biases among them."""
         height = place.height
         order = height - rank**2 if self.pivoted(place, rank) else 0
-        return rank * (height + place.columns) + order + (place.unbiased if self.bias else 0)
+        return place.numbers(rank) + order + (place.unbiased if self.bias else 0)
 
     def largest(self, place: Place, numbers: float) -> int:
         """The largest rank whose factors hold at most ``numbers``; 0 when there is none."""

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from compiler.allocate import numbers_left
 from compiler.calibration.fidelity import Fidelity, spread
-from compiler.factor import best, spectrum
+from compiler.factor import spectrum
 from compiler.ir.facts import parameter_count
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
-from passes.low_rank.choose import STEPS, Choice, Costs, Ranked, allocated, losses, uniform
+from passes.low_rank.choose import STEPS, Choice, Costs, Ranked, allocated, by_threshold, losses, uniform
+from passes.low_rank.forms import Structured, approximated, planned
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.metrics import Batches, Metrics, measured
 from passes.low_rank.places import Form, Place
-from passes.low_rank.rewrite import Stored, planned, stored
+from passes.low_rank.rewrite import Stored
 from passes.low_rank.select import places_of
 from passes.low_rank.shared import Shared
 from passes.low_rank.tables import Table, hidden
@@ -36,7 +37,7 @@ Made = dict[Ranked, Stored]
 def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]) -> None:
     """Factorise ``params`` of ``graph`` as ``options`` say."""
     whole = parameter_count(graph)
-    places = places_of(graph, ctx, params)
+    places = places_of(graph, ctx, params, options.form)
     form = Form(options.form, options.bias)
     groups = sharing(places, options.share)
     options = replace(options, keep=_part(whole, places, options))
@@ -73,6 +74,8 @@ def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
 def _saved(metrics: Metrics, place: Place) -> Tensor:
     if isinstance(place, Shared):
         return place.saved(metrics)
+    if isinstance(place, Structured):
+        return place.costs(metrics.weight(place), metrics.of(place))
     return spectrum(metrics.weight(place), metrics.of(place)).costs
 
 
@@ -102,6 +105,9 @@ def _nearest(search: _Search, even: Choice, groups: Sequence[Sequence[Place]], c
     if options.ranks == "measured":
         shared_out = allocated(groups, costs, search.form, options.keep)
         tries["shared out by cost"] = lambda _: search.factorised(shared_out)
+    elif options.ranks == "spectra":
+        cut = by_threshold([*map(together, groups)], costs, search.form, options.keep)
+        tries["one threshold for all spectra"] = lambda _: search.factorised(cut)
     if options.update:
         tries["factorised in order"] = search.updated
     if len(tries) == 1:
@@ -130,14 +136,13 @@ def _factorised(metrics: Metrics, form: Form, ranked: Ranked) -> Stored:
     place, rank = ranked.place, ranked.rank
     if isinstance(place, Shared):
         return place.factorised(metrics, rank)
-    pivots, storage = form.pivoted(place, rank), place.params[0].storage
-    factors = best(metrics.weight(place), metrics.of(place), rank, pivots, storage)
-    return stored(metrics.ctx.spill, place, factors, metrics.mended(place, factors))
+    found = approximated(form, place, rank, metrics.weight(place), metrics.of(place))
+    return found.stored(metrics.ctx.spill, place, metrics.mended(place, found.matrix()))
 
 
 def _planned(ctx: Context, form: Form, ranked: Ranked) -> Stored:
     place, rank = ranked.place, ranked.rank
-    return place.planned(ctx, form, rank) if isinstance(place, Shared) else planned(ctx, place, form, rank)
+    return place.planned(ctx, form, rank) if isinstance(place, Shared) else planned(ctx, form, place, rank)
 
 
 def _report(ctx: Context, form: Form, places: Sequence[Place], choice: Choice, costs: Costs) -> None:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from compiler.factor import Factors
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import reshape, slice
-from passes.low_rank.places import Form, Place, bias_of
+from passes.low_rank.places import Place
 
 Keep = Callable[[str, Tensor], Expr]
 
@@ -54,20 +53,6 @@ def stored(keep: Keep, place: Place, factors: Factors, bias: Tensor | None) -> S
         None if factors.order is None else keep(f"{place.name}.order", factors.order),
         None if bias is None else keep(f"{place.name}.bias", bias.to(storage)),
     )
-
-
-def planned(ctx: Context, place: Place, form: Form, rank: int) -> Stored:
-    """Factors of the right shapes, and a bias where there will be one, without values: what is read has none."""
-    weight = ctx.read(place.params[0])
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return weight.new_empty(shape, dtype=dtype)
-
-    biased = form.bias or any(bias_of(param) for param in place.params)
-    pivots = rank if form.pivoted(place, rank) else 0
-    order = empty(place.height, dtype=torch.int64) if pivots else None
-    factors = Factors(empty(rank, place.columns), empty(place.height - pivots, rank), order)
-    return stored(ctx.spill, place, factors, empty(place.height) if biased else None)
 
 
 def _placed(factors: Factors, order: Tensor, bias: Tensor) -> Tensor:

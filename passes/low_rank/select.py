@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compiler.calibration.products import products
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Param
 from compiler.pipeline import Context
-from passes.low_rank import experts
+from passes.low_rank import experts, sparse
 from passes.low_rank.experts import Stack
+from passes.low_rank.forms import Structured
 from passes.low_rank.places import Place
+from passes.low_rank.sparse import DenseSparse
 from passes.low_rank.tables import exposed, is_table
+from passes.low_rank.train import Train
+from passes.low_rank.tucker import Tucker, heads_of
+
+STRUCTURED = ("tensor-train", "tucker", "sparse")
 
 
-def places_of(graph: Graph, ctx: Context, params: Sequence[Param]) -> list[Place]:
-    """Those of ``params`` that can be factorised, each a place; the others are reported as skipped.
+def places_of(graph: Graph, ctx: Context, params: Sequence[Param], form: str = "auto") -> list[Place]:
+    """Those of ``params`` that can be factorised in ``form``, each a place; the others are reported as skipped.
 
     Tables are ``exposed`` in ``graph``. Raises PassError when there is no place.
     """
-    known = products(graph)
+    known, heads = products(graph), heads_of(graph)
     found: list[Place] = []
     for param in params:
         reason = _obstacle(param, known.get(param, []))
+        if not reason and form in STRUCTURED:
+            reason = _unfit(param, form, heads)
         if reason:
             ctx.skipped(param.name, reason)
         else:
-            found.append(_place(graph, param))
+            found.append(_structured(param, form, heads) if form in STRUCTURED else _place(graph, param))
     if not found:
         raise PassError("none of the selected weights can be factorised", option="where")
     return found
@@ -36,6 +44,25 @@ def _place(graph: Graph, param: Param) -> Place:
     if is_table(param):
         return exposed(graph, param)
     return Stack((param,)) if _in_experts(param) else Place((param,))
+
+
+def _unfit(param: Param, form: str, heads: Mapping[Param, Tucker]) -> str:
+    """Why ``param``, which can be factorised, cannot be in a form of ``STRUCTURED``; "" when it can."""
+    if any(node.op.name != "linear" or node.inputs.index(param) != 1 for node in param.users):
+        return f"`form: {form}` is for linear maps"
+    if form == "tucker" and param not in heads:
+        return "it neither makes nor reads heads of attention"
+    return sparse.obstacle(param) if form == "sparse" else ""
+
+
+def _structured(param: Param, form: str, heads: Mapping[Param, Tucker]) -> Structured:
+    match form:
+        case "tucker":
+            return heads[param]
+        case "sparse":
+            return DenseSparse((param,))
+        case _:
+            return Train((param,))
 
 
 def _in_experts(param: Param) -> bool:

@@ -14,9 +14,10 @@ from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from passes.low_rank.basis import Basis, Member, basis, seconds
+from passes.low_rank.forms import planned
 from passes.low_rank.metrics import Metrics
 from passes.low_rank.places import Form, Place, module_of
-from passes.low_rank.rewrite import Stored, planned, stored
+from passes.low_rank.rewrite import Stored, stored
 
 
 class Shared(Place):
@@ -47,7 +48,7 @@ class Shared(Place):
 
     def planned(self, ctx: Context, form: Form, rank: int) -> Stored:
         """What ``factorised`` keeps, without values."""
-        return planned(ctx, self, form, rank)
+        return planned(ctx, form, self, rank)
 
 
 class Adjacent(Shared):
@@ -65,7 +66,7 @@ class Adjacent(Shared):
 
     def made(self, metrics: Metrics, first: Tensor, second: Sequence[Tensor]) -> Stored:
         factors = Factors(first, torch.cat(list(second)).to(first.dtype))
-        return stored(metrics.ctx.spill, self, factors, metrics.mended(self, factors))
+        return stored(metrics.ctx.spill, self, factors, metrics.mended(self, factors.matrix()))
 
 
 def rebound(graph: Graph, param: Param, expr: Expr) -> Param:

@@ -7,23 +7,28 @@ update of SVD-LLM (arXiv 2403.07378), taken to its optimum for both factors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compiler.calibration.fidelity import spread
-from compiler.calibration.moments import Moments
+from compiler.calibration.moments import Moments, key_of
 from compiler.calibration.products import entering
 from compiler.calibration.sweep import Stage, quick_products, sweep
-from compiler.factor import best
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import copy_of
 from passes.low_rank.choose import Ranked
+from passes.low_rank.forms import Approximation, approximated, empty
 from passes.low_rank.metrics import Batches, Metrics
 from passes.low_rank.places import Form, Place
-from passes.low_rank.rewrite import Stored, stored
+from passes.low_rank.rewrite import Stored
+from passes.low_rank.shared import Shared
+
+Made = tuple[Approximation, Tensor | None]
+"""Factors, and the bias of the outputs."""
 
 UPDATE_TOKENS = 16384
 RIDGE = 1e-3
@@ -81,11 +86,16 @@ def factorised_in_order(
     for ranked, factors in before.items():
         if ranked not in left:
             factors.write(trial, ranked.place)
+    known = _Known(metrics, form, _key(graph, metrics, form, before, given))
     for theirs, ours in zip(sweep(graph, given), sweep(trial, given), strict=True):
         for group in _by_input(theirs, left):
-            paired = _observed(theirs, ours, group[0], trial)
-            for ranked in group:
-                made[ranked] = _factorised(metrics, form, ranked, paired)
+            found = known.load(group)
+            if found is None:
+                paired = _observed(theirs, ours, group[0], trial)
+                found = {ranked: _factorised(metrics, form, ranked, paired) for ranked in group}
+                known.save(found)
+            for ranked, (approximation, bias) in found.items():
+                made[ranked] = approximation.stored(metrics.ctx.spill, ranked.place, bias)
                 made[ranked].write(trial, ranked.place)
             ours.refresh()
         if len(made) == len(left):
@@ -94,7 +104,7 @@ def factorised_in_order(
 
 
 def _in_one_stage(place: Place) -> bool:
-    return type(place) is Place and all(len(param.users) == 1 for param in place.params)
+    return not isinstance(place, Shared) and all(len(param.users) == 1 for param in place.params)
 
 
 def _by_input(stage: Stage, choice: Sequence[Ranked]) -> list[list[Ranked]]:
@@ -128,11 +138,46 @@ def _observed(theirs: Stage, ours: Stage, ranked: Ranked, trial: Graph) -> _Pair
     return paired
 
 
-def _factorised(metrics: Metrics, form: Form, ranked: Ranked, paired: _Paired) -> Stored:
+def _factorised(metrics: Metrics, form: Form, ranked: Ranked, paired: _Paired) -> Made:
     place, rank = ranked.place, ranked.rank
     weight, bias, inputs = metrics.weight(place), metrics.bias(place), paired.inputs()
     wanted = weight @ paired.fit(form.bias)
-    factors = best(wanted, metrics.given(place, inputs), rank, form.pivoted(place, rank), place.params[0].storage)
+    found = approximated(form, place, rank, wanted, metrics.given(place, inputs))
     if form.bias:
-        bias = weight @ paired.mean_x() - factors.matrix() @ inputs.mean + (0 if bias is None else bias)
-    return stored(metrics.ctx.spill, place, factors, bias)
+        bias = weight @ paired.mean_x() - found.matrix() @ inputs.mean + (0 if bias is None else bias)
+    return found, bias
+
+
+def _key(graph: Graph, metrics: Metrics, form: Form, choice: Iterable[Ranked], batches: Batches) -> str:
+    """A name that changes with the model, the data, the options and the ranks."""
+    ranks = [(ranked.place.name, ranked.rank) for ranked in choice]
+    model = key_of(graph, {}, batches, (), 0)
+    return hashlib.sha256(f"{model} {metrics.kind} {form} {ranks}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Factors in a run's progress, for one that was interrupted to go on from. ``key`` names the job."""
+
+    metrics: Metrics
+    form: Form
+    key: str
+
+    def save(self, made: Mapping[Ranked, Made]) -> None:
+        for ranked, (approximation, bias) in made.items():
+            extra = {} if bias is None else {"bias": bias}
+            self.metrics.ctx.progress.save(self._name(ranked), {**approximation.tensors(), **extra})
+
+    def load(self, group: Sequence[Ranked]) -> dict[Ranked, Made] | None:
+        """What ``save`` kept of ``group``, which was observed together; None if one of them is missing."""
+        found: dict[Ranked, Made] = {}
+        for ranked in group:
+            bundle = self.metrics.ctx.progress.load(self._name(ranked))
+            if bundle is None:
+                return None
+            bias = bundle.pop("bias", None)
+            found[ranked] = replace(empty(self.form, ranked.place, ranked.rank), **bundle), bias
+        return found
+
+    def _name(self, ranked: Ranked) -> str:
+        return f"updated-{self.key}-{ranked.place.name}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiler.calibration.moments import key_of
 from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.pipeline import Context
@@ -84,6 +85,7 @@ def refit(
 
     ``views`` say what of the original's value a value of ``graph`` is to be, where it has become narrower.
     """
+    key = _key(graph, params, batches)
     theirs = iter(sweep(original, batches))
     there = next(theirs)
     left = set(params)
@@ -92,19 +94,49 @@ def refit(
         while nodes and same[nodes[0]] not in set(there.nodes):
             there = next(theirs)
         for node in nodes:
-            ours.reach(node)
-            there.reach(same[node])
-            _refit(ctx, node, same[node], views, ours, there)
+            _refit(ctx, node, same[node], views, ours, there, f"refitted-{key}-{node.input(1).name}")
             left.discard(node.input(1))  # pyright: ignore[reportArgumentType]
         if not left:
             return
 
 
-def _refit(ctx: Context, node: Node, before: Node, views: Mapping[Value, View], ours: Stage, theirs: Stage) -> None:
+def _key(graph: Graph, params: set[Param], batches: Batches) -> str:
+    """A name that changes with the pruned model, what is to be fitted, and the data."""
+    return key_of(graph, dict.fromkeys(params), batches, (), 0)
+
+
+def _refit(
+    ctx: Context, node: Node, before: Node, views: Mapping[Value, View], ours: Stage, theirs: Stage, name: str
+) -> None:
+    """Fit the weight of ``node``, or take the fit that the progress of an interrupted run has under ``name``."""
     weight = node.input(1)
     if not isinstance(weight, Param) or len(weight.users) > 1:
         ctx.skipped(node.scope, "is not refitted: several layers share it")
         return
+    found = ctx.progress.load(name)
+    if found is None:
+        found = _fit(ctx, node, weight, before, views, ours, theirs)
+        ctx.progress.save(name, found)
+    if not found:
+        ctx.skipped(node.scope, "is not refitted: there are too few samples to check a fit by")
+        return
+    weight.expr = ctx.spill(weight.name, found["weight"])
+    was, now = found["errors"].tolist()
+    ctx.rewrote(node.scope, "fitted to what the original has there", error_before=was, error_after=now)
+
+
+def _fit(
+    ctx: Context,
+    node: Node,
+    weight: Param,
+    before: Node,
+    views: Mapping[Value, View],
+    ours: Stage,
+    theirs: Stage,
+) -> dict[str, Tensor]:
+    """The fitted weight, and the errors before and after; nothing where there are too few samples."""
+    ours.reach(node)
+    theirs.reach(before)
     stream = _stream(node)
     bias = node.optional_input(2)
     offset = ctx.value(bias.expr).float() if isinstance(bias, Param) else torch.zeros(())
@@ -121,11 +153,9 @@ def _refit(ctx: Context, node: Node, before: Node, views: Mapping[Value, View], 
         part = sums[1] if index % UNSEEN_EVERY == UNSEEN_EVERY - 1 else sums[0]
         part.add(here[node.input(0)].flatten(0, -2), rest.flatten(0, -2), scale)
     if not sums[0].energy or not sums[1].energy:
-        ctx.skipped(node.scope, "is not refitted: there are too few samples to check a fit by")
-        return
+        return {}
     made, was, now = fitted(ctx.value(weight.expr).double(), *sums)
-    weight.expr = ctx.spill(weight.name, made.to(weight.storage))
-    ctx.rewrote(node.scope, "fitted to what the original has there", error_before=was, error_after=now)
+    return {"weight": made.to(weight.storage), "errors": torch.tensor([was, now], dtype=torch.float64)}
 
 
 def _stream(node: Node) -> Value | None:

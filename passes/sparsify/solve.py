@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from compiler.errors import PassError
-from passes.sparsify.masks import largest, largest_by_row, of_each
+from compiler.masked import fitted, of_each
+from passes.sparsify.masks import largest, largest_by_row
 from passes.sparsify.places import Part, Pattern
 
 DAMPING = 0.01  # of the mean energy of inputs
 BLOCK = 128  # columns of which the elements that remain are chosen together
 STEPS = 8  # of the elements of a small matrix, each of which may be grown into the next
 SMALL = 1 << 16  # elements
-FITTING = 8  # steps of conjugate gradients; the first few gain most
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def surgeon(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
     kept, sparse = surgeon(problem, less)
     gain = problem.rows[:, None] * ((problem.weight - sparse) @ problem.second).square() / problem.second.diagonal()
     scores = gain.masked_fill(kept, torch.inf)
-    more = of_each(scores, part) if isinstance(part, Pattern) else largest(scores, part)
-    grown = fitted(problem, more, sparse)
+    more = of_each(scores, part.kept, part.of) if isinstance(part, Pattern) else largest(scores, part)
+    grown = fitted(problem.weight, problem.second, more, sparse)
     return (more, grown) if problem.cost(grown) < problem.cost(found[1]) else found
 
 
@@ -105,9 +105,9 @@ def _chosen(problem: Problem, part: Part) -> tuple[Tensor, Tensor]:
     kept, sparse = _in_order(problem, part)
     other = _wanda(problem, part)
     plain = problem.weight * other
-    sparse = fitted(problem, kept, sparse)
+    sparse = fitted(problem.weight, problem.second, kept, sparse)
     if problem.cost(plain) < problem.cost(sparse):
-        return other, fitted(problem, other, plain)
+        return other, fitted(problem.weight, problem.second, other, plain)
     return kept, sparse
 
 
@@ -137,29 +137,8 @@ def _block(block: Tensor, factor: Tensor, kept: Tensor, part: Part) -> Tensor:
     for column in range(block.shape[1]):
         if isinstance(part, Pattern) and column % part.of == 0:
             group = slice(column, column + part.of)
-            kept[:, group] = of_each((block[:, group] / factor.diagonal()[group]).square(), part)
+            kept[:, group] = of_each((block[:, group] / factor.diagonal()[group]).square(), part.kept, part.of)
         errors[:, column] = block[:, column] * ~kept[:, column] / factor[column, column]
         block[:, column + 1 :] -= torch.outer(errors[:, column], factor[column, column + 1 :])
         block[:, column] *= kept[:, column]
     return errors
-
-
-def fitted(problem: Problem, kept: Tensor, sparse: Tensor) -> Tensor:
-    """``sparse``, what remains of it moved towards the least error: conjugate gradients, row by row."""
-    diagonal = problem.second.diagonal()
-    residual = (problem.weight - sparse) @ problem.second * kept
-    scaled = residual / diagonal
-    direction, energy = scaled, (residual * scaled).sum(-1, keepdim=True)
-    for _ in range(FITTING):
-        moved = direction @ problem.second * kept
-        step = _over(energy, (direction * moved).sum(-1, keepdim=True))
-        sparse, residual = sparse + step * direction, residual - step * moved
-        scaled = residual / diagonal
-        before, energy = energy, (residual * scaled).sum(-1, keepdim=True)
-        direction = scaled + _over(energy, before) * direction
-    return sparse
-
-
-def _over(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient; zero where a row is fitted already."""
-    return torch.where(below > 0, above / below, 0.0)
