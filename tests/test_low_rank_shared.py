@@ -8,6 +8,7 @@ import torch
 from backends.safetensors import emit
 from compiler.evaluate import load_model
 from compiler.ir.execute import read_param, run
+from compiler.ir.facts import kv_cache_values
 from compiler.ir.graph import Param
 from compiler.ir.layers import copy_of
 from compiler.ir.verify import verify
@@ -17,6 +18,7 @@ from compiler.weights.expr import load
 from compiler.weights.spill import Progress, SpillSource
 from passes.low_rank import LowRank
 from passes.low_rank.groups import sharing, together
+from passes.low_rank.keys import Keys
 from passes.low_rank.metrics import measured
 from passes.low_rank.select import places_of
 from passes.low_rank.shared import Shared
@@ -137,6 +139,34 @@ def test_narrower_values_of_full_width_compute_the_same_and_are_written(name, tm
     assert distance(found, run(graph, inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["gpt2", "vit", "whisper"])
+def test_narrower_keys_of_full_width_compute_the_same_and_are_written(name, tmp_path):
+    graph, metrics, places = of_kind(name, "loss", lambda param: True, share="keys")
+    inputs = FAMILIES[name].inputs()
+    before = run(graph, inputs)
+    places = [place for place in places if isinstance(place, Keys)]
+    assert places
+    whole = copy_of(graph)
+    for place in places:
+        assert (place.saved(metrics) >= 0).all()
+        place.factorised(metrics, place.most).write(whole, place)
+    verify(whole)
+    assert distance(run(whole, inputs), before) < 1e-4
+    for place in places:
+        place.factorised(metrics, place.most // 2).write(graph, place)
+    verify(graph)
+    assert kv_cache_values(graph) <= kv_cache_values(whole)
+    emit(emission_of(graph, "generated"), graph.sources, tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
+    assert distance(found, run(graph, inputs)) < TOLERANCE
+
+
+def test_keys_that_are_turned_by_their_positions_share_nothing_with_queries():
+    _, _, places = of_kind("llama", "input", lambda param: True, share="keys")
+    assert not [place for place in places if isinstance(place, Keys)]
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
     [("mixtral", "experts"), ("bert", "embedding"), ("whisper", "head"), ("qwen2", "attention"), ("gpt2", "attention")],
@@ -147,6 +177,16 @@ def test_the_plan_of_shared_factors_holds_what_the_run_holds(name, where):
     Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches(name, 2))
     Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
     assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
+
+
+def test_the_plan_of_narrower_keys_holds_what_the_run_holds():
+    options = {"where": "attention", "keep": 0.7, "ranks": "uniform", "update": False, "share": "keys"}
+    graph, planned = (graph_of("gpt2") for _ in range(2))
+    (report,) = Pipeline([LowRank(**options)]).run(graph, calibration=lambda _: batches("gpt2", 2)).passes
+    Pipeline([LowRank(**options)]).run(planned, planned=True, calibration=lambda _: [])
+    assert {p.name: p.type for p in planned.params.values()} == {p.name: p.type for p in graph.params.values()}
+    assert sum("multiplied into" in item.what for item in report.rewritten) == 2
+    assert report.after.cache_bytes_per_token < report.before.cache_bytes_per_token
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper", "t5"])

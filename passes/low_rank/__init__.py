@@ -33,7 +33,8 @@ class LowRank(Pass):
     first factor of which two of each four elements remain: other matrices than those of a rank, for linear maps.
     ``share``: weights that read the same `input`, such as query, key and value, may share the first factor, or those of
     a kind in two adjacent `layers`, whose inputs differ (Basis Sharing, arXiv 2410.03765). With `values`, value and
-    output projections may have narrower heads, whose second factors are multiplied into the output projection.
+    output projections may have narrower heads, whose second factors are multiplied into the output projection; with
+    `keys` query and key projections where keys are not rotated (MoDeGPT, arXiv 2408.09632).
     ``ranks``: `measured` shares the parameters out by predicted cost, leaves alone what does not pay, and keeps the
     result only if the whole model is nearer to the original than with the same part everywhere (`uniform`). `spectra`
     does so with one threshold for all singular values over the largest of their weight (WeLore, arXiv 2407.11239).
@@ -49,7 +50,7 @@ class LowRank(Pass):
     of: Literal["selected", "model"] = "selected"
     metric: Literal["loss", "input", "scaled", "plain"] = "loss"
     form: Literal["auto", "pair", "pivoted", "tensor-train", "tucker", "sparse"] = "auto"
-    share: Literal["none", "input", "layers", "values"] = "none"
+    share: Literal["none", "input", "layers", "values", "keys"] = "none"
     ranks: Literal["measured", "spectra", "uniform"] = "measured"
     update: bool = True
     bias: bool = True

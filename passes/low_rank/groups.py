@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.ir.layers import Layer, layer_of
+from passes.low_rank.keys import Keys, scores_with
 from passes.low_rank.places import Place
 from passes.low_rank.shared import Adjacent
 from passes.low_rank.tucker import Tucker
@@ -15,7 +16,8 @@ def sharing(places: Sequence[Place], share: str) -> list[list[Place]]:
     """``places`` in groups that may share a first factor; one that shares none is alone.
 
     ``share``: `none`; `input`, linear maps of one use and one layer that read the same value; `layers`, such of the
-    same name and shape in two layers that follow each other; `values`, value and output projections of one attention.
+    same name and shape in two layers that follow each other; `values`, value and output projections of one attention;
+    `keys`, its query and key projections.
     """
     found: dict[object, list[Place]] = {}
     for place in places:
@@ -36,6 +38,8 @@ def _shared(place: Place, share: str) -> object:
         return node.input(0), layer, place.width if isinstance(place, Tucker) else None
     if share == "values":
         return chain_with(param)
+    if share == "keys":
+        return scores_with(param)
     return layer and (Layer(layer.stack, layer.index // 2), param.name.removeprefix(layer.scope), param.type)
 
 
@@ -47,7 +51,9 @@ def together(group: Sequence[Place]) -> Place:
     heads = tuple(heads for place in group if isinstance(place, Tucker) for heads in place.heads)
     if heads:
         return Tucker(params, heads, False)
-    chain = chain_with(params[0])
+    scores, chain = scores_with(params[0]), chain_with(params[0])
+    if scores is not None and {*params} == {scores.key.input(1), scores.query.input(1)}:
+        return Keys(params if params[0] is scores.key.input(1) else params[::-1])
     if chain is not None and {*params} == {chain.value.input(1), chain.output.input(1)}:
         return Values(params if params[0] is chain.value.input(1) else params[::-1])
     return Place(params) if len({layer_of(param.name) for param in params}) == 1 else Adjacent(params)

@@ -9,7 +9,7 @@ value projection adds, and what its mean loses, goes into the output projection'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,7 +53,7 @@ def chain_of(attention: Node) -> Chain | None:
         return None
     found = Chain(value, split, attention, merge, output)
     alone = all(node.output.single_user() is not None for node in (value, split))
-    linear = all(node.op.name == "linear" and _own_weight(node) for node in (value, output))
+    linear = all(node.op.name == "linear" and own_weight(node) for node in (value, output))
     return found if alone and linear and split.output.users == {attention: 1} else None
 
 
@@ -110,23 +110,15 @@ class Values(Shared):
         return 0 if bias_of(self.params[1]) else self.params[1].expr.shape[0]
 
     def members(self, metrics: Metrics) -> Iterator[Member]:
-        """The value projection of each head; errors of different heads are taken to be independent."""
-        found, groups = metrics.statistics.of(self.params[0]), self.chain.heads[1]
-        for index, weight in enumerate(metrics.ctx.read(self.params[0]).double().chunk(groups)):
-            part = slice(index * len(weight), (index + 1) * len(weight))
-            gradient = found.gradient
-            if gradient is not None:
-                gradient = gradient[part, part] if gradient.ndim == 2 else gradient[part]
-            yield Member(weight, Metric((metrics.left(gradient, len(weight)),), metrics.right(found, metrics.centred)))
+        """The value projection of each head."""
+        return by_head(metrics, self.params[0], self.chain.heads[1], metrics.centred)
 
     def saved(self, metrics: Metrics) -> Tensor:
-        return torch.stack([spectrum(one.weight, one.metric).costs[: self.most] for one in self.members(metrics)]).sum(
-            0
-        )
+        return saved_by_all(self.members(metrics), self.most)
 
     def factorised(self, metrics: Metrics, rank: int) -> Stored:
         members = list(self.members(metrics))
-        pairs = [truncated(one.weight, one.metric, spectrum(one.weight, one.metric), rank) for one in members]
+        pairs = pairs_of(members, rank)
         values = torch.cat([right for _, right in pairs])
         outputs = metrics.ctx.read(self.params[1]).double().chunk(self.chain.heads[0], 1)
         share, lost = len(outputs) // len(pairs), self._lost(metrics, members, pairs)
@@ -187,6 +179,28 @@ class NarrowValues(Stored):
         graph.prune()
 
 
-def _own_weight(node: Node) -> bool:
+def by_head(metrics: Metrics, param: Param, heads: int, centred: bool) -> Iterator[Member]:
+    """The matrix of each head that ``param`` makes; errors of different heads are taken to be independent."""
+    found = metrics.statistics.of(param)
+    for index, weight in enumerate(metrics.ctx.read(param).double().chunk(heads)):
+        part = slice(index * len(weight), (index + 1) * len(weight))
+        gradient = found.gradient
+        if gradient is not None:
+            gradient = gradient[part, part] if gradient.ndim == 2 else gradient[part]
+        yield Member(weight, Metric((metrics.left(gradient, len(weight)),), metrics.right(found, centred)))
+
+
+def saved_by_all(members: Iterable[Member], most: int) -> Tensor:
+    """What each rank more of all ``members`` at once saves [most]."""
+    return torch.stack([spectrum(one.weight, one.metric).costs[:most] for one in members]).sum(0)
+
+
+def pairs_of(members: Iterable[Member], rank: int) -> list[tuple[Tensor, Tensor]]:
+    """U and V of ``rank`` of each of ``members``."""
+    return [truncated(one.weight, one.metric, spectrum(one.weight, one.metric), rank) for one in members]
+
+
+def own_weight(node: Node) -> bool:
+    """Whether the linear map ``node`` alone reads its weight, and its bias is a parameter."""
     weight, bias = node.input(1), node.optional_input(2)
     return isinstance(weight, Param) and len(weight.users) == 1 and (bias is None or isinstance(bias, Param))
