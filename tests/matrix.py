@@ -19,13 +19,14 @@ from compiler.errors import CompressError
 from compiler.ir.graph import Graph
 from compiler.pipeline import Pass, Pipeline
 from compiler.target import gguf_emission
-from passes import DropTokens, GqaToMla, LowRank, Prune, Quantize, Residual, Rotate, Smooth, Sparsify
+from passes import AnySize, DropTokens, GqaToMla, LowRank, Prune, Quantize, Residual, Rotate, Smooth, Sparsify
 from tests.captures import plan_of
 from tests.families import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "(none)": (),
+    "any-size": (AnySize(),),
     "drop-tokens": (DropTokens(keep=0.5),),
     "gqa-to-mla": (GqaToMla(rank="full"),),
     "low-rank": (LowRank(keep=0.7),),

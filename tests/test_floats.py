@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,19 +15,24 @@ from safetensors.torch import load_file
 
 from backends.safetensors import Refusal, propose, stored_tensors
 from backends.safetensors.formats import format_of, scheme_of
+from backends.torch_module.packing import packed
 from compiler.errors import OpError, PassError
+from compiler.ir.execute import run
 from compiler.pipeline import Pipeline
+from compiler.plan import bytes_in_file
 from compiler.weights.evaluate import evaluate
 from compiler.weights.ops import take
 from compiler.weights.ops.blockfloat import BlockFloat
 from compiler.weights.ops.fp8 import Fp8
-from compiler.weights.ops.minifloat import E2M1_VALUES, e2m1_codes, e2m1_values, to_e2m1
+from compiler.weights.ops.minifloat import E2M1_VALUES, E2M3, E3M2, e2m1_codes, e2m1_values, to_e2m1
 from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from passes.quantize import Quantize
-from tests.captures import plan_of
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job
+from tests.families import FAMILIES
 from tests.test_codecs import FLOATS, by_group, matrix
+from tests.test_generated import error, tolerance, written
 from tests.test_packing import bound, weights
 
 CODECS: dict[str, BlockFloat] = {
@@ -34,6 +40,7 @@ CODECS: dict[str, BlockFloat] = {
     "fp8 per tensor": Fp8(torch.bfloat16, rows=0),
     "fp8 in blocks": Fp8(torch.bfloat16, rows=16, group=24),
     "mxfp4": Mx(torch.bfloat16),
+    "mxfp6": Mx(torch.bfloat16, of="e2m3"),
     "mxfp8": Mx(torch.bfloat16, of="e4m3"),
     "nvfp4": Nvfp4(torch.bfloat16),
 }
@@ -94,16 +101,18 @@ PASSES = {
     "fp8 and int4": [Quantize(where="mlp", bits=4, group=16), Quantize(type="fp8")],
     "fp8, embedding": [Quantize(where="embedding", type="fp8")],
     "mxfp4": [Quantize(type="mxfp4")],
+    "mxfp6": [Quantize(type="mxfp6-e2m3")],
     "mxfp8": [Quantize(type="mxfp8")],
     "mxfp4 and mxfp8": [Quantize(where="mlp", type="mxfp4"), Quantize(type="mxfp8")],
     "nvfp4": [Quantize(type="nvfp4")],
     "nvfp4 and fp8": [Quantize(where="mlp", type="nvfp4"), Quantize(type="fp8")],
 }
 FORMATS = {"fp8": "float-quantized", "mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized",
+           "mxfp6-e2m3": "mxfp6-pack-quantized",
            "nvfp4": "nvfp4-pack-quantized"}  # fmt: skip
 
 
-IN_FLOAT32 = ("fp8 per row", "mxfp4", "nvfp4")
+IN_FLOAT32 = ("fp8 per row", "mxfp4", "mxfp6", "nvfp4")
 CASES = [*((name, torch.bfloat16) for name in PASSES), *((name, torch.float32) for name in IN_FLOAT32)]
 
 
@@ -153,10 +162,13 @@ def test_searching_never_increases_the_error(made, name):
 
 @given(weights(dtype=st.sampled_from([torch.float32, torch.bfloat16])))
 @settings(max_examples=60, deadline=None)
-def test_eight_bits_are_never_worse_than_four(made):
+def test_more_bits_are_never_worse(made):
+    """Of either kind of six."""
     weight = made[0].repeat(1, 32)
-    eight, four = (squared_error(weight, codec_of(name, weight.dtype)) for name in ("mxfp8", "mxfp4"))
-    assert eight <= four * (1 + 1e-5)
+    kinds = [("e2m1",), ("e2m3", "e3m2"), ("e4m3",)]
+    errors = [[squared_error(weight, Mx(weight.dtype, of=kind)) for kind in each] for each in kinds]
+    for fewer, more in pairwise(errors):
+        assert max(more) <= min(fewer) * (1 + 1e-5)
 
 
 def test_e2m1_rounds_to_the_nearest_of_its_values():
@@ -171,10 +183,31 @@ def test_e2m1_rounds_to_the_nearest_of_its_values():
     assert torch.equal(to_e2m1(ties), torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]))
 
 
+@pytest.mark.parametrize(("element", "digits", "biased"), [(E2M3, 3, 1), (E3M2, 2, 3)], ids=["e2m3", "e3m2"])
+def test_six_bits_have_the_values_of_the_specification(element, digits, biased):
+    """Sign, exponent and mantissa of all 64 codes; rounding is to the nearest, ties to even, and saturates."""
+    values = [_specified(code, digits, biased) for code in range(64)]
+    assert element.decode(torch.arange(64, dtype=torch.uint8)).tolist() == values
+    assert element.largest == max(values) == {3: 7.5, 2: 28.0}[digits]
+    x = torch.linspace(-36, 36, 2305)
+    rounded = element.round(x)
+    assert torch.equal((x - rounded).abs(), (x[:, None] - torch.tensor(values)).abs().amin(1))
+    assert torch.equal(element.decode(element.encode(x)), rounded)
+    middles = torch.tensor(values[:32]).unfold(0, 2, 1).mean(1)
+    assert (element.encode(middles) % 2 == 0).all()
+
+
+def _specified(code: int, digits: int, biased: int) -> float:
+    exponent, mantissa = code % 32 >> digits, code % 2**digits / 2**digits
+    magnitude = (1 + mantissa) * 2.0 ** (exponent - biased) if exponent else mantissa * 2.0 ** (1 - biased)
+    return -magnitude if code >= 32 else magnitude
+
+
 GRIDS = {
     "fp8 per row": torch.tensor([0.0, 448.0, -448.0, 1.0, 1.125, -13.0, 2.0**-9, 2.0**-6, 240.0]),
     "mxfp8": torch.tensor([0.0, 448.0, -448.0, 1.0, 1.125, -13.0, 2.0**-9, 2.0**-6, 240.0]),
     "mxfp4": torch.tensor([*E2M1_VALUES, -6.0]),
+    "mxfp6": E2M3.decode(torch.arange(64)),
     "nvfp4": torch.tensor([*E2M1_VALUES, -6.0]),
 }
 
@@ -306,11 +339,32 @@ def test_tensors_are_counted_as_they_are_stored():
     assert sum(part.type.nbytes for part in parts) == rows * columns // 2 + rows * columns // 16 + 4
 
 
+@pytest.mark.parametrize("type", ["mxfp6-e2m3", "mxfp6-e3m2"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
+def test_generated_code_holds_six_bits_packed(name, type, tmp_path):
+    """Linear maps, tables of tokens and experts, in the bytes that were counted."""
+    given = FAMILIES[name]
+    graph = graph_of(name, hidden_size=64, intermediate_size=96)
+    step = Quantize(where=("linear", "embedding"), type=type, tied="share")
+    Pipeline([step]).run(graph)
+    model = written(graph, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    counted = sum(map(bytes_in_file(), (param for param in graph.params.values() if packed(param) is not None)))
+    assert counted == sum(part.nbytes for key, part in held.items() if key.endswith(("weight_packed", "weight_scale")))
+    inputs = {key: value for key, value in given.inputs().items() if key in graph.inputs}
+    with torch.no_grad():
+        found = model(**inputs)
+    for key, value in run(graph, inputs).items():
+        assert error(found[key], value) <= tolerance(graph)
+
+
 REFUSALS = {
     "experts in blocks": (
         [Quantize(where="experts.down", type="fp8", per="block"), Quantize(type="fp8")],
         "transformers reads experts of fp8 with one scale a row",
     ),
+    "experts of mxfp6": ([Quantize(type="mxfp6-e2m3")], "transformers reads no experts of mxfp6"),
+    "e3m2": ([Quantize(type="mxfp6-e3m2")], "compressed-tensors has no e3m2 floats, but e2m3"),
     "experts of mxfp8": ([Quantize(type="mxfp8")], "transformers reads no experts of mxfp8"),
     "experts of nvfp4": ([Quantize(type="nvfp4")], "transformers reads no experts of nvfp4"),
 }

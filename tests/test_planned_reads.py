@@ -18,6 +18,7 @@ from passes import Quantize, pass_class, pass_names
 from tests.captures import graph_of, plan_of
 
 BASES: dict[str, list[dict[str, Any]]] = {
+    "any-size": [{"blocks": 2}],
     "drop-tokens": [{"keep": 0.5, "layers": "0"}],
     "gqa-to-mla": [{}, {"rank": 16}, {"cache": 0.5}],
     "low-rank": [{"keep": 0.7}, {"keep": 1.0}],

@@ -22,6 +22,8 @@ from compiler.weights.ops.codec import is_quantised
 from compiler.weights.rows import as_dequantize
 
 WORD = 32  # bits of the words that codes are packed into
+UNKNOWN = {"codebook": "codebooks", "stack": "stacks of blocks", "e3m2": "e3m2 floats, but e2m3"}
+"""Kinds of quantised weights that compressed-tensors does not have."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def _described(
     ]
     if plain and (schemes or experts):
         return Mismatch(f"transformers reads no dense experts ({plain[0]}) beside quantised weights; quantise them too")
-    looked_up = [name for name, scheme in {**schemes, **experts}.items() if scheme.kind == "codebook"]
-    if looked_up:
-        return Mismatch(f"compressed-tensors has no codebooks, as {looked_up[0]} needs")
+    for name, scheme in {**schemes, **experts}.items():
+        if scheme.kind in UNKNOWN:
+            return Mismatch(f"compressed-tensors has no {UNKNOWN[scheme.kind]}, as {name} needs")
     strange = [name for name in schemes if name not in linears and name not in embeddings]
     if strange:
         return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")
@@ -232,7 +234,7 @@ def _unreadable_experts(scheme: Scheme) -> str:
     if scheme.kind == "fp8" and (scheme.rows > 1 or scheme.group):
         return "transformers reads experts of fp8 with one scale a row, or a matrix"
     name = f"{scheme.kind}fp{scheme.bits}" if scheme.kind == "mx" else scheme.kind
-    return f"transformers reads no experts of {name}" if name in ("mxfp8", "nvfp4") else ""
+    return f"transformers reads no experts of {name}" if name in ("mxfp6", "mxfp8", "nvfp4") else ""
 
 
 def _of_other_dtype(stored: Mapping[str, Expr]) -> str | None:

@@ -10,6 +10,7 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops import take
 from compiler.weights.ops.basic import cast, reshape
 from compiler.weights.ops.codec import is_quantised
+from compiler.weights.ops.minifloat import pack_sextets
 from compiler.weights.ops.quant import packed_parts
 from compiler.weights.rows import as_dequantize
 
@@ -26,6 +27,11 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
     if value.op == "dequantize_codebook":
         stem = key.removesuffix("weight")
         return dict(zip((f"{stem}weight_packed", f"{stem}weight_table"), packed_parts(value), strict=True))
+    if value.op == "dequantize_stack":
+        return {f"{key}_block_{index}": block for index, block in enumerate(value.args)}
+    if value.op == "dequantize_mx" and value.attr("of") == "e3m2":
+        stem = key.removesuffix("weight")
+        return {f"{stem}weight_packed": pack_sextets(value.args[0]), f"{stem}weight_scale": value.args[1]}
     storage = format_of(scheme_of(value), expert=bool(EXPERT.search(key)))
     return {key.removesuffix("weight") + suffix: part for suffix, part in storage.parts(value).items()}
 

@@ -16,6 +16,7 @@ from backends.torch_module.packing import packed, shipped, tied_parts
 from backends.torch_module.program import Body, Extras
 from backends.torch_module.rendering import environment, field_of, render
 from backends.torch_module.sparse import loading_code
+from backends.torch_module.stacks import MEMORY, stack_config
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param
 
@@ -62,6 +63,12 @@ HELPERS = (
 CODEBOOK_HELPERS = ("CodebookWeight", "CodebookLinear", "CodebookEmbedding", "CodebookExperts")
 """The same, for weights that are looked up in tables."""
 
+STACK_HELPERS = ("memory_bytes", "StackedWeight", "StackedLinear", "StackedEmbedding", "StackedModel")
+"""The same, for weights that are sums of blocks."""
+
+FLOAT_HELPERS = ("MxWeight", "MxLinear", "MxEmbedding", "MxExperts")
+"""The same, for weights of small floats."""
+
 TOKEN_HELPERS = (
     "token_scores",
     "block_scores",
@@ -83,10 +90,13 @@ TOKEN_HELPERS = (
 
 HELPER_FILES = (
     ("codebooks.py.jinja", CODEBOOK_HELPERS),
+    ("stacks.py.jinja", STACK_HELPERS),
+    ("floats.py.jinja", FLOAT_HELPERS),
     ("helpers.py.jinja", HELPERS),
     ("tokens.py.jinja", TOKEN_HELPERS),
 )
 
+STACKED = ("memory_bytes", "StackedWeight", "StackedModel")
 NEEDS = {
     "causal_mask": ("past_length",),
     "eager_attention": ("allowed",),
@@ -103,6 +113,11 @@ NEEDS = {
     "CodebookLinear": ("CodebookWeight", "unpack_codes"),
     "CodebookEmbedding": ("CodebookWeight", "unpack_codes"),
     "CodebookExperts": ("CodebookWeight", "unpack_codes", "expert_linear"),
+    "MxLinear": ("MxWeight",),
+    "MxEmbedding": ("MxWeight",),
+    "MxExperts": ("MxWeight", "expert_linear"),
+    "StackedLinear": STACKED,
+    "StackedEmbedding": STACKED,
 }
 OUTPUTS = {
     "BaseModelOutput",
@@ -232,7 +247,13 @@ class Assembly:
         source = self.graph.origin.config or {}
         kept = {name: source[name] for name in KEPT if source.get(name) is not None}
         tie = {"tie_word_embeddings": bool(self.tied)}
-        return {"initializer_range": 0.02, **kept, **self.model.sizes.config(), **self.own_config(), **tie}
+        stack = stack_config(self._tensors(), self.tied)
+        return {"initializer_range": 0.02, **kept, **self.model.sizes.config(), **self.own_config(), **tie, **stack}
+
+    @property
+    def stacked(self) -> bool:
+        """Whether weights are stacks of blocks."""
+        return bool({"StackedLinear", "StackedEmbedding"} & self.model.helpers)
 
     def _configuration(self, config: dict[str, Any], modeling: str) -> str:
         """The source of the config class, which names the code it is for.
@@ -241,6 +262,7 @@ class Assembly:
         a checkpoint of other code would run that of the first.
         """
         fields = [(name, *field_of(value)) for name, value in config.items() if name not in INHERITED]
+        fields = [(name, "int | str" if name == MEMORY else kind, default) for name, kind, default in fields]
         source = self.graph.origin.architecture or self.graph.name
         context: dict[str, Any] = {"prefix": self.model.prefix, "model_type": self.name, "fields": fields}
         context["lists"] = any("field(" in default for _, _, default in fields)
@@ -283,7 +305,7 @@ class Assembly:
     def _helpers(self) -> list[str]:
         context = {"prefix": self.model.prefix, **self.helper_context()}
         used = self._used()
-        stacks = [name for name in ("PackedExperts", "CodebookExperts") if name in used]
+        stacks = [name for name in ("PackedExperts", "CodebookExperts", "MxExperts") if name in used]
         context |= {"packed_experts": " | ".join(stacks), "packed_dense": "dense" in used}
         context["packed_rows"] = "PackedEmbedding" in used
         found: list[str] = []

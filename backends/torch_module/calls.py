@@ -18,7 +18,7 @@ from backends.kernels import codebook_linear, low_rank_linear, packed_linear
 from backends.kernels.decoding import row_bytes
 from backends.kernels.splits import PROGRAMS
 from backends.torch_module.layout import Layout
-from backends.torch_module.packing import AnyScheme, TableScheme, scheme_of
+from backends.torch_module.packing import AnyScheme, FloatScheme, StackScheme, TableScheme, scheme_of
 from compiler.ir.graph import Graph, Node, Param, Value
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -94,10 +94,10 @@ def _kinds(node: Node, layout: Layout, reach: Reach) -> Iterator[tuple[Any, ...]
 def _kind(value: Value | None, integers: str) -> tuple[str, AnyScheme | None]:
     """What is called for a weight, and how it is packed: ``integers``, "tables" for one table a row, or nothing, "".
 
-    No kernel multiplies by weights with several tables a row: they are written out.
+    No kernel multiplies by weights with several tables a row, small floats or blocks: they are written out.
     """
     scheme = scheme_of(value) if isinstance(value, Param) else None
-    if value is None or scheme is None:
+    if value is None or scheme is None or isinstance(scheme, StackScheme | FloatScheme):
         return "", None
     if isinstance(scheme, TableScheme):
         return "tables" if scheme.group_size in (0, value.shape[-1]) else "", scheme

@@ -71,6 +71,7 @@ class CausalAssembly(Assembly):
             staged=self.staged is not None,
             no_split=strings(layers),
             layers=", ".join(layers),
+            stacked=self.stacked,
             rotary="RotaryEmbedding" in self.model.helpers,
             rotation="LatentRotation" in self.model.helpers,
             bare=self.bare_classes(),

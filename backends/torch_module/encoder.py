@@ -79,6 +79,7 @@ class EncoderAssembly(Assembly):
             "encoder.py.jinja",
             prefix=prefix,
             binaries="kernel_binary" in self.model.helpers,
+            stacked=self.stacked,
             ending=self.ending,
             main_input=next(iter(self.graph.inputs)),
             output=OUTPUTS[self.ending],

@@ -1,4 +1,4 @@
-"""Quantised weights as generated modules hold them: packed codes, with scales and zero points, or with tables."""
+"""Quantised weights as generated modules hold them: codes with scales and zero points or tables, floats, or blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops.basic import cast
+from compiler.weights.ops.minifloat import pack_sextets
 from compiler.weights.ops.quant import packed_parts
 from compiler.weights.rows import as_dequantize
 
@@ -25,7 +26,7 @@ MODULES = {
     "embedding": "PackedEmbedding",
     "experts": "PackedExperts",
 }
-"""The module that holds packed integers, by the operation that reads them; of codebooks their names begin so."""
+"""The module that holds packed integers, by the operation that reads them; of others names begin otherwise."""
 
 OPERANDS = {"linear": (1,), "latent_attention": (3,), "embedding": (0,), "experts": (3, 4)}
 """Where operations read matrices that can be packed."""
@@ -34,7 +35,9 @@ OPERANDS = {"linear": (1,), "latent_attention": (3,), "embedding": (0,), "expert
 PARTS = {
     "dequantize": ("weight_packed", "weight_scale", "weight_zero_point"),
     "dequantize_codebook": ("weight_packed", "weight_table"),
+    "dequantize_mx": ("weight_packed", "weight_scale"),
 }
+STACK = "dequantize_stack"
 
 
 class Scheme(NamedTuple):
@@ -53,19 +56,41 @@ class TableScheme(NamedTuple):
     numbers: int
 
 
-AnyScheme = Scheme | TableScheme
+class StackScheme(NamedTuple):
+    """Of how many ``blocks`` a weight is the sum, and the ``rank`` of what says how large each is."""
+
+    rank: int
+    blocks: int
+
+
+class FloatScheme(NamedTuple):
+    """Floats of six bits, of which 32 share a power of two."""
+
+    exponent_bits: int
+    mantissa_bits: int
+
+
+AnyScheme = Scheme | TableScheme | StackScheme | FloatScheme
+FLOATS = {"e2m3": FloatScheme(2, 3), "e3m2": FloatScheme(3, 2)}
+PREFIXES: dict[type[AnyScheme], str] = {
+    Scheme: "Packed",
+    TableScheme: "Codebook",
+    StackScheme: "Stacked",
+    FloatScheme: "Mx",
+}
 
 
 def module_of(operation: str, scheme: AnyScheme) -> str:
     """The module that holds a weight packed by ``scheme`` for ``operation``."""
-    name = MODULES[operation]
-    return name if isinstance(scheme, Scheme) else name.replace("Packed", "Codebook")
+    return MODULES[operation].replace("Packed", PREFIXES[type(scheme)])
 
 
 def packed(param: Param) -> Expr | None:
     """The codes and what goes with them that code holds ``param`` as; None for a weight that it holds otherwise."""
     value = as_dequantize(param.expr)
-    return value if value is not None and value.op in PARTS else None
+    if value is None or (value.op == "dequantize_mx" and value.attr("of") not in FLOATS):
+        return None
+    return value if value.op in PARTS or value.op == STACK else None
 
 
 def scheme_of(param: Param) -> AnyScheme | None:
@@ -73,6 +98,10 @@ def scheme_of(param: Param) -> AnyScheme | None:
     value = packed(param)
     if value is None:
         return None
+    if value.op == STACK:
+        return StackScheme(value.attr("rank"), len(value.args))
+    if value.op == "dequantize_mx":
+        return FLOATS[value.attr("of")]
     bits, group = value.attr("bits"), value.attr("group")
     if value.op == "dequantize":
         return Scheme(bits, group, len(value.args) > 2)
@@ -81,7 +110,20 @@ def scheme_of(param: Param) -> AnyScheme | None:
 
 def packed_tensors(path: str, value: Expr) -> dict[str, Expr]:
     """The tensors of the file that stand for the weight ``value`` at ``path``."""
-    return {part_path(path, name): part for name, part in zip(PARTS[value.op], packed_parts(value), strict=False)}
+    return {part_path(path, name): part for name, part in zip(part_names(value), _parts(value), strict=True)}
+
+
+def _parts(value: Expr) -> tuple[Expr, ...]:
+    if value.op == STACK:
+        return value.args
+    return (pack_sextets(value.args[0]), value.args[1]) if value.op == "dequantize_mx" else packed_parts(value)
+
+
+def part_names(value: Expr) -> tuple[str, ...]:
+    """What the parts of the weight ``value`` are called."""
+    if value.op == STACK:
+        return tuple(f"weight_block_{index}" for index in range(len(value.args)))
+    return PARTS[value.op][: len(value.args)]
 
 
 def part_path(path: str, part: str) -> str:
@@ -99,13 +141,13 @@ def tied_parts(tied: Mapping[str, str], named: Mapping[str, Param]) -> dict[str,
     found: dict[str, str] = {}
     for path, first in tied.items():
         value = packed(named[first])
-        parts = PARTS[value.op][: len(value.args)] if value is not None else ()
+        parts = part_names(value) if value is not None else ()
         found |= {part_path(path, part): part_path(first, part) for part in parts} or {path: first}
     return found
 
 
 def as_computed(graph: Graph) -> Graph:
-    """``graph`` with packed weights as generated code makes them of codes and scales, or tables, in float32.
+    """``graph`` with packed weights as generated code makes them of codes and scales, tables or blocks, in float32.
 
     The graph's own are rounded to the dtype of those, as those of a class that is given dense weights would be.
     """
@@ -114,10 +156,15 @@ def as_computed(graph: Graph) -> Graph:
         return graph
     found = copy_of(graph)
     for name, value in weights.items():
-        codes, scale, *zeros = value.args
-        exact = [codes, cast(scale, torch.float32), *zeros]
-        found.params[name].expr = apply(value.op, exact, dict(value.attrs))
+        found.params[name].expr = _in_float32(value)
     return found
+
+
+def _in_float32(value: Expr) -> Expr:
+    if value.op in (STACK, "dequantize_mx"):
+        return apply(value.op, value.args, {**dict(value.attrs), "dtype": torch.float32})
+    codes, scale, *zeros = value.args
+    return apply(value.op, [codes, cast(scale, torch.float32), *zeros], dict(value.attrs))
 
 
 def shipped(name: str) -> dict[str, str]:

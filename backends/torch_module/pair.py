@@ -139,6 +139,7 @@ class PairAssembly(Assembly):
             "seq2seq.py.jinja",
             prefix=self.model.prefix,
             binaries="kernel_binary" in self.model.helpers,
+            stacked=self.stacked,
             main_input=self.main_input,
             tokens=tokens,
             no_split=strings(self._layer_classes()),

@@ -45,9 +45,11 @@ class Quantize(Pass):
     ``robust`` (int) goes by the sum of |error|^0.7 instead, as half-quadratic quantisation does: outliers may err.
     ``weighted`` does so with each element's error times the energy of the input that it multiplies, on inputs that have
     passed the weights quantised before.
-    ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``
-    and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale. ``q4_0`` to ``q8_0``, ``q2_k`` to
-    ``q6_k`` and the ternary ``tq1_0`` and ``tq2_0`` are the block formats of GGUF files, for ``emit: [gguf]``.
+    ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``,
+    ``mxfp6-e2m3``, ``mxfp6-e3m2`` and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale.
+    ``ternary`` has the codes -1, 0 and 1 and a scale a group, stored as integers of two bits. ``q4_0`` to ``q8_0``,
+    ``q2_k`` to ``q6_k`` and the ternary ``tq1_0`` and ``tq2_0`` are the block formats of GGUF files, for
+    ``emit: [gguf]``.
 
     ``method: nearest`` rounds every element by itself and needs no data. `gptq` (arXiv 2210.17323) rounds column by
     column, on inputs that have passed the weights quantised before, and lets the columns to come make up for each

@@ -16,18 +16,30 @@ from compiler.weights.ops.fp8 import Fp8
 from compiler.weights.ops.gguf.blocks import Blocks
 from compiler.weights.ops.gguf.layouts import LAYOUTS
 from compiler.weights.ops.integer import Integer
-from compiler.weights.ops.mx import Mx
+from compiler.weights.ops.mx import ELEMENTS, Mx
 from compiler.weights.ops.nvfp4 import Nvfp4, divisor
+from compiler.weights.ops.ternary import BITS as BITS_OF_TERNARY
+from compiler.weights.ops.ternary import Ternary
 
 Gguf = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"
 ]  # fmt: skip
-Type = Literal["int", "codebook", "bit-serial", "fp8", "mxfp4", "mxfp8", "nvfp4"] | Gguf
+Mxfp = Literal["mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8"]
+Type = Literal["int", "ternary", "codebook", "bit-serial", "fp8", "nvfp4"] | Mxfp | Gguf
 Per = Literal["row", "tensor", "block"]
 Width = Literal[2, 3, 4, 5, 6, 7, 8]
 
-BITS = {"fp8": 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4, **{name: layout.bits for name, layout in LAYOUTS.items()}}
-GROUPS = {"fp8": 0, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16, **{name: layout.size for name, layout in LAYOUTS.items()}}
+MX: dict[str, Literal["e2m1", "e2m3", "e3m2", "e4m3"]] = {
+    "mxfp4": "e2m1", "mxfp6-e2m3": "e2m3", "mxfp6-e3m2": "e3m2", "mxfp8": "e4m3"
+}  # fmt: skip
+BITS = {
+    "fp8": 8,
+    "nvfp4": 4,
+    "ternary": BITS_OF_TERNARY,
+    **{name: ELEMENTS[of].bits for name, of in MX.items()},
+    **{name: layout.bits for name, layout in LAYOUTS.items()},
+}
+GROUPS = {"fp8": 0, "nvfp4": 16, **dict.fromkeys(MX, 32), **{name: layout.size for name, layout in LAYOUTS.items()}}
 BLOCK = 128
 SQUARES, ROBUST = 2.0, 0.7  # powers of errors that scales are chosen by
 DEFAULT_BITS = 8
@@ -54,8 +66,10 @@ class NumberSystem:
         if self.power != SQUARES and self.type != "int":
             cause = f"`scale: robust` is for integers, not for {self.type}"
             raise PassError(cause, option="scale", remedy="leave `scale` out")
-        if not self.search and self.type in TABLES:
-            cause = f"`scale: minmax` is for evenly spaced codes and floats: tables of {self.type} are fitted"
+        if not self.search and self.type in (*TABLES, "ternary"):
+            cause = (
+                f"`scale: minmax` is for evenly spaced codes and floats: what codes of {self.type} stand for is fitted"
+            )
             raise PassError(cause, option="scale", remedy="leave `scale` out")
         if self.per != "row" and self.type != "fp8":
             raise PassError(f"`per` is an option of fp8, not of {self.type}", option="per", remedy=_groups(self.type))
@@ -67,7 +81,7 @@ class NumberSystem:
             raise PassError(f"{self.type} has {BITS[self.type]} bits", option="bits", remedy="leave `bits` out")
         if not self.symmetric:
             raise PassError(f"{self.type} has no zero points", option="symmetric", remedy="leave `symmetric` out")
-        if self.group not in (0, GROUPS[self.type]):
+        if self.type != "ternary" and self.group not in (0, GROUPS[self.type]):
             raise PassError(_groups(self.type), option="group", remedy="leave `group` out")
 
     def _check_table(self) -> None:
@@ -87,13 +101,15 @@ class NumberSystem:
         match self.type:
             case "int":
                 return Integer(self.bits, self.group, dtype, self.symmetric, self.search, self.power)
+            case "ternary":
+                return Ternary(BITS_OF_TERNARY, self.group, dtype)
             case "codebook" | "bit-serial":
                 return Codebook(self.bits, self.group, dtype, linear=self.type == "bit-serial")
             case "fp8":
                 rows, group = {"row": (1, 0), "tensor": (0, 0), "block": (BLOCK, BLOCK)}[self.per]
                 return Fp8(dtype, rows, group, self.search)
-            case "mxfp4" | "mxfp8":
-                return Mx(dtype, search=self.search, of="e2m1" if self.type == "mxfp4" else "e4m3")
+            case "mxfp4" | "mxfp6-e2m3" | "mxfp6-e3m2" | "mxfp8":
+                return Mx(dtype, search=self.search, of=MX[self.type])
             case "nvfp4":
                 return Nvfp4(dtype, search=self.search)
             case _:
@@ -110,10 +126,12 @@ class NumberSystem:
     def __str__(self) -> str:
         if self.type in TABLES:
             return f"{self.type} of {self.bits} bits, {f'groups of {self.group}' if self.group else 'one table a row'}"
-        if self.type != "int":
+        if self.type not in ("int", "ternary"):
             per = {"row": "one scale a row", "tensor": "one scale", "block": f"a scale for {BLOCK} x {BLOCK}"}
             return f"{self.type}, {per[self.per] if self.type == 'fp8' else f'groups of {GROUPS[self.type]}'}"
         per = f"groups of {self.group}" if self.group else "one scale a row"
+        if self.type == "ternary":
+            return f"ternary, {per}"
         return f"int{self.bits}, {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
 
 

@@ -6,6 +6,7 @@ from backends.safetensors.formats import (
     float_quantized,
     int_quantized,
     mxfp4_pack_quantized,
+    mxfp6_pack_quantized,
     mxfp8_quantized,
     nvfp4_pack_quantized,
     pack_quantized,
@@ -17,6 +18,7 @@ FORMATS: tuple[Format, ...] = (
     pack_quantized.FORMAT,
     float_quantized.FORMAT,
     mxfp4_pack_quantized.FORMAT,
+    mxfp6_pack_quantized.FORMAT,
     mxfp8_quantized.FORMAT,
     nvfp4_pack_quantized.FORMAT,
 )

@@ -10,7 +10,7 @@ from backends.safetensors.rounding import Rounding
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import code_bits
 
-Kind = Literal["int", "codebook", "fp8", "mx", "nvfp4"]
+Kind = Literal["int", "codebook", "stack", "fp8", "mx", "e3m2", "nvfp4"]
 KINDS: dict[str, Kind] = {"dequantize_fp8": "fp8", "dequantize_mx": "mx", "dequantize_nvfp4": "nvfp4"}
 SCALE_DTYPES = {"mx": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 
@@ -66,4 +66,8 @@ def scheme_of(value: Expr) -> Scheme:
         return Scheme(value.attr("bits"), value.attr("group"), symmetric=len(value.args) == 2)
     if value.op == "dequantize_codebook":
         return Scheme(value.attr("bits"), value.attr("group"), symmetric=False, kind="codebook")
+    if value.op == "dequantize_stack":
+        return Scheme(code_bits(value), 0, symmetric=True, kind="stack")
+    if value.op == "dequantize_mx" and value.attr("of") == "e3m2":
+        return Scheme(code_bits(value), value.attr("group"), True, kind="e3m2")
     return Scheme(code_bits(value), value.attr("group"), True, KINDS[value.op], value.attr("rows"))

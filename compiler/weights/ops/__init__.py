@@ -41,9 +41,22 @@ class WeightOp:
 
 @cache
 def _table() -> dict[str, WeightOp]:
-    from compiler.weights.ops import basic, codebook, fp8, gguf, minifloat, mx, nvfp4, quant, rotary, sparse
+    from compiler.weights.ops import (
+        basic,
+        codebook,
+        fp8,
+        gguf,
+        minifloat,
+        mx,
+        nvfp4,
+        quant,
+        rotary,
+        sparse,
+        stack,
+        ternary,
+    )
 
-    modules = (basic, quant, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse)
+    modules = (basic, quant, ternary, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse, stack)
     return {op.name: op for module in modules for op in module.OPS}
 
 

@@ -22,7 +22,7 @@ from compiler.weights.expr import Expr
 
 Parameters = tuple[Tensor, ...]
 CHUNK_ELEMENTS = 1 << 18
-CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks", "codebook_codes")
+CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks", "codebook_codes", "ternary_codes")
 DEQUANTIZE = (
     "dequantize",
     "dequantize_fp8",
@@ -30,6 +30,7 @@ DEQUANTIZE = (
     "dequantize_nvfp4",
     "dequantize_gguf",
     "dequantize_codebook",
+    "dequantize_stack",
 )
 
 
@@ -103,13 +104,19 @@ def rounded_from(expr: Expr) -> Expr | None:
 
 
 def code_bits(expr: Expr) -> int:
-    """The bits of each code of a quantised weight."""
+    """The bits of each code of a quantised weight; of a stack those of signs."""
     if expr.op in ("dequantize", "dequantize_codebook"):
         return expr.attr("bits")
+    if expr.op == "dequantize_stack":
+        return len(expr.args)
     if expr.op == "dequantize_gguf":
         from compiler.weights.ops.gguf.layouts import LAYOUTS
 
         return LAYOUTS[expr.attr("format")].bits
+    if expr.op == "dequantize_mx":
+        from compiler.weights.ops.mx import ELEMENTS
+
+        return ELEMENTS[expr.attr("of")].bits
     return 4 if expr.args[0].dtype == torch.uint8 else 8
 
 

@@ -1,6 +1,7 @@
-"""Floats of four and eight bits: rounding to them, their codes, and codes packed into bytes.
+"""Floats of four, six and eight bits: rounding to them, their codes, and codes packed into bytes.
 
 e2m1 has the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6; its code is their place in that list, plus 8 for negative numbers.
+e2m3 has the magnitudes 0, 0.125, … 7.5, e3m2 0, 0.0625, … 28; codes are places among them, plus 32 for negative ones.
 e4m3 is torch's float8_e4m3fn, whose largest number is 448. Rounding is to nearest, ties to even, and saturates.
 """
 
@@ -68,7 +69,36 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(exponent.shape), exponent)
 
 
+def _small(exponents: int, mantissa: int) -> Element:
+    """A float of so many bits of exponent and mantissa, without infinities; the least exponent is that of numbers
+    without a leading one, and 1 stands for the middle of exponents."""
+    bits, least = 1 + exponents + mantissa, 2 - (1 << exponents - 1)
+    index = torch.arange(1 << bits - 1)
+    power = (index >> mantissa).clamp(min=1) - 1 + least - mantissa
+    magnitudes = torch.ldexp(index - ((index >> mantissa).clamp(min=1) - 1 << mantissa).float(), power)
+    largest, table = float(magnitudes[-1]), torch.cat([magnitudes, -magnitudes])
+
+    def steps(magnitude: Tensor) -> Tensor:
+        """The exponents of the steps between numbers near ``magnitude``."""
+        exponent = (torch.frexp(magnitude).exponent - 1).where(magnitude > 0, least)
+        return exponent.clamp(min=least) - mantissa
+
+    def rounded(x: Tensor) -> Tensor:
+        magnitude = x.abs()
+        step = steps(magnitude)
+        return torch.ldexp(torch.ldexp(magnitude, -step).round_(), step).clamp_(max=largest).copysign_(x)
+
+    def codes(x: Tensor) -> Tensor:
+        magnitude = rounded(x).abs()
+        step = steps(magnitude)
+        place = (step + mantissa - least << mantissa) + torch.ldexp(magnitude, -step).int()
+        return place.to(torch.uint8).add_((x < 0).to(torch.uint8), alpha=1 << bits - 1)
+
+    return Element(bits, largest, torch.uint8, rounded, codes, lambda given: table[given.int()])
+
+
 E2M1 = Element(4, E2M1_VALUES[-1], torch.uint8, to_e2m1, e2m1_codes, e2m1_values)
+E2M3, E3M2 = _small(2, 3), _small(3, 2)
 E4M3 = Element(8, E4M3_MAX, torch.float8_e4m3fn, lambda x: e4m3_codes(x).float(), e4m3_codes, Tensor.float)
 
 
@@ -78,6 +108,26 @@ def pack_nibbles(codes: Expr) -> Expr:
     Raises OpError when n is odd.
     """
     return apply("pack_nibbles", [codes])
+
+
+def pack_sextets(codes: Expr) -> Expr:
+    """Codes uint8 [..., n] of six bits packed into uint8 [..., 3 n / 4], four into three bytes, little-endian.
+
+    Raises OpError when n is no multiple of four.
+    """
+    return apply("pack_sextets", [codes])
+
+
+def _infer_sextets(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    *rows, width = types[0].static_shape
+    if types[0].dtype != torch.uint8 or width % 4:
+        raise ValueError("codes of six bits are packed from uint8 of a width that four divides")
+    return types[0].with_shape((*rows, width // 4 * 3))
+
+
+def _compute_sextets(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    a, b, c, d = tensors[0].unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], -1).flatten(-2)
 
 
 def _infer_pack(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
@@ -92,4 +142,7 @@ def _compute_pack(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return low | high << 4
 
 
-OPS = (WeightOp("pack_nibbles", _infer_pack, _compute_pack, take_rows),)
+OPS = (
+    WeightOp("pack_nibbles", _infer_pack, _compute_pack, take_rows),
+    WeightOp("pack_sextets", _infer_sextets, _compute_sextets, take_rows),
+)

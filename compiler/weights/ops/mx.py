@@ -1,7 +1,8 @@
-"""Microscaling: blocks of 32 inputs whose floats of four (e2m1) or eight (e4m3) bits share a power of two.
+"""Microscaling: blocks of 32 inputs whose floats of four (e2m1), six (e2m3, e3m2) or eight (e4m3) bits share a power of
+two.
 
-w ~ q * 2^(e - 127). ``dequantize_mx(codes, exponents u8 [..., out, in / 32])`` with codes uint8, one each, for e2m1 and
-float8 for e4m3. Open Compute Project, Microscaling Formats 1.0.
+w ~ q * 2^(e - 127). ``dequantize_mx(codes, exponents u8 [..., out, in / 32])`` with codes uint8, one each, for those of
+four and six bits and float8 for e4m3. Open Compute Project, Microscaling Formats 1.0.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from compiler.weights.ops.blockfloat import BlockFloat, ops_of
 from compiler.weights.ops.codec import Parameters, least
-from compiler.weights.ops.minifloat import E2M1, E4M3, Element, exponent_above, power_of_two
+from compiler.weights.ops.minifloat import E2M1, E2M3, E3M2, E4M3, Element, exponent_above, power_of_two
 
 BIAS = 127
+ELEMENTS = {"e2m1": E2M1, "e2m3": E2M3, "e3m2": E3M2, "e4m3": E4M3}
 OFFSETS = (0, 1, -1)  # of exponents from the least that clips nothing
 
 
@@ -25,13 +27,13 @@ class Mx(BlockFloat):
     """Blocks of 32 elements ``of`` a kind; the only parameter is the biased exponent."""
 
     group: int = 32
-    of: Literal["e2m1", "e4m3"] = "e2m1"
+    of: Literal["e2m1", "e2m3", "e3m2", "e4m3"] = "e2m1"
 
     name: ClassVar[str] = "mx"
 
     @property
     def element(self) -> Element:
-        return E2M1 if self.of == "e2m1" else E4M3
+        return ELEMENTS[self.of]
 
     @property
     def scale_dtype(self) -> torch.dtype:
