@@ -56,7 +56,9 @@ from compiler.evaluate.metrics.features import nearest
 from compiler.evaluate.metrics.similarity import pair_rows, pairs_correlation
 from compiler.evaluate.texts import TextData
 from compiler.frontend import capture
+from compiler.ir.graph import Graph
 from compiler.pipeline import Pass, Pipeline
+from compiler.weights.ops.sparse import as_scatter
 from passes import LowRank, Prune
 
 Inputs = Mapping[str, Tensor]
@@ -240,8 +242,9 @@ def peer(task: Task, method: str, keep: float) -> Made:
 def ours(task: Task, passes: Sequence[Pass]) -> Made:
     started = time.process_time()
     graph = capture(task.model)
+    before = numbers(graph)
     given = [{name: inputs[name] for name in graph.inputs} for inputs in task.calibration]
-    report = Pipeline(passes).run(graph, calibration=lambda _: given)
+    Pipeline(passes).run(graph, calibration=lambda _: given)
     seconds = time.process_time() - started
     module = graph.to_torch()
 
@@ -249,7 +252,14 @@ def ours(task: Task, passes: Sequence[Pass]) -> Made:
         with torch.inference_mode():
             return module(**{name: inputs[name] for name in graph.inputs})[task.output]
 
-    return Made(call, report.before.parameters - report.after.parameters, seconds)
+    return Made(call, before - numbers(graph), seconds)
+
+
+def numbers(graph: Graph) -> int:
+    """What the weights hold, as many bytes each as they take; of sparse ones the values that remain and their mask."""
+    sparse = {param: as_scatter(param.expr) for param in graph.params.values() if param.persistent}
+    parts = [(param, found.args if found is not None else (param.expr,)) for param, found in sparse.items()]
+    return sum(sum(part.type.nbytes for part in own) // param.storage.itemsize for param, own in parts)
 
 
 PEERS = ("magnitude", "flap", "svd", "svd-llm")
