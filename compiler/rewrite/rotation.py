@@ -23,10 +23,14 @@ Change = Callable[[Expr], Expr]
 
 def turn(graph: Graph, group: CouplingGroup, basis: Expr) -> None:
     """Turn a stream whose norms have no scales by ``basis`` [n, n], float64 and orthogonal: x becomes x Q."""
+    for param, axis in turned(graph, group):
+        param.expr = _along(param.expr, axis, basis)
+
+
+def turned(graph: Graph, group: CouplingGroup) -> list[tuple[Param, int]]:
+    """The weights that ``turn`` turns, each with an axis along the stream."""
     stream = Stream.of(graph, group)
-    _write(stream, basis)
-    for use in stream.readers:
-        use.param.expr = _along(use.param.expr, use.axis, basis)
+    return [*_writing(stream), *((use.param, use.axis) for use in stream.readers)]
 
 
 def unscale(graph: Graph, group: CouplingGroup) -> dict[str, Param]:
@@ -101,15 +105,15 @@ def _fold_multipliers(stream: Stream) -> None:
 def _centre(stream: Stream) -> None:
     """Let nothing that is written have a mean: layer norms subtract it anyway."""
     size = stream.group.size
-    _write(stream, sub(eye(size, torch.float64), full((size, size), 1 / size, torch.float64)))
+    matrix = sub(eye(size, torch.float64), full((size, size), 1 / size, torch.float64))
+    for param, axis in _writing(stream):
+        param.expr = _along(param.expr, axis, matrix)
 
 
-def _write(stream: Stream, matrix: Expr) -> None:
-    for use in stream.writers:
-        use.param.expr = _along(use.param.expr, use.axis, matrix)
-    for member in stream.group.members:
-        if member.param in stream.part:
-            member.param.expr = _along(member.param.expr, member.axis, matrix)
+def _writing(stream: Stream) -> list[tuple[Param, int]]:
+    """Weights that write to the stream, tables and vectors that are in it, each with its axis."""
+    tables = [(member.param, member.axis) for member in stream.group.members if member.param in stream.part]
+    return [*((use.param, use.axis) for use in stream.writers), *tables]
 
 
 def _fold(graph: Graph, node: Node, readers: list[Use]) -> None:

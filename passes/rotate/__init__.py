@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compiler.errors import PassError
 from compiler.ir.graph import Graph
 from compiler.pipeline import Context, Pass
 
@@ -24,11 +25,18 @@ class Rotate(Pass):
     squares. `mlp`, what the last projection of an MLP reads, while the model runs: an operation that its own class has
     no place for. Widths that are no powers of two get a Hadamard matrix times a cosine transform.
 
-    Exact: what is computed stays the same until something is rounded. No calibration data is needed.
+    ``learn`` is a number of steps in which the stream's matrix is learned (SpinQuant), on calibration data, so that the
+    model with the layers' matrices rounded to nearest, in ``bits`` and groups of ``group``, is near to the original.
+    It is kept where windows that are held out agree.
+
+    Exact: what is computed stays the same until something is rounded. No calibration data is needed, but to learn.
     """
 
     what: Kind | tuple[Kind, ...] = ("values", "stream")
     seed: Annotated[int, Field(ge=0)] = 0
+    learn: Annotated[int, Field(ge=0)] = 0
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group: Annotated[int, Field(ge=0)] = 0
 
     exact_when: ClassVar[Mapping[str, Any] | None] = {}
 
@@ -36,8 +44,16 @@ class Rotate(Pass):
     def kinds(self) -> tuple[str, ...]:
         return (self.what,) if isinstance(self.what, str) else tuple(dict.fromkeys(self.what))
 
+    @property
+    def calibrated(self) -> bool:
+        return self.learn > 0
+
     def run(self, graph: Graph, ctx: Context) -> None:
-        """Raises PassError when nothing can be rotated."""
+        """Raises PassError when nothing can be rotated, or learned as the options say."""
+        if self.learn and "stream" not in self.kinds:
+            raise PassError("a matrix is learned for streams alone", option="learn", remedy="say `what: [stream]`")
+        if not self.learn and (self.bits, self.group) != (4, 0):
+            raise PassError("nothing is rounded where nothing is learned", option="bits", remedy="give `learn` steps")
         from passes.rotate.reduce import rotate
 
         rotate(graph, ctx, self)

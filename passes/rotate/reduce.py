@@ -33,17 +33,16 @@ def rotate(graph: Graph, ctx: Context, wanted: Rotate) -> None:
     if "mlp" in wanted.kinds:
         done += _rotated_mlps(graph, ctx)
     if "stream" in wanted.kinds:
-        done += _rotated_streams(graph, ctx, wanted.seed)
+        done += _rotated_streams(graph, ctx, wanted)
     if not done:
         raise PassError("nothing of this model can be rotated", option="what", remedy="see what was skipped, and why")
 
 
-def _matrix(ctx: Context, size: int, signs: Tensor | None = None) -> Expr:
-    """The basis [size, size] with its rows multiplied by ``signs``."""
+def _matrix(ctx: Context, size: int, own: Tensor | None = None) -> Expr:
+    """A matrix [size, size]: the basis, or a stream's ``own``."""
     if ctx.planned:
         return ctx.spill(f"hadamard.{size}", torch.empty(size, size, dtype=torch.float64, device="meta"))
-    name = f"hadamard.{size}" if signs is None else f"hadamard.stream.{size}"
-    return ctx.spill(name, basis(size) if signs is None else signs[:, None] * basis(size))
+    return ctx.spill(f"hadamard.{size}", basis(size)) if own is None else ctx.spill(f"hadamard.stream.{size}", own)
 
 
 # --- values --------------------------------------------------------------------------------------------------
@@ -100,9 +99,9 @@ def _streams(graph: Graph) -> list[CouplingGroup]:
     return [group for group in coupling_groups(graph) if residual(group)]
 
 
-def _rotated_streams(graph: Graph, ctx: Context, seed: int) -> int:
+def _rotated_streams(graph: Graph, ctx: Context, wanted: Rotate) -> int:
     """Rotate every residual stream that can be. Returns how many."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(wanted.seed)
     done, norms = 0, len(graph.nodes_named("layer_norm"))
     for number, group in enumerate(_streams(graph)):
         what = f"the residual stream of {group.size}, at {group.members[0].param.name}"
@@ -111,14 +110,28 @@ def _rotated_streams(graph: Graph, ctx: Context, seed: int) -> int:
         if reason:
             ctx.skipped(what, f"stays as it is: {reason}")
             continue
+        original = copy_of(graph)
         for name, head in unscale(graph, group).items():
             ctx.rewrote(head.name, f"has a matrix of its own, not {name}: its norm's scale is in it")
-        turn(graph, _streams(graph)[number], _matrix(ctx, group.size, signs))
+        own = signs[:, None] * basis(group.size)
+        if wanted.learn:
+            own = _learned(graph, original, ctx, number, own, wanted)
+        turn(graph, _streams(graph)[number], _matrix(ctx, group.size, own))
         ctx.rewrote(what, "rotated; scales of norms are in what reads them")
         done += 1
     if len(graph.nodes_named("layer_norm")) < norms:
         ctx.warn("layer norms are root mean squares now: the model's own class has no place for them")
     return done
+
+
+def _learned(graph: Graph, original: Graph, ctx: Context, number: int, start: Tensor, wanted: Rotate) -> Tensor:
+    """A stream's matrix; planned runs only ask for what learning needs."""
+    batches = ctx.calibration()
+    if ctx.planned:
+        return start
+    from passes.rotate.learned import learned_basis
+
+    return learned_basis(graph, original, ctx, lambda of: _streams(of)[number], batches, start, wanted)
 
 
 def _obstacle(graph: Graph, number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
     adam = Adam(trained, job.rate, steps)
     seconds = _restore(job, adam)
     turns = order(len(train), steps * size, job.seed)
-    pair = _Pair(job)
+    pair = Pair(job.original, job.graph, job.params, means=job.means)
     started = saved = time.perf_counter()
     while not adam.finished:
         turn = turns[adam.done * size : (adam.done + 1) * size]
@@ -50,25 +51,34 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
     return exprs, sum(tokens(train[index]) for index in turns), seconds
 
 
-class _Pair:
-    """The original and the model being trained, their weights in memory, those that are the same once."""
+class Valued(Protocol):
+    """Something that makes a weight, which gradients can be taken of."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def value(self) -> Tensor: ...
+
+
+class Pair:
+    """The original and ``graph``, whose ``params`` are trained: their weights in memory, those that are the same once.
+
+    ``means``: what is compared, where it is no logits, are means over tokens.
+    """
+
+    def __init__(self, original: Graph, graph: Graph, params: Sequence[Param], *, means: bool = False) -> None:
+        self._original, self._graph, self._params, self._means = original, graph, params, means
         read: dict[str, Tensor] = {}
-        self._theirs = _weights(job.original, read)
-        self._ours = _weights(job.graph, read, without=set(job.params))
+        self._theirs = _weights(original, read)
+        self._ours = _weights(graph, read, without=set(params))
 
-    def gradients(self, trained: Sequence[Trained], batches: Sequence[Batch]) -> list[Tensor]:
-        """Of the mean loss over ``batches`` by the trained weights."""
+    def gradients(self, trained: Sequence[Valued], batches: Sequence[Batch]) -> list[Tensor]:
+        """Of the mean loss over ``batches`` by the trained weights, one for each of ``params``."""
         values = [weight.value() for weight in trained]
-        weights = {**self._ours, **dict(zip(self._job.params, values, strict=True))}
+        weights = {**self._ours, **dict(zip(self._params, values, strict=True))}
         for batch in batches:
             with quick_products():
                 with torch.no_grad():
-                    wanted = differentiable(self._job.original, batch, self._theirs)
-                found = differentiable(self._job.graph, batch, weights)
-                _backward(found, wanted, len(batches), self._job.means)
+                    wanted = differentiable(self._original, batch, self._theirs)
+                found = differentiable(self._graph, batch, weights)
+                _backward(found, wanted, len(batches), self._means)
         return [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
 
 
