@@ -9,7 +9,8 @@ llama.cpp, by the package xllamacpp.
 
 Every engine reads the prompt and goes on for some tokens, one engine after another, in rounds of changing order; shown
 are medians over rounds. Each round loads everything anew, since where memory happens to lie moves a token by a
-tenth. On a machine with other work look at processor time; with one thread it is what a token takes.
+tenth. On a machine with other work look at processor time; with one thread it is what a token takes. `--filled` reads
+no prompts: caches are filled with numbers, and only tokens after them are timed, of our models and the builder's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from compiler.console import table
 
 INT4 = "where: linear, bits: 4, group: 32, tied: copy"
 ZEROS = "where: linear, bits: 4, group: 32, symmetric: false, tied: share"
-REFINED = "where: linear, bits: 4, method: refined, tied: share"
+WIDE = "where: linear, bits: 4, group: 64, symmetric: false, tied: share"
 PASSES: dict[str, str] = {
     "fp32": "[]",
     "int4, blocks of 32": f"[quantize: {{{INT4}}}]",
@@ -40,9 +41,7 @@ PASSES: dict[str, str] = {
     "int4, blocks of 32, cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
     "int4, prompts int8": f"[quantize: {{{INT4}}}]",
     "int4, prompts and cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
-    "int4, refined": f"[quantize: {{{REFINED}, group: 32}}]",
-    "int4 of 64, refined": f"[quantize: {{{REFINED}, group: 64, symmetric: false}}]",
-    "int4 of 64, refined, cache int8": f"[quantize: {{{REFINED}, group: 64, symmetric: false, cache: int8}}]",
+    "int4 of 64 with zero points, prompts int8": f"[quantize: {{{WIDE}}}]",
     "int4 with zero points": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts int8": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts and cache int8": f"[quantize: {{{ZEROS}, cache: int8}}]",
@@ -197,6 +196,40 @@ def measure(options: argparse.Namespace, length: int) -> None:
     print(table(rows), flush=True)
 
 
+def filled(model: Runner, length: int, count: int) -> float:
+    """Milliseconds of processor time, the median over ``count`` tokens, after ``length`` ones that were made up."""
+    made, past = np.random.default_rng(0), {}
+    for name, value in model._empty(1).items():
+        empty = value.numpy()
+        numbers = made.random((*empty.shape[:2], length, empty.shape[3]), np.float32) - 0.5
+        past[name] = model._value((numbers * 100).astype(np.int8) if empty.dtype == np.int8 else numbers)
+    steps, found = model._steps(past, count), list[float]()
+    for number in range(count):
+        started = time.process_time()
+        steps.run(number, np.ones((1, length + number + 1), np.int64))
+        found.append((time.process_time() - started) * 1e3)
+    return statistics.median(found)
+
+
+def measure_filled(options: argparse.Namespace) -> None:
+    """All lengths of a model at each load, since loading takes longer than tokens do."""
+    paths = {name: (Runner, path) for name, path in written(options.models).items()}
+    paths |= {f"{folder.name}: genai's model": (Built, folder / "model.onnx") for folder in options.genai}
+    shuffled, found = random.Random(0), {name: {length: [] for length in options.prompts} for name in paths}
+    for _ in range(options.rounds):
+        for name in shuffled.sample(list(paths), len(paths)):
+            kind, path = paths[name]
+            model = kind(path, threads=options.threads)
+            for length in options.prompts:
+                found[name][length].append(filled(model, length, options.tokens))
+    rows = [("a token, CPU ms", *(f"after {length}, least" for length in options.prompts))]
+    for name, taken_after in found.items():
+        shown = (f"{statistics.median(each):.2f}, {min(each):.2f}" for each in taken_after.values())
+        rows.append((name, *shown))
+    print(f"\n{options.threads} thread(s), {options.tokens} tokens, {options.rounds} rounds")
+    print(table(rows), flush=True)
+
+
 def reload(name: str) -> None:
     """Write the model in models/NAME as ONNX, and print how far ONNX Runtime's outputs are from the graph's."""
     folder = WORK / "onnx"
@@ -218,12 +251,16 @@ def main() -> None:
     parser.add_argument("--genai-runtime", action="store_true", help="also run them by onnxruntime-genai")
     parser.add_argument("--transformers", nargs="*", default=[], choices=["eager", "sdpa"])
     parser.add_argument("--llama", type=Path, nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--filled", action="store_true", help="time tokens after caches of made-up numbers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reload", nargs="+", default=[], metavar="NAME", help="instead: models/NAME, written and run")
     options = parser.parse_args()
     for name in options.reload:
         reload(name)
     if options.reload:
+        return
+    if options.filled:
+        measure_filled(options)
         return
     for length in options.prompts:
         measure(options, length)
