@@ -1,7 +1,7 @@
 """Quality against size of one checkpoint of blocks, read as far as each size allows, on the windows of decoders.py.
 
 ``python benchmarks/any_size.py --windows 4 --texts brown_a northanger`` writes SmolLM2-135M with the linear maps of its
-layers as blocks, once, and loads it with transformers at several sizes, ``--bits`` a number of these maps. ``read`` are
+layers as blocks, once, and loads it with transformers at several sizes, ``--bits`` a number of these maps. ``kept`` are
 the bytes of the tensors that are in memory then, blocks and all others, over those of the original.
 ``--ours`` takes options of the pass as JSON; each is another checkpoint. Calibration: windows of Brown B to F.
 """

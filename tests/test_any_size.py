@@ -40,6 +40,14 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_little_more_than_the_best_factor_serves_the_blocks_behind(monkeypatch: pytest.MonkeyPatch):
+    aim = Aim(random(96, 96), torch.eye(96, dtype=torch.float64), torch.ones(96, dtype=torch.float64))
+    _, ours = decomposed(aim, 1, 4)
+    monkeypatch.setattr("passes.any_size.decompose.STRETCH", 1.0)
+    _, greedy = decomposed(aim, 1, 4)
+    assert ours[1] < 1.06 * greedy[1] and ours[4] < 0.8 * greedy[4]
+
+
 @st.composite
 def aims(draw: st.DrawFn) -> Aim:
     """Matrices of any sizes, of inputs that may span less than all directions, and rows that may not matter."""

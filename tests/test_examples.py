@@ -102,6 +102,14 @@ def finished(folder: Path) -> Path:
     return folder / "made"
 
 
+@cache
+def stacked(folder: Path) -> Path:
+    """A folder in which ``out`` is a checkpoint of any size."""
+    recipe = write_recipe(folder, "[any-size: {metric: plain}]", name="stacked.yaml")
+    assert main([str(recipe), "-o", str(folder / "stacked" / "out"), "-q"]) == 0
+    return folder / "stacked"
+
+
 def spelled_out() -> Graph:
     """A gelu by its tanh, in single operations."""
     graph = Graph("gelu")
@@ -135,7 +143,8 @@ def given(name: str, kitchen: Path, directory: Path) -> dict[str, object]:
 @pytest.mark.parametrize("name", [*PYTHON, "write-a-pass.md-2"])
 def test_python_runs(name, kitchen, tmp_path, monkeypatch):
     text = PYTHON.get(name) or blocks(ROOT / "docs" / "write-a-pass.md", "python")[2][1]
-    monkeypatch.chdir(finished(kitchen) if name.startswith(("deploy", "generated")) else kitchen)
+    places = {"deploy": finished, "generated": finished, "any-size": stacked}
+    monkeypatch.chdir(places.get(name.partition(".")[0], lambda folder: folder)(kitchen))
     if name == "README.md-0":
         few = "{data: text.txt, samples: 4, length: 32}"
         recipe = RECIPES["README.md-0"].replace("{data: text.txt}", few).replace("held-out.txt", few[7:-1])
