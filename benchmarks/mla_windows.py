@@ -35,6 +35,8 @@ TEXTS = {
     "brown_k": Text("brown_k.txt"),
     "brown_a": Text("brown_a.txt"),
     "northanger": Text("northanger.txt"),
+    "mmlu": Text("mmlu.jsonl"),
+    "wikipedia_early": Text("wikipedia.txt", 300_000),
 }
 CALIBRATION = [f"brown_{genre}.txt" for genre in "bcdef"]
 

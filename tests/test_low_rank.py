@@ -170,7 +170,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("form", ["auto", "tucker"])
 def test_an_update_that_was_killed_goes_on_where_it_was(form, tmp_path, monkeypatch):
-    options = {"where": "attention", "keep": 0.75, "form": form, "metric": "input", "ranks": "uniform"}
+    options = {"where": "attention", "keep": 0.75, "form": form, "metric": "input", "ranks": "uniform", "update": True}
     seen: list[str] = []
     observed, save = update._observed, Progress.save
 

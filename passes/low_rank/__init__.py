@@ -52,7 +52,7 @@ class LowRank(Pass):
     form: Literal["auto", "pair", "pivoted", "tensor-train", "tucker", "sparse"] = "auto"
     share: Literal["none", "input", "layers", "values", "keys"] = "none"
     ranks: Literal["measured", "spectra", "uniform"] = "measured"
-    update: bool = True
+    update: bool = False
     bias: bool = True
 
     exact_when: ClassVar = {"keep": 1.0}
