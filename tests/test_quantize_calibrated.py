@@ -200,6 +200,7 @@ def test_damping_is_searched_for_on_windows_that_are_held_out():
     """The one that is taken costs least there, and what is solved is solved with it."""
     one, other = problem(24, 64, 3), problem(24, 64, 3)
     codec, aside = CODECS["int4 a row"], Problem(one.wanted, damped(other.second.double(), 0.0))
+    torch.testing.assert_close(aside.second, other.second.float(), rtol=1e-6, atol=0.0)
     found = chosen_damping(one.wanted, one.second.double(), other.second.double(), codec)
     costs = {
         each: aside.cost(column_by_column(Problem(one.wanted, damped(one.second.double(), each)), codec).values)

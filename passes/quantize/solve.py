@@ -60,9 +60,9 @@ class Solution:
 
 def damped(second: Tensor, damping: float = DAMPING) -> Tensor:
     """``second`` [columns, columns] in float32, with damping; the identity where nothing was seen."""
-    ridge = damping * float(second.diagonal().mean())
+    mean = float(second.diagonal().mean())
     ones = torch.eye(len(second), dtype=second.dtype)
-    return (second + ridge * ones if ridge else ones).float()
+    return (second + damping * mean * ones if mean else ones).float()
 
 
 def nearest(problem: Problem, codec: Codec, *, weighted: bool) -> Solution:
