@@ -323,3 +323,13 @@ def test_formats_of_others_refuse_blocks(make: Any, message: str):
     Pipeline([AnySize(blocks=1, metric="plain")]).run(graph)
     with pytest.raises(TargetError, match=message):
         make(graph)
+
+
+def test_a_weight_without_finite_numbers_is_said():
+    graph = graph_of("llama")
+    param = next(param for param in graph.params.values() if param.name.endswith("up_proj.weight"))
+    spoilt = torch.full(tuple(map(int, param.type.shape)), float("nan"))
+    graph.sources["spoilt"] = MemorySource({param.name: spoilt})
+    param.expr = load("spoilt", param.name, param.expr.type)
+    with pytest.raises(PassError, match=f"{param.name}.*NaN"):
+        Pipeline([AnySize(blocks=1, metric="plain")]).run(graph)

@@ -242,7 +242,7 @@ def test_a_shared_first_factor_stands_once_and_computes_the_same_and_is_written(
         return load("spill", key, spill.types[key])
 
     for group in sharing(places_of(graph, Silent(), params), "input"):
-        place = together(group)
+        place = together(group, "input")
         weight = torch.cat([read_param(graph, param).double() for param in place.params])
         ones = Metric((torch.ones(place.height, dtype=torch.float64),), torch.ones(place.columns, dtype=torch.float64))
         factors = best(weight, ones, min(weight.shape), form == "pivoted", torch.float32)
@@ -283,10 +283,13 @@ def test_allocation_spends_what_there_is_and_costs_no_more_than_uniform():
     generator = torch.Generator().manual_seed(0)
     costs = {
         place: torch.rand(min(place.height, place.columns), generator=generator, dtype=torch.float64).sort(0, True)[0]
-        for place in (*places, *(together(group) for group in groups if len(group) > 1))
+        for place in (*places, *(together(group, "input") for group in groups if len(group) > 1))
     }
     form = Form("auto", bias=False)
-    even, shared_out = uniform(places, form, 0.7), allocated(groups, costs, form, 0.7)
+    even, shared_out = (
+        uniform(places, form, 0.7),
+        allocated([(group, together(group, "input")) for group in groups], costs, form, 0.7),
+    )
 
     def total(choice):
         done = {param for ranked in choice for param in ranked.place.params}

@@ -20,6 +20,7 @@ from passes.low_rank import LowRank
 from passes.low_rank.groups import sharing, together
 from passes.low_rank.keys import Keys
 from passes.low_rank.metrics import measured
+from passes.low_rank.places import Place
 from passes.low_rank.select import places_of
 from passes.low_rank.shared import Shared
 from passes.low_rank.values import Values
@@ -59,7 +60,7 @@ def of_kind(name, metric, wanted, share="none", **changes):
     ctx = Silent(graph)
     selected = [param for param in graph.params.values() if isinstance(param, Param) and param.type.rank in (2, 3)]
     places = places_of(graph, ctx, [param for param in selected if wanted(param)])
-    groups = [together(group) for group in sharing(places, share)]
+    groups = [together(group, share) for group in sharing(places, share)]
     options = LowRank(metric=metric, keep=0.5, bias=False)
     return graph, measured(graph, ctx, places, options, batches(name)), [g for g in groups if isinstance(g, Shared)]
 
@@ -202,3 +203,12 @@ def test_factorised_tables_are_written_as_code_that_computes_the_same(name, tmp_
     with torch.no_grad():
         found = load_model(tmp_path, trust_remote_code=True)(**inputs)
     assert distance(found, run(graph, inputs)) < TOLERANCE
+
+
+def test_queries_and_keys_alone_share_their_first_factor_where_that_is_asked():
+    """Only `share: keys` narrows heads."""
+    graph = graph_of("bert")
+    params = [param for param in graph.params.values() if param.name.endswith(("query.weight", "key.weight"))]
+    for share, kind in (("input", Place), ("keys", Keys)):
+        groups = sharing(places_of(graph, Silent(graph), params), share)
+        assert {type(together(group, share)) for group in groups} == {kind}

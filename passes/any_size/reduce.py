@@ -131,8 +131,14 @@ def _made(graph: Graph, ctx: Context, options: AnySize, params: Sequence[Param])
 
 
 def _decomposed(ctx: Context, options: AnySize, statistics: Statistics, param: Param) -> dict[str, Tensor]:
-    """Each block by name, and ``lost`` float64 [blocks + 1]."""
-    blocks, lost = decomposed(_aim(ctx.read(param).float(), statistics, param), options.rank, options.blocks)
+    """Each block by name, and ``lost`` float64 [blocks + 1]. Raises PassError for a weight with no finite numbers."""
+    aim = _aim(ctx.read(param).float(), statistics, param)
+    if not (aim.matrix.isfinite().all() and aim.costs.isfinite().all()):
+        raise PassError(
+            f"{param.name}, or the gradient at what it makes, holds NaN or infinite values",
+            remedy="check the checkpoint and the calibration data",
+        )
+    blocks, lost = decomposed(aim, options.rank, options.blocks)
     stored = {name: block.stored() for name, block in zip(_names(options), blocks, strict=True)}
     return {**stored, "lost": torch.tensor(lost, dtype=torch.float64)}
 

@@ -9,7 +9,6 @@ import torch
 
 from compiler.allocate import Option, allocate
 from compiler.errors import PassError
-from passes.low_rank.groups import together
 from passes.low_rank.places import Form, Place
 
 STEPS = 24  # ranks that a place may get
@@ -57,13 +56,17 @@ def uniform(places: Sequence[Place], form: Form, keep: float) -> Choice:
     raise PassError("`keep` leaves less than a rank of 1", option="keep", remedy="keep more, such as `keep: 80%`")
 
 
-def allocated(groups: Sequence[Sequence[Place]], costs: Costs, form: Form, keep: float) -> Choice:
+Group = tuple[Sequence[Place], Place]
+"""Weights that may share a first factor, and all of them as one place."""
+
+
+def allocated(groups: Sequence[Group], costs: Costs, form: Form, keep: float) -> Choice:
     """The least predicted cost within the part ``keep`` of all numbers; ``costs`` of groups of several are of both.
 
     Weights that share an input (a group) go each for itself or, where ``costs`` knows them as one place, together.
     """
     ways = [_thinned(_ways(group, costs, form)) for group in groups]
-    budget = keep * sum(place.full for group in groups for place in group)
+    budget = keep * sum(place.full for places, _ in groups for place in places)
     options = [[Option(way.numbers, way.cost) for way in own] for own in ways]
     chosen = allocate(options, budget)
     return tuple(ranked for own, index in zip(ways, chosen, strict=True) for ranked in own[index].choice)
@@ -97,15 +100,14 @@ def losses(saved: torch.Tensor) -> torch.Tensor:
     return torch.cat([saved.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=saved.dtype)])
 
 
-def _ways(group: Sequence[Place], costs: Costs, form: Form) -> list[_Way]:
-    found = [_Way(0, 0.0, ())]
-    for place in group:
+def _ways(group: Group, costs: Costs, form: Form) -> list[_Way]:
+    found, (places, joint) = [_Way(0, 0.0, ())], group
+    for place in places:
         options = _options(place, costs, form)
         found = _thinned(
             [_Way(a.numbers + b.numbers, a.cost + b.cost, a.choice + b.choice) for a in found for b in options]
         )
-    joint = together(group)
-    return found + (_options(joint, costs, form)[1:] if len(group) > 1 and joint in costs else [])
+    return found + (_options(joint, costs, form)[1:] if len(places) > 1 and joint in costs else [])
 
 
 def _options(place: Place, costs: Costs, form: Form) -> list[_Way]:

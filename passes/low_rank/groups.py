@@ -43,17 +43,16 @@ def _shared(place: Place, share: str) -> object:
     return layer and (Layer(layer.stack, layer.index // 2), param.name.removeprefix(layer.scope), param.type)
 
 
-def together(group: Sequence[Place]) -> Place:
-    """The weights of ``group`` as one place."""
+def together(group: Sequence[Place], share: str) -> Place:
+    """The weights of ``group``, which `sharing` found for ``share``, as one place."""
     if len(group) == 1:
         return group[0]
     params = tuple(param for place in group for param in place.params)
     heads = tuple(heads for place in group if isinstance(place, Tucker) for heads in place.heads)
     if heads:
         return Tucker(params, heads, False)
-    scores, chain = scores_with(params[0]), chain_with(params[0])
-    if scores is not None and {*params} == {scores.key.input(1), scores.query.input(1)}:
+    if share == "keys" and (scores := scores_with(params[0])) is not None:
         return Keys(params if params[0] is scores.key.input(1) else params[::-1])
-    if chain is not None and {*params} == {chain.value.input(1), chain.output.input(1)}:
+    if share == "values" and (chain := chain_with(params[0])) is not None:
         return Values(params if params[0] is chain.value.input(1) else params[::-1])
-    return Place(params) if len({layer_of(param.name) for param in params}) == 1 else Adjacent(params)
+    return Adjacent(params) if share == "layers" else Place(params)

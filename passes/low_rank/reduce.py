@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -41,15 +41,16 @@ def reduce(graph: Graph, ctx: Context, options: LowRank, params: Sequence[Param]
     form = Form(options.form, options.bias)
     groups = sharing(places, options.share)
     options = replace(options, keep=_part(whole, places, options))
-    even = uniform(places if options.ranks == "measured" else [*map(together, groups)], form, options.keep)
+    joint = [together(group, options.share) for group in groups]
+    even = uniform(places if options.ranks == "measured" else joint, form, options.keep)
     costs: Costs = {}
     if ctx.planned:
         made = {ranked: _planned(ctx, form, ranked) for ranked in even}
     else:
         batches = ctx.calibration() if options.calibrated else []
         metrics = measured(graph, ctx, places, options, batches)
-        costs = _costs(metrics, groups)
-        made = _nearest(_Search(graph, ctx, options, metrics, form, batches), even, groups, costs)
+        costs = _costs(metrics, {*places, *joint})
+        made = _nearest(_Search(graph, ctx, options, metrics, form, batches), even, joint, groups, costs)
     _report(ctx, form, places, tuple(made), costs)
     for ranked, factors in made.items():
         factors.write(graph, ranked.place)
@@ -64,10 +65,8 @@ def _part(whole: int, places: Sequence[Place], options: LowRank) -> float:
     return numbers_left(options.keep, full, whole, options.of) / full
 
 
-def _costs(metrics: Metrics, groups: Sequence[Sequence[Place]]) -> Costs:
-    """What every place, and every group of several as one, loses with its ranks."""
-    places = [place for group in groups for place in group]
-    places += [together(group) for group in groups if len(group) > 1]
+def _costs(metrics: Metrics, places: Iterable[Place]) -> Costs:
+    """What every place loses with its ranks."""
     return {place: _saved(metrics, place) for place in places}
 
 
@@ -98,15 +97,20 @@ class _Search:
         return factorised_in_order(self.graph, self.metrics, self.form, made, self.batches)
 
 
-def _nearest(search: _Search, even: Choice, groups: Sequence[Sequence[Place]], costs: Costs) -> Made:
-    """The factors, of those that the options allow, that bring the whole model nearest to the original."""
+def _nearest(
+    search: _Search, even: Choice, joint: Sequence[Place], groups: Sequence[Sequence[Place]], costs: Costs
+) -> Made:
+    """The factors, of those that the options allow, that bring the whole model nearest to the original.
+
+    ``joint`` are the ``groups`` as one place each.
+    """
     options = search.options
     tries: dict[str, Callable[[Made], Made]] = {"the same part of each": lambda _: search.factorised(even)}
     if options.ranks == "measured":
-        shared_out = allocated(groups, costs, search.form, options.keep)
+        shared_out = allocated([*zip(groups, joint, strict=True)], costs, search.form, options.keep)
         tries["shared out by cost"] = lambda _: search.factorised(shared_out)
     elif options.ranks == "spectra":
-        cut = by_threshold([*map(together, groups)], costs, search.form, options.keep)
+        cut = by_threshold(joint, costs, search.form, options.keep)
         tries["one threshold for all spectra"] = lambda _: search.factorised(cut)
     if options.update:
         tries["factorised in order"] = search.updated
