@@ -24,8 +24,8 @@ from compiler.pipeline import Pipeline
 from compiler.plan import bytes_in_file
 from compiler.target import emission_of, gguf_emission, gptq_emission
 from compiler.weights.evaluate import evaluate
-from compiler.weights.expr import load
-from compiler.weights.ops.stack import block_bytes, first_blocks, read_block, stack
+from compiler.weights.expr import Expr, apply, load
+from compiler.weights.ops.stack import block_bytes, read_block, stack
 from compiler.weights.source import MemorySource
 from passes import AnySize, Quantize
 from passes.any_size.decompose import Aim, decomposed
@@ -75,6 +75,12 @@ def test_a_block_more_never_costs_more(aim: Aim, rank: int):
         after = (left @ second * left).sum(1, dtype=torch.float64)
         assert (after <= before).all()
         before = after
+
+
+def first_blocks(value: Expr, count: int) -> Expr:
+    """The stack of the first ``count`` blocks of the stack ``value``."""
+    attrs = {**dict(value.attrs), "worth": value.attr("worth")[:count]}
+    return apply("dequantize_stack", value.args[:count], attrs)
 
 
 def test_first_blocks_are_what_is_summed():
@@ -323,6 +329,12 @@ def test_formats_of_others_refuse_blocks(make: Any, message: str):
     Pipeline([AnySize(blocks=1, metric="plain")]).run(graph)
     with pytest.raises(TargetError, match=message):
         make(graph)
+
+
+def test_a_rank_that_a_weight_does_not_have_is_said():
+    graph = graph_of("llama")
+    with pytest.raises(PassError, match="can be made of blocks"):
+        Pipeline([AnySize(blocks=1, rank=10**9, metric="plain")]).run(graph, planned=True)
 
 
 def test_a_weight_without_finite_numbers_is_said():

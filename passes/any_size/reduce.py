@@ -83,6 +83,8 @@ def _obstacle(param: Param, options: AnySize) -> str:
         return "is quantised already"
     if param.type.rank != 2 or not param.storage.is_floating_point:
         return f"is no matrix of floats but {param.type}"
+    if options.rank > min(param.type.static_shape):
+        return f"has no rank of {options.rank}"
     reads = {(node.op.name, index) for node in param.users for index, v in enumerate(node.inputs) if v is param}
     others = sorted(name for name, index in reads if (name, index) not in (("linear", 1), ("embedding", 0)))
     if others:

@@ -65,12 +65,6 @@ def stack(
     return apply("dequantize_stack", blocks, attrs)
 
 
-def first_blocks(value: Expr, count: int) -> Expr:
-    """The stack of the first ``count`` blocks of the stack ``value``."""
-    attrs = {**dict(value.attrs), "worth": value.attr("worth")[:count]}
-    return apply("dequantize_stack", value.args[:count], attrs)
-
-
 def _infer(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
     rows, columns, rank = attrs["rows"], attrs["columns"], attrs["rank"]
     wanted = TensorType(torch.uint8, (block_bytes(rows, columns, rank),))
