@@ -262,7 +262,8 @@ def test_too_little_memory_says_how_much_it_takes(checkpoint: Path):
 
 def test_units(checkpoint: Path):
     stack = json.loads((checkpoint / "config.json").read_text())["stack"]
-    for memory, wanted in (("0.05MB", 50000), ("50K", 50000), ("50000", 50000), ("25%", stack["before"] / 4)):
+    sizes = {"0.05MB": 50000, "50K": 50000, "50KiB": 51200, "50000": 50000, "25%": stack["before"] / 4}
+    for memory, wanted in sizes.items():
         assert counts_of(at_size(checkpoint, memory)) == counts_of(at_size(checkpoint, int(wanted)))
 
 

@@ -101,6 +101,10 @@ def _block(left: Tensor, space: _Space, weights: tuple[Tensor, Tensor], rank: in
     rows, columns = weights
     first, second = _leading(left.abs() * rows * columns, rank)
     first, second = first / rows, (second / columns).to(FACTOR)
+    if not (first.to(FACTOR).isfinite().all() and second.isfinite().all()):
+        raise PassError(
+            "a weight is too large for factors in float16", remedy="scale it down, or leave it out with `skip`"
+        )
     parts = [_signed(left[part], first[part], second.float(), space) for part in _parts(left)]
     return Block(torch.cat([signs for signs, _ in parts]), torch.cat([scaled for _, scaled in parts]), second)
 
