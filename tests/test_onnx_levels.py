@@ -11,11 +11,12 @@ import torch
 from backends.onnx import emit, measured, propose
 from backends.onnx.levels import require_products
 from compiler.errors import TargetError
+from compiler.ir.types import TensorType
 from compiler.job import compress
 from compiler.pipeline import Pipeline
 from compiler.recipe import Recipe
 from passes import Quantize
-from tests.captures import graph_of
+from tests.captures import graph_of, plan_of
 from tests.families import FAMILIES
 from tests.small import write_folder, write_recipe
 from tests.test_onnx_quantised import computed, one_product
@@ -43,6 +44,26 @@ def test_what_is_measured_is_what_rounding_changes(tmp_path):
         assert found.levels.errors == {"part.weight": pytest.approx(error, rel=1e-3)}
         assert levels(tmp_path / "rounded" / "model.onnx") == {"part.weight": level}
     assert sorted(file.name for file in (tmp_path / "rounded").glob(".*")) == []
+
+
+def test_products_that_share_a_weight_are_measured_together(tmp_path):
+    """As one product of what each of them reads."""
+    x = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(1))
+    x[2:, :, 0] *= 40  # the second's inputs are rounded coarser
+    found = []
+    for name, given in (("one", {"x": x}), ("two", {"x": x[:2], "again": x[2:]})):
+        graph = one_product(128, 4, 32, True)
+        if "again" in given:
+            read = graph.add_input("again", TensorType(torch.float32, ("B", "T", 128)))
+            weight, bias = graph.params["part.weight"], graph.params["part.bias"]
+            graph.outputs["z"] = graph.op("linear", [read, weight, bias], scope="part")
+        emission = propose(graph)
+        (tmp_path / name).mkdir()
+        emit(emission, graph.sources, tmp_path / name)
+        levelled = measured(emission, tmp_path / name, [given], 1.0).levels
+        assert levelled is not None
+        found.append(levelled.errors)
+    assert found[1] == {"part.weight": pytest.approx(found[0]["part.weight"], rel=1e-5)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -83,3 +104,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path, passes):
 def test_a_pair_of_models_is_not_measured():
     with pytest.raises(TargetError, match="an encoder-decoder is two"):
         require_products(propose(graph_of("t5", 0)))
+
+
+@pytest.mark.parametrize(
+    ("target", "prompts", "message"), [("ort-cuda", "same", "float32"), ("ort-cpu", "int8", "`prompts: int8`")]
+)
+def test_products_that_a_twin_does_not_stand_for_are_not_measured(target, prompts, message):
+    graph = plan_of("llama")
+    Pipeline([Quantize(bits=4, group=16, tied="copy")]).run(graph, planned=True)
+    with pytest.raises(TargetError, match=message):
+        require_products(propose(graph, target, prompts=prompts))

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from backends.onnx.check import buffers, empty_cache, session, with_room
+from backends.onnx.check import PROMPT, buffers, empty_cache, session, with_room
 from backends.onnx.lower import Lowered
 from backends.onnx.target import CONTRIB
 from compiler.errors import TargetError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from backends.onnx.emission import OnnxEmission
 
 PRODUCT, CODES = "MatMulNBits", ".codes"
@@ -53,10 +53,16 @@ class Levels:
 
 
 def require_products(emission: OnnxEmission) -> None:
-    """Raises TargetError where no product's inputs are rounded, or those of a pair of models are."""
+    """Raises TargetError where no product's inputs are rounded, where those of two models are, or in half precision."""
     if emission.kind == "pair":
         cause = "`input-error` measures one model, and an encoder-decoder is two"
         raise TargetError(cause, remedy="leave it out, or write `accuracy-level: 0`")
+    if PROMPT in emission.models:
+        cause = "`input-error` measures one model, and `prompts: int8` rounds the inputs of another's products as well"
+        raise TargetError(cause, remedy="leave one of them out")
+    if emission.runtime.real != torch.float32:
+        cause = f"`input-error` is measured in float32, which `target: {emission.runtime.name}` does not compute in"
+        raise TargetError(cause, remedy="leave it out, or write `target: ort-cpu`")
     main = emission.models[emission.main]
     if not emission.accuracy or PRODUCT not in main.operations(CONTRIB):
         cause = "`input-error` is of products with codes whose inputs are rounded to int8, and there are none"
@@ -86,16 +92,17 @@ def measured(
     return found
 
 
-def _with_both(model: Lowered) -> tuple[Lowered, dict[str, tuple[str, str]]]:
-    """``model`` with each product made again from rounded inputs, and by weight the names of the outputs that are the
-    energies of the difference and of what the product gives."""
-    nodes, outputs, sums = list[ir.Node](), list(model.outputs), dict[str, tuple[str, str]]()
+def _with_both(model: Lowered) -> tuple[Lowered, dict[str, list[tuple[str, str]]]]:
+    """``model`` with each product made again from rounded inputs, and by weight, for each of its products, the names of
+    the outputs that are the energies of the difference and of what the product gives."""
+    nodes, outputs, sums = list[ir.Node](), list(model.outputs), dict[str, list[tuple[str, str]]]()
     for node in model.nodes:
         nodes.append(node)
         weight = node.inputs[1].name if node.op_type == PRODUCT and node.inputs[1] is not None else None
         if weight is None:
             continue
-        name = weight.removesuffix(CODES)
+        products = sums.setdefault(weight.removesuffix(CODES), [])
+        name = f"{weight.removesuffix(CODES)}/{len(products)}"
         given = {key: each.value for key, each in node.attributes.items()} | {"accuracy_level": 4}
         again = ir.node(PRODUCT, node.inputs, given, domain=CONTRIB, name=f"{name}/rounded")
         apart = ir.node("Sub", [again.outputs[0], node.outputs[0]], name=f"{name}/apart")
@@ -109,21 +116,25 @@ def _with_both(model: Lowered) -> tuple[Lowered, dict[str, tuple[str, str]]]:
         for made in both:
             made.outputs[0].type, made.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         outputs += [made.outputs[0] for made in both]
-        sums[name] = (f"{name}/error", f"{name}/energy")
+        products.append((f"{name}/error", f"{name}/energy"))
     return replace(model, nodes=nodes, outputs=outputs), sums
 
 
 def _errors(
-    model: Any, sums: Mapping[str, tuple[str, str]], batches: Sequence[Mapping[str, Tensor]]
+    model: Any, sums: Mapping[str, Sequence[tuple[str, str]]], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    names = [name for pair in sums.values() for name in pair]
+    names = [name for products in sums.values() for pair in products for name in pair]
     total = np.zeros(len(names))
     for batch in batches:
         total += np.array(model.run(names, _feeds(model, batch)), np.float64)
-    return {
-        name: float(np.sqrt(error / energy)) if energy else 0.0
-        for name, error, energy in zip(sums, total[::2], total[1::2], strict=True)
-    }
+    energies = dict(zip(names, total, strict=True))
+    return {weight: _error([(energies[apart], energies[own]) for apart, own in sums[weight]]) for weight in sums}
+
+
+def _error(energies: Sequence[tuple[float, float]]) -> float:
+    """Of all products of a weight, from the energies of each one's difference and output."""
+    apart, own = (sum(column) for column in zip(*energies, strict=True))
+    return float(np.sqrt(apart / own)) if own else 0.0
 
 
 def _feeds(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
