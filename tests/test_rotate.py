@@ -15,7 +15,7 @@ from compiler.ir.execute import run
 from compiler.ir.ops.hadamard import basis, transform
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
-from passes import Rotate
+from passes import LowRank, Rotate
 from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, Job, distance
 from tests.families import FAMILIES
@@ -49,11 +49,28 @@ def test_the_weights_of_every_head_are_turned():
     torch.testing.assert_close(new, turned.reshape(old.shape), rtol=0, atol=1e-12)
 
 
+REASON = "stays as it is: an operation that is not linear, or a stored order of its channels, stands in it"
+
+
 def test_a_stream_that_cannot_be_rotated_says_why_and_alone_is_an_error():
     with pytest.raises(PassError, match="nothing of this model can be rotated"):
         Pipeline([Rotate(what="stream")]).run(plan_of("bert"))
     report = Pipeline([Rotate()]).run(plan_of("bert"), planned=True).passes[0]
-    assert [skip.reason for skip in report.skipped] == ["stays as it is: an operation that is not linear stands in it"]
+    assert [skip.reason for skip in report.skipped] == [REASON]
+
+
+@pytest.mark.parametrize("form", ["pivoted", "pair"])
+def test_streams_that_factors_write_to_are_rotated_exactly_or_left_alone(form):
+    """Pivoted factors make outputs of others, and put them in an order: none of that turns."""
+    options = {"where": "mlp", "keep": 0.7, "metric": "plain", "ranks": "uniform", "bias": False}
+    outputs = []
+    for others in ([], [Rotate()]):
+        graph = graph_of("llama")
+        report = Pipeline([LowRank(form=form, **options), *others]).run(graph).passes[-1]
+        outputs.append(run(graph, FAMILIES["llama"].inputs())["logits"])
+    reasons = [skip.reason for skip in report.skipped if "ask for pairs" in skip.reason]
+    assert len(reasons) == (form == "pivoted")
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4 * float(outputs[0].abs().max()))
 
 
 def test_a_head_with_the_embeddings_table_gets_its_own_and_a_rerun_is_the_same():
