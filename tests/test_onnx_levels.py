@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backends.onnx import emit, measured, propose
-from backends.onnx.levels import require_products
+from backends.onnx.levels import Levels, require_products
 from compiler.errors import TargetError
 from compiler.ir.types import TensorType
 from compiler.job import compress
@@ -114,3 +114,16 @@ def test_products_that_a_twin_does_not_stand_for_are_not_measured(target, prompt
     Pipeline([Quantize(bits=4, group=16, tied="copy")]).run(graph, planned=True)
     with pytest.raises(TargetError, match=message):
         require_products(propose(graph, target, prompts=prompts))
+
+
+def test_a_pruned_vocabulary_is_not_that_of_calibration_data():
+    graph = plan_of("llama")
+    Pipeline([Quantize(bits=4, group=16, tied="copy")]).run(graph, planned=True)
+    graph.tokens = (0, 1)
+    with pytest.raises(TargetError, match="smaller vocabulary"):
+        require_products(propose(graph))
+
+
+def test_a_note_names_the_error_of_the_others_only_where_there_are_others():
+    assert "the others are moved by at most 0.001;" in Levels({"a": 0.1, "b": 0.001}, 0.01).note()
+    assert "the others" not in Levels({"a": 0.1}, 0.01).note()

@@ -12,7 +12,7 @@ from compiler.ir.ops.hadamard import basis
 from compiler.pipeline import Pipeline
 from passes import Rotate
 from passes.rotate import learned
-from tests.captures import graph_of
+from tests.captures import graph_of, plan_of
 from tests.emitted import TOLERANCE, distance
 from tests.families import FAMILIES
 from tests.test_sparsify import batches
@@ -91,7 +91,6 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     ("step", "count", "message"),
     [
         (Rotate(what="values", learn=2), 10, "for streams alone"),
-        (Rotate(bits=3), 10, "nothing is rounded"),
         (Rotate(learn=2, group=7), 10, "groups of 7 do not divide"),
         (Rotate(learn=2), 1, "two windows"),
     ],
@@ -99,3 +98,16 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 def test_what_cannot_be_learned_is_an_error(step, count, message):
     with pytest.raises(PassError, match=message):
         rotated("llama", step, count=count)
+
+
+def test_a_group_that_divides_no_width_is_refused_before_a_run():
+    with pytest.raises(PassError, match="groups of 48 do not divide") as caught:
+        Pipeline([Rotate(what="stream", learn=2, group=48)]).run(plan_of("llama"), planned=True)
+    assert caught.value.option == "group"
+
+
+@pytest.mark.parametrize(("step", "option"), [(Rotate(bits=3), "bits"), (Rotate(group=32), "group")])
+def test_an_option_of_learning_without_learning_is_named(step, option):
+    with pytest.raises(PassError, match="nothing is rounded") as caught:
+        Pipeline([step]).run(plan_of("llama"), planned=True)
+    assert caught.value.option == option

@@ -44,16 +44,18 @@ class Levels:
     def note(self) -> str:
         """What the user should know."""
         kept = [error for name, error in self.errors.items() if name not in self.unrounded]
+        others = f"; the others are moved by at most {max(kept):.2g}" if kept else ""
         worst = max(self.errors, key=lambda name: self.errors[name])
         return (
             f"{len(self.unrounded)} of {len(self.errors)} products with codes take their inputs as they are, for"
-            f" rounding moves what they give by more than {self.bound:.2g} of its size; the others are moved by at most"
-            f" {max(kept, default=0.0):.2g}, {worst} most, by {self.errors[worst]:.2g}"
+            f" rounding moves what they give by more than {self.bound:.2g} of its size{others}; of all, rounding moves"
+            f" what {worst} gives most, by {self.errors[worst]:.2g}"
         )
 
 
 def require_products(emission: OnnxEmission) -> None:
-    """Raises TargetError where no product's inputs are rounded, where those of two models are, or in half precision."""
+    """Raises TargetError where no product's inputs are rounded, where those of two models are, in half precision, or
+    where tokens are not those of calibration data."""
     if emission.kind == "pair":
         cause = "`input-error` measures one model, and an encoder-decoder is two"
         raise TargetError(cause, remedy="leave it out, or write `accuracy-level: 0`")
@@ -63,6 +65,9 @@ def require_products(emission: OnnxEmission) -> None:
     if emission.runtime.real != torch.float32:
         cause = f"`input-error` is measured in float32, which `target: {emission.runtime.name}` does not compute in"
         raise TargetError(cause, remedy="leave it out, or write `target: ort-cpu`")
+    if emission.graph.tokens is not None:
+        cause = "`input-error` is measured on calibration data, whose tokens a model with a smaller vocabulary has not"
+        raise TargetError(cause, remedy="leave it out, or keep the vocabulary")
     main = emission.models[emission.main]
     if not emission.accuracy or PRODUCT not in main.operations(CONTRIB):
         cause = "`input-error` is of products with codes whose inputs are rounded to int8, and there are none"

@@ -61,7 +61,7 @@ def _check(stream: Stream) -> None:
     if not all(member.param.type.dtype.is_floating_point for member in stream.group.members):
         reason = "outputs are put in an order in it, as of pivoted factors: turn it before, or ask for pairs"
     elif stream.closed:
-        reason = "an operation that is not linear, or a stored order of its channels, stands in it"
+        reason = "an operation that is not linear stands in it"
     elif len(set(made)) < len(made) or written & set(made) or stream.normed & set(made):
         reason = "a norm writes to it, and its scale would have to be turned as well"
     elif len(names) > 1 or ("layer_norm" in names and direct):

@@ -52,8 +52,10 @@ class Rotate(Pass):
         """Raises PassError when nothing can be rotated, or learned as the options say."""
         if self.learn and "stream" not in self.kinds:
             raise PassError("a matrix is learned for streams alone", option="learn", remedy="say `what: [stream]`")
-        if not self.learn and (self.bits, self.group) != (4, 0):
-            raise PassError("nothing is rounded where nothing is learned", option="bits", remedy="give `learn` steps")
+        unused = [name for name in ("bits", "group") if getattr(self, name) != getattr(Rotate, name)]
+        if unused and not self.learn:
+            cause = "nothing is rounded where nothing is learned"
+            raise PassError(cause, option=unused[0], remedy="give `learn` steps")
         from passes.rotate.reduce import rotate
 
         rotate(graph, ctx, self)

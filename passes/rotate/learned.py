@@ -13,7 +13,7 @@ gradient, brought to a size that falls to zero.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,9 +97,10 @@ def learned_basis(
     axes: dict[Param, list[int]] = {}
     for param, axis in turned(graph, stream_of(graph)):
         axes.setdefault(param, []).append(axis)
-    codecs = {param: _codec(param, wanted) for param in axes}
+    codecs = codecs_of(axes, wanted)
     parts = {param: _Turned(ctx.read(param).float(), own, codecs[param], start.float()) for param, own in axes.items()}
-    key = f"rotation-{key_of(graph, axes, [*windows.train, *windows.held], (), wanted.seed)}"
+    model = key_of(graph, axes, [*windows.train, *windows.held], (), wanted.seed)
+    key = f"rotation-{model}-{wanted.learn}-{wanted.bits}-{wanted.group}"
     found = _learned(
         ctx, Pair(original, graph, list(parts)), parts, merged(graph, windows.train, STEP_TOKENS), start, wanted, key
     )
@@ -112,6 +113,12 @@ def learned_basis(
     ctx.tried("rounded in the basis of Hadamard's matrix", distances[0], not nearer)
     ctx.tried(f"rounded in a basis learned in {wanted.learn} steps", distances[1], nearer)
     return found if nearer else start
+
+
+def codecs_of(params: Iterable[Param], wanted: Rotate) -> dict[Param, Integer | None]:
+    """How each of ``params`` is rounded; None where it is not. Raises PassError when ``wanted.group`` does not divide a
+    width."""
+    return {param: _codec(param, wanted) for param in params}
 
 
 def _codec(param: Param, wanted: Rotate) -> Integer | None:

@@ -15,7 +15,7 @@ from compiler.ir.layers import copy_of
 from compiler.ir.ops.hadamard import basis
 from compiler.pipeline import Context
 from compiler.rewrite.equivariance import Blocked, region
-from compiler.rewrite.rotation import turn, unscale
+from compiler.rewrite.rotation import turn, turned, unscale
 from compiler.rewrite.scaling import turn_heads
 from compiler.rewrite.stream import residual
 from compiler.weights.expr import Expr
@@ -125,12 +125,13 @@ def _rotated_streams(graph: Graph, ctx: Context, wanted: Rotate) -> int:
 
 
 def _learned(graph: Graph, original: Graph, ctx: Context, number: int, start: Tensor, wanted: Rotate) -> Tensor:
-    """A stream's matrix; planned runs only ask for what learning needs."""
+    """A stream's matrix; planned runs only check options and ask for what learning needs."""
+    from passes.rotate.learned import codecs_of, learned_basis
+
+    codecs_of([param for param, _ in turned(graph, _streams(graph)[number])], wanted)
     batches = ctx.calibration()
     if ctx.planned:
         return start
-    from passes.rotate.learned import learned_basis
-
     return learned_basis(graph, original, ctx, lambda of: _streams(of)[number], batches, start, wanted)
 
 
