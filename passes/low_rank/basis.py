@@ -53,6 +53,7 @@ def seconds(members: Members, first: Tensor) -> Iterator[Tensor]:
 
 
 def leading(members: Members) -> Tensor:
+    """The rows [k, n], most worth first, that a first factor for all ``members`` has; k is at most the rows they have."""
     wanted = second = torch.zeros(())
     height = 0
     for member in members():
