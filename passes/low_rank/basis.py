@@ -53,7 +53,7 @@ def seconds(members: Members, first: Tensor) -> Iterator[Tensor]:
 
 
 def leading(members: Members) -> Tensor:
-    """The rows [k, n], most worth first, that a first factor for all ``members`` has; k is at most the rows they have."""
+    """Rows [k, n], most worth first, for a first factor of all ``members``; k is at most the rows these have."""
     wanted = second = torch.zeros(())
     height = 0
     for member in members():
