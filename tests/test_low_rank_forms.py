@@ -159,7 +159,7 @@ def test_the_plan_is_what_the_run_makes_and_is_written_as_code_that_computes_the
 
 @pytest.mark.parametrize("form", ["tensor-train", "sparse"])
 def test_ranks_follow_from_costs_and_factors_from_what_factors_before_left(form):
-    _, report, _ = reduced("llama", keep=0.75, form=form)
+    _, report, _ = reduced("llama", keep=0.75, form=form, update=True)
     assert len(report.trials) == 3
     (chosen,) = (trial for trial in report.trials if trial.chosen)
     assert chosen.distance == min(trial.distance for trial in report.trials)
