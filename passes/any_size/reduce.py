@@ -71,9 +71,9 @@ def _chosen(graph: Graph, ctx: Context, options: AnySize, params: Sequence[Param
             ctx.skipped(param.name, reason)
     found = [param for param, reason in reasons.items() if not reason]
     if not found:
-        raise PassError(
-            "none of the selected weights can be made of blocks", option="where", remedy="select linear maps"
-        )
+        param, reason = next(iter(reasons.items()))
+        cause = f"none of the selected weights can be made of blocks: {param.name} {reason}"
+        raise PassError(cause, option="where", remedy="see what was skipped, and why, or select linear maps")
     return found
 
 
