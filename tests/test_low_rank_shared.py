@@ -118,34 +118,18 @@ def test_a_basis_of_experts_of_full_rank_computes_the_same_and_is_written(name, 
     assert distance(found, run(graph, inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "whisper"])
-def test_narrower_values_of_full_width_compute_the_same_and_are_written(name, tmp_path):
-    graph, metrics, places = of_kind(name, "loss", lambda param: True, share="values")
+@pytest.mark.parametrize(
+    ("share", "kind", "name"),
+    [
+        *(("values", Values, name) for name in ("llama", "gpt2", "vit", "whisper")),
+        *(("keys", Keys, name) for name in ("gpt2", "vit", "whisper")),
+    ],
+)
+def test_narrower_heads_of_full_width_compute_the_same_and_are_written(share, kind, name, tmp_path):
+    graph, metrics, places = of_kind(name, "loss", lambda param: True, share=share)
     inputs = FAMILIES[name].inputs()
     before = run(graph, inputs)
-    places = [place for place in places if isinstance(place, Values)]
-    assert places
-    whole = copy_of(graph)
-    for place in places:
-        assert (place.saved(metrics) >= 0).all()
-        place.factorised(metrics, place.most).write(whole, place)
-    verify(whole)
-    assert distance(run(whole, inputs), before) < 1e-4
-    for place in places:
-        place.factorised(metrics, place.most // 2).write(graph, place)
-    verify(graph)
-    emit(emission_of(graph, "generated"), graph.sources, tmp_path)
-    with torch.no_grad():
-        found = load_model(tmp_path, trust_remote_code=True)(**inputs)
-    assert distance(found, run(graph, inputs)) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["gpt2", "vit", "whisper"])
-def test_narrower_keys_of_full_width_compute_the_same_and_are_written(name, tmp_path):
-    graph, metrics, places = of_kind(name, "loss", lambda param: True, share="keys")
-    inputs = FAMILIES[name].inputs()
-    before = run(graph, inputs)
-    places = [place for place in places if isinstance(place, Keys)]
+    places = [place for place in places if isinstance(place, kind)]
     assert places
     whole = copy_of(graph)
     for place in places:
