@@ -267,13 +267,6 @@ def test_a_pickled_checkpoint_is_refused_with_the_remedy(tmp_path):
         open_checkpoint(tmp_path / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("quantised", [{"quant_method": "gptq", "bits": 4}, {"bits": 4}, "odd"])
-def test_a_quantised_checkpoint_is_refused(tmp_path, quantised):
-    path = make_directory(tmp_path, config={"quantization_config": quantised})
-    with pytest.raises(CheckpointError, match="already quantised"):
-        open_checkpoint(path)
-
-
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         open_checkpoint(tmp_path / "nothing" / "here" / "at-all")

@@ -11,10 +11,12 @@ from transformers import GPTQConfig, LlamaConfig, LlamaForCausalLM
 
 from backends.safetensors import Refusal, emit, propose, require
 from compiler import Recipe, compress
-from compiler.errors import RecipeError, TargetError
+from compiler.errors import OutputError, RecipeError, TargetError
 from compiler.ir.execute import read_param
 from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
+from compiler.weights.expr import apply
+from compiler.weights.ops.basic import full
 from compiler.weights.ops.quant import pack_bits
 from passes.quantize import Quantize
 from tests.emitted import Job
@@ -105,6 +107,18 @@ def test_bfloat16_scales_are_those_of_the_graph(tmp_path):
     param = job.graph.params["model.layers.0.mlp.up_proj.weight"]
     exact = dequantised(tensors, "model.layers.0.mlp.up_proj", 4, "gptq").float()
     assert torch.equal(exact.to(torch.bfloat16), read_param(job.graph, param).to(torch.bfloat16))
+
+
+def test_scales_that_float16_does_not_hold_are_an_error(tmp_path):
+    job = Job("llama", tmp_path, [Quantize(where="mlp", bits=4, group=32)], torch.bfloat16, **WIDE)
+    param = job.graph.params["model.layers.0.mlp.up_proj.weight"]
+    codes, scale = param.expr.args
+    param.expr = apply("dequantize", [codes, full(scale.shape, 1e5, torch.bfloat16)], dict(param.expr.attrs))
+    job.out.mkdir()
+    with pytest.raises(
+        OutputError, match=r"up_proj\.scales gave NaN or infinite values.*\n.*float16 may be too narrow"
+    ):
+        emit(require(job.graph, "gptq"), job.graph.sources, job.out)
 
 
 REFUSALS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from compiler.errors import CheckpointError, DataError, first_line
 from compiler.evaluate.inputs import feature_shape
+from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.gguf_header import check_rotary, read_gguf_header
 from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import parse_json, read_document
@@ -42,6 +44,8 @@ def load_model(
             if quantised and not rounding:
                 config.quantization_config = _weights_alone(config.quantization_config)
             wanted = "auto" if quantised else getattr(torch, dtype)
+            if quantised and _lacks_reader(config.quantization_config):
+                return _from_codes(factory, config, path, getattr(torch, dtype))
             if "gguf_file" not in arguments:
                 arguments["use_safetensors"] = True  # never a pickle
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
@@ -52,6 +56,19 @@ def load_model(
             where=str(path),
             remedy="load it with transformers alone, and correct what it names",
         ) from reason
+
+
+def _lacks_reader(quantization: Mapping[str, Any]) -> bool:
+    """Whether the package with which transformers reads GPTQ's and AWQ's layouts is not installed."""
+    return quantization.get("quant_method") in ("gptq", "awq") and find_spec("gptqmodel") is None
+
+
+def _from_codes(factory: Any, config: Any, path: str | Path, dtype: torch.dtype) -> Any:
+    """The model of a checkpoint of codes, with the weights that they stand for."""
+    checkpoint = open_checkpoint(path)
+    del config.quantization_config
+    state = {name: checkpoint.read(name) for name in checkpoint.types}
+    return factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
 def _weights_alone(quantization: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_local(local: Path) -> Checkpoint:
     if local.is_dir():
-        return DirectoryCheckpoint(local)
+        return _open_directory(local)
     if not local.exists():
         raise CheckpointError(f"there is no checkpoint at {local}", remedy="give a directory, a .gguf file or a hub id")
     if local.suffix == ".gguf":
@@ -203,6 +203,15 @@ def _open_local(local: Path) -> Checkpoint:
         where=str(local),
         remedy="give the directory that holds config.json and the safetensors files",
     )
+
+
+def _open_directory(local: Path) -> Checkpoint:
+    stored = DirectoryCheckpoint(local)
+    if not stored.config.get("quantization_config"):
+        return stored
+    from compiler.weights.packed import PackedCheckpoint
+
+    return PackedCheckpoint(stored)
 
 
 def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
@@ -250,14 +259,6 @@ def _read_config(path: Path) -> dict[str, Any]:
             where=str(path),
             remedy=_likely_meant(path),
         ) from reason
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise CheckpointError(
-            f"the checkpoint is already quantised (quant_method: {method})",
-            where=str(file),
-            remedy="start from the original, unquantised checkpoint",
-        )
     return config
 
 
