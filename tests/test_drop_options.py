@@ -13,7 +13,8 @@ from tests.test_drop_tokens import dropped
 
 DEFAULTS = {field.name: field.default for field in fields(DropTokens)}
 MERGES = ("none", "extra", "bipartite", "average")
-UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means", "block": 4}
+UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means"}
+UNREAD |= {"block": 4, "crops": (1, 2)}
 READ = {
     "compare": [{"merge": "bipartite"}, {"score": "similarity"}, {"merge": "bipartite", "skip": "mlp"}],
     "proportional": [{"merge": "bipartite"}, {"merge": "average"}, {"merge": "bipartite", "score": "similarity"}],
@@ -22,6 +23,7 @@ READ = {
     "learn": [{"score": "learned"}],
     "of": [{"score": "learned"}],
     "block": [{}, {"score": "key-norm"}, {"merge": "extra"}, {"skip": "mlp"}],
+    "crops": [{"tokens": "pictures", "score": "class"}],
 }
 NOT_READ = {
     "compare": [{}, {"score": "received"}, {"merge": "average"}, {"merge": "extra"}],
@@ -31,6 +33,7 @@ NOT_READ = {
     "learn": [{}, {"score": "random"}, {"merge": "bipartite"}],
     "of": [{}, {"score": "received"}],
     "block": [{"merge": "bipartite"}, {"merge": "average"}, {"score": "similarity"}],
+    "crops": [{}, {"score": "class"}, {"tokens": "pictures", "score": "last"}],
 }
 
 

@@ -92,6 +92,11 @@ def test_what_remains_is_as_if_the_others_were_masked(name, site):
     check_masked(name, *dropped(name, keep=0.6, layers="0", site=site, score=score), (0.6,))
 
 
+@pytest.mark.parametrize("name", ["dinov2", "bert", "t5"])
+def test_what_enters_a_layer_is_as_if_the_others_were_masked(name):
+    check_masked(name, *dropped(name, keep=0.6, layers="0", site="entry", score="random"), (0.6,))
+
+
 @pytest.mark.parametrize("name", ["dinov2", "bert", "modernbert", "gemma3", "t5", "gpt_oss"])
 def test_what_remains_of_what_remained_is_as_if_the_others_were_masked(name):
     check_masked(name, *dropped(name, depth=3, keep=(0.7, 0.4), layers="0-1"), (0.7, 0.4))

@@ -62,3 +62,12 @@ def graph_of_llava(tower: str) -> Graph:
     graph = copy_of(_captured(tower))
     graph.sources = dict(_captured(tower).sources)
     return graph
+
+
+def with_crops(batch: int, tokens: int, pictures: int, seed: int = 0) -> dict[str, Tensor]:
+    """Texts with so many pictures each, one behind the other."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, WORDS, (batch, tokens), generator=generator)
+    for row in range(batch):
+        ids[row, 1 + row : 1 + row + 9 * pictures] = PICTURE
+    return {"input_ids": ids, "pixel_values": torch.randn(batch * pictures, 3, 24, 24, generator=generator)}

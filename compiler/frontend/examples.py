@@ -51,11 +51,11 @@ def _tokens(length: int) -> Tensor:
 
 def shaped_like(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of these shapes on the meta device; sizes of 1 on dynamic axes grow, since tracing would fix them."""
-    examples: dict[str, Tensor] = {}
+    examples, of_each = dict[str, Tensor](), _rows_of_each(inputs)
     for name, tensor in inputs.items():
         shape = list(tensor.shape)
         for axis in _dynamic_axes(tensor):
-            shape[axis] = max(shape[axis], 2)
+            shape[axis] = max(shape[axis], 2 if axis else 2 * of_each[name])
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         examples[name] = torch.zeros(shape, dtype=dtype, device="meta")
     return examples
@@ -68,12 +68,23 @@ def _dynamic_axes(tensor: Tensor) -> list[int]:
 
 
 def dims_of(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Names of the axes that stay symbolic: B, and T, or S for the encoder beside a decoder."""
-    has_decoder = any(name.startswith("decoder_") for name in inputs)
+    """Names of the axes that stay symbolic: B, such as 5*B of pictures of which each text has so many, and T, or S for
+    the encoder beside a decoder."""
+    has_decoder, of_each = any(name.startswith("decoder_") for name in inputs), _rows_of_each(inputs)
     return {
         name: {
-            axis: ("B", "S" if has_decoder and not name.startswith("decoder_") else "T")[axis]
+            axis: (
+                "B" if of_each[name] == 1 else f"{of_each[name]}*B",
+                "S" if has_decoder and not name.startswith("decoder_") else "T",
+            )[axis]
             for axis in _dynamic_axes(tensor)
         }
         for name, tensor in inputs.items()
     }
+
+
+def _rows_of_each(inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many rows of each input go with one of the first: 1 where that is no whole number."""
+    batch = next((len(tensor) for tensor in inputs.values() if tensor.dim()), 1)
+    sizes = {name: len(tensor) if tensor.dim() else batch for name, tensor in inputs.items()}
+    return {name: 1 if not batch or size % batch else size // batch or 1 for name, size in sizes.items()}

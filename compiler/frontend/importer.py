@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from compiler.errors import CaptureError, OpError
-from compiler.frontend.aten import HANDLERS, TAKES_COMPLEX, Complex
+from compiler.frontend.aten import HANDLERS, TAKES_COMPLEX, Complex, Masking
 from compiler.frontend.aten.placed import Sample
 from compiler.frontend.params import rebind
 from compiler.frontend.subject import Subject
@@ -122,7 +122,7 @@ class Importer:
         names, sizes = self.subject.dims[node.name], node.meta["val"].shape
         for axis, name in names.items():
             if isinstance(sizes[axis], torch.SymInt):
-                self._dims[str(sizes[axis].node.expr)] = name
+                self._dims[str(sizes[axis].node.expr)] = name if name.isidentifier() else f"({name})"
                 self.sizes[name] = int(sizes[axis].node.hint)
             elif axis == 0:
                 raise CaptureError(f"the model only accepts a batch of {sizes[0]}", where=node.name)
@@ -193,6 +193,11 @@ class Importer:
             )
         if handler is None:
             raise self.fail(f"the operation `{node.target}` is not in the graph's vocabulary")
+        if name != "attention" and any(isinstance(argument, Masking) for argument in (*args, *kwargs.values())):
+            raise self.fail(
+                "attention that reads its mask itself is not in the graph's vocabulary",
+                "capture takes models whose attention goes through transformers' attention interface",
+            )
         try:
             result = _apply(partial(handler, self), args, kwargs, whole=name in TAKES_COMPLEX)
         except (OpError, TypeError, AttributeError, ValueError, IndexError) as reason:

@@ -116,11 +116,12 @@ def bind_dims(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         raise OpError(f"graph `{graph.name}` takes inputs {', '.join(graph.inputs)}; got {', '.join(inputs)}")
     bindings: dict[str, int] = {}
     for name, value in graph.inputs.items():
+        for dim, size in zip(value.shape, inputs[name].shape, strict=False):
+            if isinstance(dim, str) and dim.isidentifier():
+                bindings.setdefault(dim, size)
+    for name, value in graph.inputs.items():
         shape = tuple(inputs[name].shape)
-        fits = len(shape) == value.type.rank
-        for dim, size in zip(value.shape, shape, strict=False):
-            fits = fits and size == (bindings.setdefault(dim, size) if isinstance(dim, str) else dim)
-        if not fits:
+        if len(shape) != value.type.rank or shape != tuple(evaluate_dim(dim, bindings) for dim in value.shape):
             raise OpError(f"input `{name}` must be {value.type}, got shape {list(shape)}")
     return bindings
 

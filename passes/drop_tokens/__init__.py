@@ -24,16 +24,16 @@ class DropTokens(Pass):
     """Go on with fewer tokens behind some layers; ``keep`` of them, a part or a number, remain behind the last.
 
     ``layers`` (`3,6-8`; all without it) of the first ``stack`` whose tokens attend to each other, or of the one with
-    this name in its path, each drop alike many; a list for ``keep`` says what remains behind each. They
-    do so behind their attention, or behind the whole `layer` (``site``). ``score`` says which remain: those that the
+    this name in its path, each drop alike many; a list for ``keep`` says what remains behind each. They do so behind
+    their attention, behind the whole `layer`, or at its `entry` (``site``). ``score`` says which remain: those that the
     first token (`class`), the `last` one (of causal models, without ``score``) or all queries, or every ``every``-th,
     attend to most (`received`, of others without); with the smallest keys (`key-norm`); moved farthest by their layer
     (`change`: others halt, arXiv 2506.22396); least like others (`similarity`, by keys); the `earliest` (D3, arXiv
     2503.08524); by that attention and a small gate trained on ``learn`` tokens of calibration data (`learned`), so that
     outputs, or the ``means`` ``of`` them over tokens, are the original's; or, to compare, `random` (by ``seed``) or
-    `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model
-    learnt; of texts the first, and of causal models the last. Tokens stay or go in runs of ``block`` neighbours, by the
-    mean of their scores (SlimInfer, arXiv 2508.06447); of the last run a part may stay.
+    `recency`. The first ``prefix`` tokens and the last ``suffix`` remain: without a number those that the model learnt;
+    of texts the first, and of causal models the last. Tokens stay or go in runs of ``block`` neighbours, by the mean of
+    their scores (SlimInfer, arXiv 2508.06447); of the last run a part may stay.
 
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
@@ -42,7 +42,9 @@ class DropTokens(Pass):
     (`renumber`).
 
     Behind the last layer every token has its place again: a dropped one as it was then, a merged one as what it became.
-    With ``tokens: pictures`` only those of pictures in a text can go, and ``keep`` counts these (FastV, PyramidDrop).
+    With ``tokens: pictures`` only those of pictures in a text can go, and ``keep`` counts these (FastV, PyramidDrop);
+    `class` is then what the class tokens of pictures attend to. Where those of a text are one and its ``crops``, rows
+    and columns of them, each has a part of ``keep`` by what that one attends to (GlobalCom2, arXiv 2501.05179).
     With ``skip: mlp`` those that do not remain skip only that layer's MLP; ``keep`` is then what each MLP sees.
     Exact with ``keep: 100%``.
     """
@@ -50,7 +52,7 @@ class DropTokens(Pass):
     layers: str | None = None
     stack: str | None = None
     tokens: Literal["all", "pictures"] = "all"
-    site: Literal["attention", "layer"] = "attention"
+    site: Literal["attention", "layer", "entry"] = "attention"
     skip: Literal["layers", "mlp"] = "layers"
     score: Score | None = None
     keep: Part | Number | tuple[Part | Number, ...] = 1.0
@@ -62,6 +64,7 @@ class DropTokens(Pass):
     suffix: End | None = None
     every: Number = 1
     block: Number = 1
+    crops: tuple[Number, ...] = ()
     seed: End = 0
     learn: Number = 65536
     of: Literal["tokens", "means"] = "tokens"
@@ -88,6 +91,12 @@ class DropTokens(Pass):
         if self.tokens == "pictures" and (self.merge != "none" or self.alike):
             cause = "of pictures in a text, tokens are dropped by score"
             raise PassError(cause, option="tokens", remedy="leave out `merge`, and `score: similarity`")
+        if self.site == "entry" and not self._known_at_entry:
+            cause = "before a layer its attention is not known"
+            remedy = "score by place, by what class tokens of `pictures` attend to, or compare the `stream`"
+            raise PassError(cause, option="site", remedy=remedy)
+        if len(self.crops) not in (0, 2):
+            raise PassError("crops are rows and columns", option="crops", remedy="write two numbers, as [2, 2]")
         if self.skip == "mlp" and (self.site, self.positions) != ("attention", "keep"):
             cause = "tokens that skip an MLP alone do so behind attention, and keep their positions"
             raise PassError(cause, option="skip", remedy="leave out `site` and `positions`")
@@ -110,6 +119,7 @@ class DropTokens(Pass):
             ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
             ("every", received, "queries are counted, by `score: received`"),
             ("block", scored, "tokens are dropped by score"),
+            ("crops", self.shown, "class tokens of `pictures` say what remains, by `score: class`"),
             ("seed", random, "something is drawn, by `score: random` or `learned`"),
             ("learn", self.score == "learned", "a gate is trained, by `score: learned`"),
             ("of", self.score == "learned", "a gate is trained, by `score: learned`"),
@@ -126,6 +136,23 @@ class DropTokens(Pass):
     def exact(self) -> bool:
         """Whether every token remains. One token, `keep: 1`, is not the whole, `keep: 100%`."""
         return isinstance(self.keep, float) and self.keep == 1.0
+
+    @property
+    def shown(self) -> bool:
+        """Whether tokens of pictures in a text go by what the class tokens of these attend to."""
+        return self.tokens == "pictures" and self.score == "class"
+
+    @property
+    def by_place(self) -> bool:
+        """Whether scores say where a token stands alone."""
+        return self.score in ("random", "recency", "earliest")
+
+    @property
+    def _known_at_entry(self) -> bool:
+        """Whether what remains can be said before a layer has attended."""
+        if self.alike:
+            return self.compare == "stream"
+        return self.shown or self.merge == "average" or self.by_place
 
     @property
     def alike(self) -> bool:

@@ -34,7 +34,8 @@ class Sum:
 
 @dataclass(frozen=True)
 class Place:
-    """A layer, its attention, the stream [B, T, D] behind that or behind the layer, and the sum behind attention."""
+    """A layer, its attention, the stream [B, T, D] behind that, behind the layer or before it, and the sum behind
+    attention."""
 
     layer: Layer
     attention: Node
@@ -53,6 +54,7 @@ class Place:
 def places(graph: Graph, layers: str | None, site: str, stack: str | None = None) -> list[Place]:
     """The places of the model's first stack of layers that attend to themselves; of all, or those in ``layers``.
 
+    They are behind ``site``: the `attention` or the `layer`, or at its `entry`.
     ``stack`` is a part of the module path of the stack. Raises PassError when there are none, or ``layers`` names one
     that there is not.
     """
@@ -96,6 +98,8 @@ def _place(site: AttentionSite, where: str) -> Place | None:
     if attended is None:
         return None
     stream = _normed(attended.node.output, layer)
+    if where == "entry":
+        return Place(layer, site.node, attended.stream, attended)
     behind = _residual(stream, layer) if where == "layer" else None
     return Place(layer, site.node, _normed(behind.node.output, layer) if behind else stream, attended)
 

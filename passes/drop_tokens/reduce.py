@@ -25,7 +25,6 @@ from passes.drop_tokens.scores import Ops, attend, by_place, metric, neighbours,
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
 
-BY_PLACE = ("random", "recency", "earliest")
 WORDS = {"none": "dropped", "extra": "merged into one", "bipartite": "merged into others", "average": "merged in runs"}
 
 
@@ -43,8 +42,8 @@ class Chosen:
 @dataclass
 class Reduction:
     """``sizes`` [B, K] is of how many tokens each is the mean by now, ``sized`` that of an attention's keys, and
-    ``numbers`` [B, K] are the places that tokens had at first, where scores go by those. With ``pictures`` only tokens
-    of these can go."""
+    ``numbers`` [B, K] are what scores go by that tokens have from the first: their places, or what class tokens of
+    pictures attend to. With ``pictures`` only tokens of these can go."""
 
     graph: Graph
     options: DropTokens
@@ -59,7 +58,8 @@ class Reduction:
     def drop(self, place: Place, keep: Dim) -> None:
         """Let ``keep`` tokens remain. Raises PassError when something behind ``place`` needs every token."""
         stream = place.stream
-        assert stream.node is not None and stream.node.following is not None  # streams are computed
+        if stream.node is None or stream.node.following is None:
+            raise PassError(f"what {place.layer.scope} begins with is an input of the model", option="site")
         first = stream.node.following
         ops = Ops(self.graph, place.layer.scope, first)
         chosen = self._chosen(ops, place, keep)
@@ -100,8 +100,8 @@ class Reduction:
             first, slots = neighbours(ops, place, self.prefix, int(place.tokens) - fixed, int(keep) - fixed)
             index, rest = ops.all("token_select", first, **own)
             return Chosen(index, rest, ops("token_take", slots, rest))
-        if self.options.score in BY_PLACE and self.numbers is None:
-            self.numbers = by_place(self._outside(ops, place), place)
+        if self.numbers is None:
+            self.numbers = self._from_the_first(self._outside(ops, place), place)
         weight = scores(ops, place, self.options, self.numbers)
         if self.options.score == "learned":
             weight = add_gate(self.graph, self.spill, place, self.options.seed).scores(ops, place.stream, weight)
@@ -115,6 +115,11 @@ class Reduction:
             self.pictures = replace(self.pictures, flags=flags)
         self.numbers = self.numbers and self._outside(ops, place)("token_take", self.numbers, index)
         return Chosen(index, rest, None, weight) if merge == "extra" else Chosen(index)
+
+    def _from_the_first(self, ops: Ops, place: Place) -> Value | None:
+        if self.pictures is not None and self.options.shown:
+            return self.pictures.class_scores(ops, self.options.crops)
+        return by_place(ops, place) if self.options.by_place else None
 
     def _outside(self, ops: Ops, place: Place) -> Ops:
         """For what layers share."""

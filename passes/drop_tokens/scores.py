@@ -37,10 +37,13 @@ class Ops:
 
 
 def scores(ops: Ops, place: Place, options: DropTokens, numbers: Value | None) -> Value:
-    """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first.
+    """A number [B, T] for each token; those with the largest remain. ``numbers`` [B, T] are their places at first, or
+    what they score.
 
     Of a `learned` score it is the attention that a gate adds to.
     """
+    if options.shown and numbers is not None:
+        return numbers
     node, wanted = place.attention, None if options.score == "learned" else options.score
     kind = wanted or ("last" if node.attr("causal") else "received")
     query, key = node.input(0), node.input(1)
