@@ -75,12 +75,34 @@ def test_scales_that_go_by_small_errors_have_the_least_sum_of_those_and_gain_wit
 
 
 def test_scales_that_go_by_small_errors_let_an_outlier_err():
-    values = (torch.randint(-4, 4, (4, 32), generator=torch.Generator().manual_seed(0)) / 4).float()
-    values[:, 0], values[:, 5] = -1.0, 2.0
+    values = (torch.randint(-3, 4, (4, 32), generator=torch.Generator().manual_seed(0)) / 4).float()
+    values[:, 0], values[:, 5] = -0.75, 2.0
     codec = Integer(3, 32, torch.float32, power=0.7)
     parameters = codec.fit(values)
     off = codec.decode(codec.encode(values, parameters), parameters) - values
     assert int((off.abs() > 1e-6).sum()) <= 4
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_a_weight_and_its_negative_are_rounded_alike_without_zero_points(bits):
+    """So the largest number of a group has the code that only one sign has, whichever sign is its own."""
+    weight = matrix(torch.float32)
+    found = []
+    for values in (weight, -weight):
+        codec = Integer(bits, 16, torch.float32)
+        parameters = codec.fit(values.unflatten(-1, (-1, 16)))
+        found.append((codec.encode(values.unflatten(-1, (-1, 16)), parameters), parameters[0]))
+    (codes, scale), (negative_codes, negative_scale) = found
+    assert torch.equal(codes, negative_codes) and torch.equal(scale, -negative_scale)
+    assert set(scale.sign().unique().tolist()) == {-1.0, 1.0}
+    largest = weight.unflatten(-1, (-1, 16)).abs().argmax(-1, keepdim=True)
+    assert (codes.gather(-1, largest) < 0).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_eight_bits_and_of_zero_points_are_positive(symmetric):
+    codec = Integer(8 if symmetric else 4, 16, torch.float32, symmetric)
+    assert (codec.fit(matrix(torch.float32).unflatten(-1, (-1, 16)))[0] > 0).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

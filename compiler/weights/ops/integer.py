@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops.codec import Parameters
-from compiler.weights.ops.quant import codes_of, quantise, scales_of, zeros_of
+from compiler.weights.ops.quant import away_from_zero, codes_of, quantise, scales_of, zeros_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Integer:
         return (shifted * parameters[0].float().unsqueeze(-1)).to(self.dtype).float()
 
     def rescaled(self, parameters: Parameters, factors: Tensor) -> Parameters:
-        scale = (parameters[0].float() * factors).to(self.dtype)
-        return scale.clamp(min=torch.finfo(self.dtype).tiny), *parameters[1:]
+        return away_from_zero((parameters[0].float() * factors).to(self.dtype)), *parameters[1:]
 
     def stored(self, codes: Tensor, parameters: Parameters) -> tuple[Tensor, ...]:
         return codes, *parameters

@@ -8,6 +8,10 @@ Scales are candidates amplitude * c / 2^m, where the amplitude is the largest ma
 asymmetric, the width of the range widened to contain zero (m = bits). Since a bit more halves a candidate and
 keeps c, and a zero point z becomes 2z or 2z + 1, everything that b bits can express b + 1 bits can express too:
 the least error over the candidates never grows with the number of bits.
+
+There is one negative code more than positive ones. Below 8 bits a group without zero point whose largest magnitude is
+a positive number has a negative scale, so that this number gets that code, as in the blocks of llama.cpp and ONNX
+Runtime. Scales of 8 bits are positive: engines with products of such integers expect that.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
 from compiler.weights.ops.codec import CHUNK_ELEMENTS, least, weighted_squares
 
+POSITIVE_BITS = 8
 SHRINK_FACTORS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 
 
@@ -161,6 +166,8 @@ def scales_of(
     exponent = bits - 1 if zero is None else bits
     if not search:
         return _rounded_scale(amplitude, _unclipped(exponent), exponent, dtype)
+    if zero is None and bits < POSITIVE_BITS:
+        amplitude = torch.where(high > -low, -high, -low)
     scales = (_rounded_scale(amplitude, factor, exponent, dtype) for factor in candidate_factors(exponent))
     return least((scale, _error(grouped, scale.float(), zero, bits, weights, power)) for scale in scales)
 
@@ -178,10 +185,14 @@ def _unclipped(exponent: int) -> float:
 
 
 def _rounded_scale(amplitude: Tensor, factor: float, exponent: int, dtype: torch.dtype) -> Tensor:
-    """A candidate, rounded to the dtype it is stored in; 1 for a group of zeros, never 0."""
+    """A candidate with the sign of ``amplitude``, rounded to the dtype it is stored in; 1 for zeros, never 0."""
     scale = (amplitude * math.ldexp(factor, -exponent)).to(dtype)
-    tiny = torch.finfo(dtype).tiny
-    return torch.where(amplitude > 0, scale.clamp(min=tiny), torch.ones((), dtype=dtype))
+    return torch.where(amplitude != 0, away_from_zero(scale), torch.ones((), dtype=dtype))
+
+
+def away_from_zero(scale: Tensor) -> Tensor:
+    """``scale`` of at least the least normal magnitude of its dtype, with its sign."""
+    return scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).copysign(scale)
 
 
 def _error(
