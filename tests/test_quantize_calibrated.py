@@ -23,7 +23,6 @@ from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from compiler.weights.spill import Progress, SpillSource
 from passes.quantize import Quantize, reduce
-from passes.quantize.mixed import evenly, together
 from passes.quantize.solve import DAMPINGS, Problem, chosen_damping, damped, nearest, refined, solve
 from passes.quantize.solve import in_order as column_by_column
 from tests.captures import graph_of
@@ -302,58 +301,6 @@ def entering_at(graph, node, batch):
     return seen[node.input(0)].double().flatten(0, -2)
 
 
-# --- shared out --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [2.5, 3.3, 5.1])
-def test_shared_out_within_the_budget_and_alike_where_runtimes_fuse(bits):
-    graph, report, _ = quantised("llama", bits=bits, group=16, method="gptq")
-    own = {param: param.expr.attr("bits") for param in graph.params.values() if param.expr.op == "dequantize"}
-    assert sum(size * param.type.numel for param, size in own.items()) <= bits * sum(param.type.numel for param in own)
-    assert len(set(own.values())) > 1 and report.curves
-    by_input = {}
-    for param, size in own.items():
-        by_input.setdefault(products(graph)[param][0].input(0), set()).add(size)
-    assert all(len(sizes) == 1 for sizes in by_input.values())
-
-
-def test_a_whole_number_is_shared_out_where_that_is_nearer():
-    _, report, distance = quantised("llama", bits=3, widths=(2, 3, 4), group=16)
-    even, shared = report.trials
-    assert (even.chosen, shared.chosen) == (even.distance <= shared.distance, even.distance > shared.distance)
-    assert distance <= quantised("llama", bits=3, group=16)[2] * (1 + 1e-6)
-
-
-@pytest.mark.parametrize(("bits", "widths"), [(2.25, (2, 4)), (3.9, (2, 3, 8))])
-def test_a_plan_knows_the_size_before_anything_is_measured(bits, widths):
-    graph = graph_of("llama")
-    params = list(products(graph))
-    groups = together(graph, params)
-    own = evenly(groups, bits, widths)
-    assert all(len({own[param] for param in group}) == 1 for group in groups)
-    total = sum(param.type.numel for param in params)
-    used = sum(size * param.type.numel for param, size in own.items())
-    largest = max(sum(param.type.numel for param in group) for group in groups)
-    assert bits * total - (max(widths) - min(widths)) * largest <= used <= bits * total
-
-
-@pytest.mark.parametrize("options", [{"method": "refined"}, {"bits": 3.5, "group": 16}], ids=str)
-def test_what_the_first_output_does_not_depend_on_is_not_taken_for_free(options):
-    graph, report, _ = quantised("siglip_text", **{"bits": 4, **options})
-    head = graph.params["head.weight"]
-    if "method" in options:
-        assert head.expr.attr("bits") == 4
-    else:
-        assert head.expr.attr("bits") == 3 and all("head.weight" not in curve.scope for curve in report.curves)
-
-
-def test_experts_alone_and_tables_alone():
-    for name, where in (("mixtral", "experts"), ("qwen3", "embedding")):
-        for options in ({"method": "refined", "bits": 4}, {"bits": 3.5}):
-            _, report, _ = quantised(name, where=where, tied="copy", **options)
-            assert report.rewritten
-
-
 def test_gradients_pass_rounded_activations():
     graph, rounded = graph_of("llama"), graph_of("llama")
     passes = [Quantize(where="attention.output", activations="int8", activation_scale="static")]
@@ -368,16 +315,3 @@ def test_gradients_pass_rounded_activations():
 def _one(graph, name):
     param = graph.params[name]
     return {param: products(graph)[param][0]}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bits": 3.5, "widths": (4, 8)}, "no widths out of 4, 8 are 3.5 bits on average"),
-        ({"bits": 3.5, "type": "nvfp4"}, "nvfp4 has one width"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_shared_out(options, message):
-    with pytest.raises(PassError, match=message):
-        quantised("llama", **options)

@@ -65,8 +65,9 @@ class Quantize(Pass):
     where held-out windows agree that it is nearer.
 
     A fractional number of ``bits`` is an average: each matrix gets one of ``widths`` (2, 3, 4, 5, 6, 8 unless given),
-    so that what rounding is predicted to cost the model is least; with ``widths`` so does a whole number, where that is
-    measured to be nearer to the original. Matrices that read the same input get the same.
+    so that what rounding is predicted to cost the model is least, unless the two widths around the average, spread over
+    the model, are measured to be nearer to the original on windows held out. With ``widths`` so does a whole number,
+    unless one width for all is nearer. Matrices that read the same input get the same.
 
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
     and the head gets its own quantised copy; `share` quantises the one tensor for both; by default such a weight is

@@ -1,14 +1,16 @@
 """How many bits each weight gets: shared out so that what rounding is predicted to cost the model is least.
 
-Of a row r with second moments H of its inputs and an upper factor U of their inverse, `in_order` loses the sum over j
-of (e_j / U_jj)^2, e_j being what rounding column j alone costs; rounding to nearest loses e H e^T. Errors of different
-rows are independent, so the model loses 1/2 sum over rows of M_rr times that, M being the second moment of its loss's
-gradient at what leaves.
+Of a row with second moments H of its inputs and an upper factor U of their inverse, `in_order` makes an error e U, e_j
+being what rounding column j alone costs over U_jj. On other inputs, of second moments H', that costs the sum over j of
+e_j^2 (U H' U^T)_jj: more than by H, which U is fitted to, and the more so the fewer tokens H is of. H' is measured on
+batches that are held out. Rounding to nearest loses e H e^T. Errors of different rows are independent, so the model
+loses 1/2 sum over rows of M_rr times that, M being the second moment of its loss's gradient at what leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from compiler.allocate import Option, allocate
 from compiler.calibration.fidelity import spread
 from compiler.calibration.moments import Moments, Statistics, measure
 from compiler.calibration.products import matrix_shape, products
+from compiler.calibration.sequence import HELD_OUT, Batches
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
 from compiler.weights.ops.codec import Codec
@@ -28,6 +31,11 @@ ROWS = 256  # of a matrix, evenly spaced: enough to tell what rounding costs it
 
 CodecOf = Callable[[Param, int], Codec]
 Groups = Sequence[Sequence[Param]]
+Bits = Mapping[Param, int]
+Losses = Mapping[tuple[Param, ...], Sequence[float]]
+"""By weights that multiply the same value, what each width costs."""
+
+EVEN, SPREAD = "the same bits for each", "the widths around the average, spread"
 
 
 def together(graph: Graph, params: Sequence[Param]) -> list[list[Param]]:
@@ -40,53 +48,103 @@ def together(graph: Graph, params: Sequence[Param]) -> list[list[Param]]:
     return list(found.values())
 
 
-def shared_out(
+@dataclass(frozen=True)
+class Data:
+    """Calibration batches in two parts: those to measure and to solve on, and those held out, by which to choose."""
+
+    rest: Batches
+    held: Batches
+
+    @staticmethod
+    def of(batches: Batches) -> Data:
+        """Every eighth batch is held out; a single one is both parts."""
+        if len(batches) < 2:
+            return Data(batches, batches)
+        return Data([batch for i, batch in enumerate(batches) if i % HELD_OUT], batches[::HELD_OUT])
+
+
+def predicted(
     graph: Graph,
     ctx: Context,
     params: Sequence[Param],
-    bits: float,
+    data: Data,
     widths: Sequence[int],
     codec_of: CodecOf,
     *,
     solved: bool,
-) -> dict[Param, int]:
-    """One of ``widths`` for each of ``params``, with at most ``bits`` a weight on average and the least predicted loss.
+) -> Losses:
+    """What each of ``widths`` costs the model, for weights of ``params`` that multiply the same value.
 
     ``solved`` says that columns will make up for one another. Weights that the model's first output does not depend
     on, of which nothing is known, are left out.
     """
     if not params:
         return {}
-    batches = ctx.calibration()
-    spreads = spread(batches, MOMENT_TOKENS), spread(batches, GRADIENT_TOKENS)
-    known = measure(graph, params, spreads[0], ctx.progress, gradients=spreads[1])
-    losses = {
-        tuple(group): _losses(ctx, known, group, widths, codec_of, solved=solved) for group in together(graph, params)
+    gradients = spread([*data.rest, *data.held], GRADIENT_TOKENS)
+    rest = measure(graph, params, spread(data.rest, MOMENT_TOKENS), ctx.progress, gradients=gradients)
+    held = measure(graph, params, spread(data.held, MOMENT_TOKENS), ctx.progress) if solved else rest
+    found = {
+        tuple(group): _losses(ctx, (rest, held), group, widths, codec_of, solved=solved)
+        for group in together(graph, params)
     }
-    losses = {group: own for group, own in losses.items() if any(own)}
-    sizes = [sum(param.type.numel for param in group) for group in losses]
+    return {group: own for group, own in found.items() if any(own)}
+
+
+def allotments(losses: Losses, bits: float, widths: Sequence[int]) -> dict[str, Bits]:
+    """Ways to give each group one of ``widths``, with at most ``bits`` a weight on average, to be measured.
+
+    Those of least predicted loss, of all widths and of the two around ``bits``; and, as what neither should be worse
+    than, these two spread over the model without a prediction, in the order of which the least is predicted.
+    """
+    if not losses:
+        return {}
+    around = [max(width for width in widths if width <= bits), min(width for width in widths if width >= bits)]
+    found = {"shared out by cost": _least(losses, bits, widths, widths)}
+    if around[0] < around[1]:
+        found[f"{around[0]} and {around[1]} bits by cost"] = _least(losses, bits, widths, around)
+        groups = list(losses)
+        orders = (groups, groups[::-1], [*groups[::2], *groups[1::2]])
+        ways = [evenly(order, bits, around) for order in orders]
+        found[SPREAD] = min(ways, key=lambda way: _total(losses, widths, way))
+    return found
+
+
+def _least(losses: Losses, bits: float, widths: Sequence[int], among: Sequence[int]) -> Bits:
+    sizes = [_size(group) for group in losses]
     ways = [
-        [Option(size * width, loss) for width, loss in zip(widths, own, strict=True)]
+        [Option(size * width, own[widths.index(width)]) for width in among]
         for size, own in zip(sizes, losses.values(), strict=True)
     ]
-    chosen = dict(zip(losses, allocate(ways, bits * sum(sizes)) if ways else [], strict=True))
-    for group, index in chosen.items():
-        kept = [width / widths[-1] for width in widths]
-        ctx.weighed(", ".join(param.name for param in group), kept, losses[group], kept[index])
-    return {param: widths[index] for group, index in chosen.items() for param in group}
+    chosen = zip(losses, allocate(ways, bits * sum(sizes)), strict=True)
+    return {param: among[index] for group, index in chosen for param in group}
+
+
+def _total(losses: Losses, widths: Sequence[int], bits: Bits) -> float:
+    return sum(own[widths.index(bits[group[0]])] for group, own in losses.items())
+
+
+def _size(group: Sequence[Param]) -> int:
+    return sum(param.type.numel for param in group)
 
 
 def _losses(
-    ctx: Context, known: Statistics, group: Sequence[Param], widths: Sequence[int], codec_of: CodecOf, *, solved: bool
+    ctx: Context,
+    known: tuple[Statistics, Statistics],
+    group: Sequence[Param],
+    widths: Sequence[int],
+    codec_of: CodecOf,
+    *,
+    solved: bool,
 ) -> list[float]:
     """What each of ``widths`` costs the model, of weights ``group`` that multiply the same value."""
-    pivots = _pivots(group[0], known.of(group[0])) if solved else None
-    each = [_predicted(ctx, param, known.of(param), [codec_of(param, w) for w in widths], pivots) for param in group]
+    rest, held = known
+    counts = column_costs(group[0], rest.of(group[0]), held.of(group[0])) if solved else None
+    each = [_predicted(ctx, param, rest.of(param), [codec_of(param, w) for w in widths], counts) for param in group]
     return [sum(costs) for costs in zip(*each, strict=True)]
 
 
 def _predicted(
-    ctx: Context, param: Param, moments: Moments, codecs: Sequence[Codec], pivots: Tensor | None
+    ctx: Context, param: Param, moments: Moments, codecs: Sequence[Codec], counts: Tensor | None
 ) -> list[float]:
     """What rounding ``param`` by each codec costs the model, in the units of ``compiler.calibration.moments``."""
     experts, rows, columns = matrix_shape(param)
@@ -97,23 +155,34 @@ def _predicted(
     for expert, matrix in enumerate(matrices):
         problem = Problem(matrix[chosen], damped(seconds[expert]))
         for index, codec in enumerate(codecs):
-            lost = _lost(problem, codec.for_matrix(matrix), None if pivots is None else pivots[expert])
+            lost = _lost(problem, codec.for_matrix(matrix), None if counts is None else counts[expert])
             totals[index] += float(lost @ costs[expert][chosen])
     return [total / 2 * rows / len(chosen) for total in totals]
 
 
-def _pivots(param: Param, moments: Moments) -> Tensor:
-    """The diagonal of U [experts, columns], the same for all that multiply what ``param`` does."""
+def column_costs(param: Param, rest: Moments, held: Moments) -> Tensor:
+    """What a square of each column's own error costs: float32 [experts, columns], the same for all of one input.
+
+    Of experts that held-out batches do not reach it is taken to be what it costs on the others.
+    """
     experts, _, columns = matrix_shape(param)
-    seconds = moments.second.reshape(experts, columns, columns)
-    return torch.stack([inverse_factor(damped(second)).diagonal() for second in seconds])
+    found: list[Tensor] = []
+    parts = (rest.second, held.second, held.count)
+    shapes = ((experts, columns, columns), (experts, columns, columns), (experts,))
+    for second, other, count in zip(
+        *(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)), strict=True
+    ):
+        factor = inverse_factor(damped(second))
+        spilt = ((factor @ other.float()) * factor).sum(1) if count > 0 else torch.ones(columns)
+        found.append(spilt / factor.diagonal().square())
+    return torch.stack(found)
 
 
-def _lost(problem: Problem, codec: Codec, pivots: Tensor | None) -> Tensor:
-    """What each row loses when it is rounded, in order by ``pivots`` if there are any: float64 [rows]."""
-    error = problem.wanted - nearest(problem, codec, weighted=pivots is not None).values
-    if pivots is not None:
-        return (error / pivots).square().sum(1, dtype=torch.float64)
+def _lost(problem: Problem, codec: Codec, counts: Tensor | None) -> Tensor:
+    """What each row loses when it is rounded, in order by ``counts`` if there are any: float64 [rows]."""
+    error = problem.wanted - nearest(problem, codec, weighted=counts is not None).values
+    if counts is not None:
+        return (error.square() @ counts).double()
     return (error @ problem.second * error).sum(1, dtype=torch.float64)
 
 

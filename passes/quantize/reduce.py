@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +13,14 @@ from compiler.calibration.energies import Energies, energies
 from compiler.calibration.fidelity import Fidelity, spread
 from compiler.calibration.moments import Moments
 from compiler.calibration.products import matrix_shape, products
-from compiler.calibration.sequence import Met, in_order
+from compiler.calibration.sequence import Batches, Met, in_order
 from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
 from passes.quantize.blocks import learn_blocks
-from passes.quantize.mixed import evenly, shared_out, together
+from passes.quantize.mixed import EVEN, Bits, Data, allotments, evenly, predicted, together
 from passes.quantize.numbers import TABLE_BITS, TABLES
 from passes.quantize.places import DAMPING, report
 from passes.quantize.resume import Numbers, Solved
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 TOKENS = 32768  # of calibration data that weights are quantised on
 REFINED_TOKENS = 16384  # with energies, for which data is run forward and back, fewer do
 CHOICE_TOKENS = 2048
+TRIAL_TOKENS = 8192  # of calibration data that ways to share out bits are compared by
 WIDTHS = (2, 3, 4, 5, 6, 8)
-
-Bits = Mapping[Param, int]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,9 @@ def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]
 class _Job:
     """What it takes to quantise weights on a copy of the graph."""
 
-    def __init__(self, graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]) -> None:
+    def __init__(
+        self, graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param], batches: Batches | None = None
+    ) -> None:
         self.graph = graph
         self.ctx = ctx
         self.wanted = wanted
@@ -71,7 +72,7 @@ class _Job:
         known = products(graph)
         self.measurable = [param for param in params if param in known and len(known[param]) == len(param.users)]
         self.widths = sorted(set(wanted.widths or (TABLE_BITS if wanted.type in TABLES else WIDTHS)))
-        self._batches = ctx.calibration()
+        self._batches = ctx.calibration() if batches is None else batches
         self._energies: Energies | None = None
 
     def planned(self) -> tuple[Bits, dict[Param, Quantised]]:
@@ -94,19 +95,48 @@ class _Job:
 
     def nearest_to_original(self) -> tuple[Bits, dict[Param, Quantised]]:
         """What the options allow that brings the model nearest to the original."""
-        if not self.wanted.mixed:
-            bits = self._uniform()
-            return bits, self.made(bits)
-        shared = self._shared_out()
-        if self.wanted.bits != int(self.wanted.bits):
-            return shared, self.made(shared)
-        fidelity = Fidelity(self.graph, spread(self._batches, CHOICE_TOKENS, 1))
-        found = [(bits, self.made(bits)) for bits in (self._uniform(), shared)]
-        distances = [fidelity.distance(self._with(made)) for _, made in found]
-        best = distances.index(min(distances))
-        for index, what in enumerate(("the same bits for each", "shared out by cost")):
-            self.ctx.tried(what, distances[index], index == best)
+        bits = self._shared_out() if self.wanted.mixed else self._uniform()
+        return bits, self.made(bits)
+
+    def _shared_out(self) -> Bits:
+        """Widths by predicted loss, or without it where held-out batches are nearer to the original so.
+
+        Weights that are not measured get the widest that is no wider than the average.
+        """
+        data, bits, solved = Data.of(self._batches), self.wanted.bits, self.wanted.method != "nearest"
+        losses = predicted(
+            self.graph,
+            self.ctx,
+            self.measurable,
+            data,
+            self.widths,
+            lambda p, w: self._codecs({p: w})[p],
+            solved=solved,
+        )
+        plain = dict.fromkeys(self.params, max(width for width in self.widths if width <= bits))
+        ways: list[tuple[str, Bits]] = [
+            (what, {**plain, **own}) for what, own in allotments(losses, bits, self.widths).items()
+        ]
+        if bits == int(bits) or not ways:
+            ways.append((EVEN, self._uniform() if bits == int(bits) else plain))
+        found = dict({tuple(own.values()): (what, own) for what, own in ways}.values())  # each once
+        best = self._nearest(found, data) if len(found) > 1 else next(iter(found))
+        for group, own in losses.items():
+            kept = [width / self.widths[-1] for width in self.widths]
+            names = ", ".join(param.name for param in group)
+            self.ctx.weighed(names, kept, own, found[best][group[0]] / self.widths[-1])
         return found[best]
+
+    def _nearest(self, ways: Mapping[str, Bits], data: Data) -> str:
+        """That of ``ways`` by which the model is nearest on what is held out, solved on the rest and not refined."""
+        fidelity = Fidelity(self.graph, spread(data.held, CHOICE_TOKENS))
+        quick = replace(self.wanted, method="gptq") if self.wanted.method == "refined" else self.wanted
+        job = _Job(self.graph, self.ctx, quick, self.params, spread(data.rest, TRIAL_TOKENS))
+        distances = {what: fidelity.distance(self._with(job.made(bits))) for what, bits in ways.items()}
+        best = min(distances, key=lambda what: distances[what])
+        for what, distance in distances.items():
+            self.ctx.tried(what, distance, what == best)
+        return best
 
     def made(self, bits: Bits) -> dict[Param, Quantised]:
         """Every weight with so many bits. The graph is left as it is."""
@@ -194,17 +224,6 @@ class _Job:
 
     def _uniform(self) -> Bits:
         return dict.fromkeys(self.params, int(self.wanted.bits))
-
-    def _shared_out(self) -> Bits:
-        """Widths by predicted loss; of weights that are not measured the widest that is no wider than the average."""
-        plain = max(width for width in self.widths if width <= self.wanted.bits)
-
-        def codec_of(param: Param, width: int) -> Codec:
-            return self._codecs({param: width})[param]
-
-        solved = self.wanted.method != "nearest"
-        bits = shared_out(self.graph, self.ctx, self.measurable, self.wanted.bits, self.widths, codec_of, solved=solved)
-        return {**dict.fromkeys(self.params, plain), **bits}
 
     def _codecs(self, bits: Bits) -> dict[Param, Codec]:
         systems = {width: self.wanted.system(width) for width in set(bits.values())}
