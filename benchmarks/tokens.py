@@ -59,6 +59,7 @@ from compiler.pipeline import Pass, Pipeline
 from passes import DropTokens, Heal
 
 BATCH, TURNS = 8, 15
+WORDS = 128  # pictures that a vocabulary is found in, none of those known or asked about
 KEEP = {"minilm": (0.85, 0.7, 0.6, 0.5), "whisper": (0.85, 0.7, 0.55, 0.4)}
 SCORES: tuple[Any, ...] = ("received", "class", "key-norm", "recency", "random")
 Feeds = Mapping[str, np.ndarray]
@@ -117,11 +118,13 @@ def dinov2(options: argparse.Namespace) -> Task:
     tokens = int(graph.outputs["last_hidden_state"].shape[1])
     merged = options.merged or tokens // 13
     common: dict[str, Any] = {"keep": left(tokens, merged, 12), "prefix": 1}
+    even = round(sum(common["keep"]) / 12)  # about as much arithmetic
     methods = {
         "merge: bipartite": DropTokens(merge="bipartite", **common),
         "merge: bipartite, compare: stream": DropTokens(merge="bipartite", compare="stream", **common),
         "merge: bipartite, not proportional": DropTokens(merge="bipartite", proportional=False, **common),
         "merge: average": DropTokens(merge="average", **common),
+        "merge: words": DropTokens(merge="words", compare="stream", site="entry", layers="0", keep=even, prefix=1),
         "score: class": DropTokens(score="class", **common),
         "merge: extra, score: class": DropTokens(merge="extra", score="class", **common),
         "score: key-norm": DropTokens(score="key-norm", **common),
@@ -138,7 +141,8 @@ def dinov2(options: argparse.Namespace) -> Task:
     def peer(feeds: Feeds) -> Tensor:
         return published(torch.from_numpy(feeds["pixel_values"]))[:, None]
 
-    return Task(graph, batches, score, alone(methods), peer)
+    words = [{"pixel_values": encoders.picture(each)} for each in train[known : known + WORDS]]
+    return Task(graph, batches, score, alone(methods), peer, words)
 
 
 def alone(methods: Mapping[str, DropTokens]) -> dict[str, Sequence[Pass]]:

@@ -12,15 +12,20 @@ from passes.drop_tokens import DropTokens
 from tests.test_drop_tokens import dropped
 
 DEFAULTS = {field.name: field.default for field in fields(DropTokens)}
-MERGES = ("none", "extra", "bipartite", "average")
+MERGES = ("none", "extra", "bipartite", "average", "words")
 UNREAD = {"compare": "stream", "proportional": False, "every": 3, "seed": 5, "learn": 9, "of": "means"}
 UNREAD |= {"block": 4, "crops": (1, 2)}
 READ = {
     "compare": [{"merge": "bipartite"}, {"score": "similarity"}, {"merge": "bipartite", "skip": "mlp"}],
-    "proportional": [{"merge": "bipartite"}, {"merge": "average"}, {"merge": "bipartite", "score": "similarity"}],
+    "proportional": [
+        {"merge": "bipartite"},
+        {"merge": "average"},
+        {"merge": "words"},
+        {"merge": "bipartite", "score": "similarity"},
+    ],
     "every": [{"score": "received"}, {}, {"merge": "extra", "score": "received"}],
     "seed": [{"score": "random"}, {"score": "random", "skip": "mlp"}, {"score": "learned"}],
-    "learn": [{"score": "learned"}],
+    "learn": [{"score": "learned"}, {"merge": "words"}],
     "of": [{"score": "learned"}],
     "block": [{}, {"score": "key-norm"}, {"merge": "extra"}, {"skip": "mlp"}],
     "crops": [{"tokens": "pictures", "score": "class"}],

@@ -24,7 +24,7 @@ from tests.vision_language import PICTURE, TOWERS, with_crops
 
 PAGE = Path(__file__).parent.parent / "docs" / "passes" / "drop-tokens.md"
 ROWS = dict(re.findall(r"^\| ([^|]+) \| `(\{.+\})` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
-ENCODERS = {"ToMe": "dinov2", "EViT": "vit", "PoWER-BERT": "bert", "LTP, top k": "bert"}
+ENCODERS = {"ToMe": "dinov2", "EViT": "vit", "PoWER-BERT": "bert", "LTP, top k": "bert", "visual word tokens": "vit"}
 DEPTH = 12
 
 

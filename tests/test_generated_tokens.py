@@ -23,6 +23,8 @@ CHOICES = {
     "merged": {"merge": "bipartite"},
     "extra": {"merge": "extra", "score": "class"},
     "neighbours": {"merge": "average"},
+    "merged once": {"merge": "bipartite", "layers": "0"},
+    "before a layer": {"score": "random", "layers": "0", "site": "entry"},
 }
 
 

@@ -49,10 +49,12 @@ def by_position(graph: Graph, tokens: str) -> None:
 
 
 def hoist(graph: Graph) -> None:
-    """Let what one layer makes for all of them, from nothing that runs through layers, stand before the stack."""
+    """Let what one layer makes for all of them, from nothing that is given, stand before the stack."""
+    given = set(graph.inputs.values())
     for bias in (*biases(graph, causal=True), *biases(graph, causal=False)):
-        readers = {layer_of(user.scope) for user in bias.users}
-        for node in ancestors([bias]) if len(readers) > 1 else ():
+        readers, made = {layer_of(user.scope) for user in bias.users}, ancestors([bias])
+        shared = len(readers) > 1 and not any(value in given for node in made for value in node.inputs)
+        for node in made if shared else ():
             layer = layer_of(node.scope)
             if layer is not None:
                 node.scope = layer.stack.rpartition(".")[0]

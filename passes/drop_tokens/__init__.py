@@ -38,8 +38,9 @@ class DropTokens(Pass):
     ``merge: bipartite`` makes each dropped token part of the mean with the one that it is most like by its keys, or in
     the `stream` (``compare``), with attention as if it were still there (ToMe, arXiv 2210.09461; ``proportional``);
     `extra` makes one token of all that a layer drops, by score (EViT, arXiv 2202.07800); `average` makes means of
-    neighbours, whatever the score. Rotary and other ``positions`` stay with their tokens, or are counted anew
-    (`renumber`).
+    neighbours, and `words` of patches of a picture that are the same word of a vocabulary, found in ``learn`` tokens of
+    calibration data (arXiv 2411.15397), whatever the score. Rotary and other ``positions`` stay with their tokens, or
+    are counted anew (`renumber`).
 
     Behind the last layer every token has its place again: a dropped one as it was then, a merged one as what it became.
     With ``tokens: pictures`` only those of pictures in a text can go, and ``keep`` counts these (FastV, PyramidDrop);
@@ -56,7 +57,7 @@ class DropTokens(Pass):
     skip: Literal["layers", "mlp"] = "layers"
     score: Score | None = None
     keep: Part | Number | tuple[Part | Number, ...] = 1.0
-    merge: Literal["none", "extra", "bipartite", "average"] = "none"
+    merge: Literal["none", "extra", "bipartite", "average", "words"] = "none"
     compare: Literal["keys", "stream"] = "keys"
     proportional: bool = True
     positions: Literal["keep", "renumber"] = "keep"
@@ -85,8 +86,9 @@ class DropTokens(Pass):
                 option="score",
                 remedy="write `score: class`, `received` or `last`",
             )
-        if self.merge == "average" and self.score is not None:
-            cause = "`merge: average` merges neighbours, whatever the score"
+        if self.merge in ("average", "words") and self.score is not None:
+            merged = "neighbours" if self.merge == "average" else "tokens of a word"
+            cause = f"`merge: {self.merge}` merges {merged}, whatever the score"
             raise PassError(cause, option="score", remedy="leave out `score`, or write `merge: none`")
         if self.tokens == "pictures" and (self.merge != "none" or self.alike):
             cause = "of pictures in a text, tokens are dropped by score"
@@ -110,18 +112,23 @@ class DropTokens(Pass):
 
     def _refuse_unread(self) -> None:
         """Raises PassError for an option that differs from its default where nothing reads it."""
-        weighed = self.skip == "layers" and self.merge in ("bipartite", "average")
+        weighed = self.skip == "layers" and self.merge in ("bipartite", "average", "words")
         received = self.score in (None, "received") and self.merge in ("none", "extra")
-        random = self.score in ("random", "learned")
+        words = self.merge == "words"
+        random = words or self.score in ("random", "learned")
         scored = self.merge in ("none", "extra") and self.score != "similarity"
         for option, read, when in (
-            ("compare", self.alike, "tokens are matched, as by `merge: bipartite` or `score: similarity`"),
-            ("proportional", weighed, "attention sees means, of `merge: bipartite` or `average` behind layers"),
+            ("compare", self.alike or words, "tokens are matched, as by `merge: bipartite` or `score: similarity`"),
+            (
+                "proportional",
+                weighed,
+                "attention sees means, of `merge: bipartite`, `average` or `words` behind layers",
+            ),
             ("every", received, "queries are counted, by `score: received`"),
             ("block", scored, "tokens are dropped by score"),
             ("crops", self.shown, "class tokens of `pictures` say what remains, by `score: class`"),
-            ("seed", random, "something is drawn, by `score: random` or `learned`"),
-            ("learn", self.score == "learned", "a gate is trained, by `score: learned`"),
+            ("seed", random, "something is drawn, by `score: random` or `learned`, or `merge: words`"),
+            ("learn", words or self.score == "learned", "something is learned, by `score: learned` or `merge: words`"),
             ("of", self.score == "learned", "a gate is trained, by `score: learned`"),
         ):
             if not read and getattr(self, option) != getattr(DropTokens, option):
@@ -129,8 +136,8 @@ class DropTokens(Pass):
 
     @property
     def calibrated(self) -> bool:
-        """Whether a gate is trained."""
-        return self.score == "learned" and not self.exact
+        """Whether a gate is trained, or words are found."""
+        return (self.score == "learned" or self.merge == "words") and not self.exact
 
     @property
     def exact(self) -> bool:
@@ -150,7 +157,7 @@ class DropTokens(Pass):
     @property
     def _known_at_entry(self) -> bool:
         """Whether what remains can be said before a layer has attended."""
-        if self.alike:
+        if self.alike or self.merge == "words":
             return self.compare == "stream"
         return self.shown or self.merge == "average" or self.by_place
 

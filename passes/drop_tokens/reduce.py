@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from compiler.errors import PassError
 from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim
 from compiler.pipeline import Context
-from compiler.weights.expr import Expr
 from passes.drop_tokens.counts import counts, paired
 from passes.drop_tokens.follow import Following, Readers
 from passes.drop_tokens.gate import add_gate
@@ -21,11 +17,18 @@ from passes.drop_tokens.learn import learning
 from passes.drop_tokens.pictures import Pictures, pictures
 from passes.drop_tokens.places import Place, ends, places
 from passes.drop_tokens.scores import Ops, attend, by_place, metric, neighbours, scores
+from passes.drop_tokens.words import Words, words
 
 if TYPE_CHECKING:
     from passes.drop_tokens import DropTokens
 
-WORDS = {"none": "dropped", "extra": "merged into one", "bipartite": "merged into others", "average": "merged in runs"}
+FATES = {
+    "none": "dropped",
+    "extra": "merged into one",
+    "bipartite": "merged into others",
+    "average": "merged in runs",
+    "words": "merged with those of their words",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Reduction:
     options: DropTokens
     prefix: int
     suffix: int
-    spill: Callable[[str, Tensor], Expr]
+    ctx: Context
     sizes: Value | None = None
     sized: dict[Node, Value] = field(default_factory=dict[Node, Value])
     numbers: Value | None = None
@@ -95,6 +98,8 @@ class Reduction:
         if self.options.alike:
             index, rest, into = ops.all("token_match", metric(ops, place, self.options), **own)
             return Chosen(index, rest, into) if merge == "bipartite" else Chosen(index)
+        if merge == "words":
+            return Chosen(*self._words(ops, place, int(keep)).chosen(ops, int(keep), self.prefix, self.suffix))
         if merge == "average":
             fixed = self.prefix + self.suffix
             first, slots = neighbours(ops, place, self.prefix, int(place.tokens) - fixed, int(keep) - fixed)
@@ -104,7 +109,7 @@ class Reduction:
             self.numbers = self._from_the_first(self._outside(ops, place), place)
         weight = scores(ops, place, self.options, self.numbers)
         if self.options.score == "learned":
-            weight = add_gate(self.graph, self.spill, place, self.options.seed).scores(ops, place.stream, weight)
+            weight = add_gate(self.graph, self.ctx.spill, place, self.options.seed).scores(ops, place.stream, weight)
         if self.options.block > 1:
             weight = ops("token_blocks", weight, size=self.options.block)
         if self.pictures is not None:
@@ -115,6 +120,11 @@ class Reduction:
             self.pictures = replace(self.pictures, flags=flags)
         self.numbers = self.numbers and self._outside(ops, place)("token_take", self.numbers, index)
         return Chosen(index, rest, None, weight) if merge == "extra" else Chosen(index)
+
+    def _words(self, ops: Ops, place: Place, keep: int) -> Words:
+        options, count = self.options, keep - self.prefix - self.suffix
+        inner = slice(self.prefix, int(place.tokens) - self.suffix)
+        return words(ops, self.ctx, place, metric(ops, place, options), inner, count, options.learn, options.seed)
 
     def _from_the_first(self, ops: Ops, place: Place) -> Value | None:
         if self.pictures is not None and self.options.shown:
@@ -164,18 +174,20 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
     first, last = ends(graph, found[0])
     prefix = first if options.prefix is None else options.prefix
     suffix = last if options.suffix is None else options.suffix
-    if options.merge in ("extra", "average") and isinstance(found[0].tokens, str):
+    if options.merge == "words" and len(found) > 1:
+        raise PassError("words are found behind one layer", option="layers", remedy="name one, such as `0`")
+    if options.merge in ("extra", "average", "words") and isinstance(found[0].tokens, str):
         raise PassError(
             "tokens are merged where every sample has as many, and these may be padded",
             option="merge",
             remedy="leave out `merge`",
         )
-    reduction = Reduction(graph, options, prefix, suffix, ctx.spill)
+    reduction = Reduction(graph, options, prefix, suffix, ctx)
     if options.tokens == "pictures":
         reduction.pictures = pictures(graph, found[0].stream)
     remain = _wanted(found[0].tokens, len(found), reduction)
-    windows = ctx.calibration() if options.calibrated else []
-    trains = options.calibrated and not ctx.planned
+    windows = ctx.calibration() if options.score == "learned" else []
+    trains = options.score == "learned" and not ctx.planned
     learner = learning(graph, ctx, options, remain, (prefix, suffix)) if trains else None
     for place, wanted in zip(found, remain, strict=True):
         before = place.tokens
@@ -191,7 +203,7 @@ def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:
                 f"{keep} tokens remain behind {place.layer.scope} and not {wanted}: of each two neighbours one can go"
             )
         go_on = "remain" if options.skip == "layers" else "go through its MLP"
-        what = f"{keep} of {before} tokens {go_on}, others are {WORDS[options.merge]}"
+        what = f"{keep} of {before} tokens {go_on}, others are {FATES[options.merge]}"
         ctx.rewrote(place.layer.scope, what, **numbers)
     reduction.weigh()
     graph.prune()
@@ -214,7 +226,7 @@ def _counts(tokens: Dim, options: DropTokens, steps: int, prefix: int, suffix: i
         return [_counts(tokens, replace(whole, keep=(part,)), 1, prefix, suffix)[0] for part in parts]
     if options.alike and isinstance(tokens, str):
         return paired(tokens, options.keep, steps, prefix, suffix)
-    return counts(tokens, options.keep, steps, prefix + suffix + (options.merge == "average"))
+    return counts(tokens, options.keep, steps, prefix + suffix + (options.merge in ("average", "words")))
 
 
 def _least(before: Dim, keep: Dim, options: DropTokens, prefix: int, suffix: int) -> Dim:
