@@ -109,6 +109,16 @@ def test_an_attention_that_cannot_be_replaced_is_refused() -> None:
         capture(config, architecture="FalconForCausalLM")
 
 
+def test_an_attention_that_reads_its_mask_itself_is_refused() -> None:
+    """Its scores would be those of all tokens, were the mask left out as it is for attention of ours."""
+    from transformers import BloomConfig
+
+    config = BloomConfig(n_layer=1, hidden_size=16, n_head=2, vocab_size=20)
+    with pytest.raises(CaptureError, match="reads its mask itself") as caught:
+        capture(config, architecture="BloomForCausalLM")
+    assert "attention" in (caught.value.where or "") and "attention interface" in caught.value.remedy
+
+
 def test_in_place_writes_are_followed() -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -77,14 +77,17 @@ def _experts_shape(x: Tensor, indices: Tensor, weights: Tensor, parameters: list
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("compress_model::windowed", mutates_args=())
-def windowed(mask: Tensor | None, window: int) -> Tensor:
-    """A padding mask [B, S], or one element for none, that carries the window of the attentions it is handed to."""
+@torch.library.custom_op("compress_model::masking", mutates_args=())
+def masking(mask: Tensor | None, window: int, causal: bool) -> Tensor:
+    """A padding mask [B, S], or one element for none, that carries what else the attentions do that it is handed to.
+
+    Only an attention of ours can read it: a model that adds it to scores of its own is refused, not captured without.
+    """
     raise NotImplementedError("masks are only traced")
 
 
-@windowed.register_fake
-def _windowed_shape(mask: Tensor | None, window: int) -> Tensor:
+@masking.register_fake
+def _masking_shape(mask: Tensor | None, window: int, causal: bool) -> Tensor:
     return torch.empty((1, 1), dtype=torch.bool) if mask is None else torch.empty_like(mask)
 
 
@@ -134,17 +137,18 @@ def _mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask [B, S] or None, marked with the window of a sliding one: causality is the attention's own."""
+    """The padding mask [B, S] or None, marked where it is causal or has a window."""
     names = list(_mask_functions(mask_function))
     for name in names:
         if name not in _UNDERSTOOD_MASKS:
             raise CaptureError(f"the attention mask `{name}` is not in the graph's vocabulary")
+    causal = "causal_mask_function" in names
     if not any(name.startswith("sliding_window") for name in names):
-        return attention_mask
+        return masking(attention_mask, 0, True) if causal else attention_mask
     if local_size is None:
         raise CaptureError("a sliding window does not say how wide it is")
     # Looking both ways, the width of a mask counts the tokens on one side, and an attention's also the token itself.
-    return windowed(attention_mask, local_size + ("sliding_window_bidirectional_overlay" in names))
+    return masking(attention_mask, local_size + ("sliding_window_bidirectional_overlay" in names), causal)
 
 
 def _mask_functions(function: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ the result's type from ``importer.out`` where ATen leaves it to inference, and e
 from __future__ import annotations
 
 from compiler.frontend.aten import elementwise, placed, resize, shape, whole
-from compiler.frontend.aten.shared import Complex, Handler
+from compiler.frontend.aten.shared import Complex, Handler, Masking
 
 TABLES = (elementwise, placed, resize, shape, whole)
 
@@ -15,4 +15,4 @@ HANDLERS: dict[str, Handler] = {name: handler for table in TABLES for name, hand
 
 TAKES_COMPLEX: frozenset[str] = frozenset({"mul", "view_as_real"})
 
-__all__ = ["HANDLERS", "TAKES_COMPLEX", "Complex", "Handler"]
+__all__ = ["HANDLERS", "TAKES_COMPLEX", "Complex", "Handler", "Masking"]

@@ -24,6 +24,14 @@ class Complex(NamedTuple):
     imaginary: Value
 
 
+class Masking(NamedTuple):
+    """A padding mask, or none, with the window (0 for none) and the causality of the attentions that it is made for."""
+
+    mask: Value | None
+    window: int
+    causal: bool
+
+
 def as_dtype(importer: Importer, x: Value, dtype: torch.dtype) -> Value:
     """``x`` in ``dtype``, cast if need be."""
     return x if x.type.dtype == dtype else importer.emit("cast", x, dtype=dtype)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compiler.frontend.aten.shared import Complex, Handler, reshaped
+from compiler.frontend.aten.shared import Complex, Handler, Masking, reshaped
 from compiler.frontend.experts import expert_operands
 from compiler.ir.graph import Value
 
@@ -140,15 +140,8 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return tuple(values * axes if len(values) == 1 else values)
 
 
-class _Windowed(NamedTuple):
-    """A padding mask, or none, with the window of the attentions that it is made for."""
-
-    mask: Value | None
-    window: int
-
-
-def _windowed(importer: Importer, mask: Value | None, window: int) -> _Windowed:
-    return _Windowed(mask, window)
+def _masking(importer: Importer, mask: Value | None, window: int, causal: bool) -> Masking:
+    return Masking(mask, window, causal)
 
 
 def _attention(
@@ -156,7 +149,7 @@ def _attention(
     query: Value,
     key: Value,
     value: Value,
-    mask: Value | _Windowed | None,
+    mask: Value | Masking | None,
     bias: Value | None,
     sinks: Value | None,
     scale: float,
@@ -164,10 +157,10 @@ def _attention(
     window: int,
     softcap: float,
 ) -> Value:
-    if isinstance(mask, _Windowed):
-        if window not in (0, mask.window):
+    if isinstance(mask, Masking):
+        if window and mask.window not in (0, window):
             raise importer.fail(f"an attention has a window of {window}, and its mask one of {mask.window}")
-        mask, window = mask
+        mask, window, causal = mask.mask, mask.window or window, mask.causal or causal
     return importer.emit(
         "attention", query, key, value, mask, bias, sinks, scale=scale, causal=causal, window=window, softcap=softcap
     )
@@ -219,8 +212,8 @@ HANDLERS: dict[str, Handler] = {
     "experts": _experts,
     "layer_norm": _layer_norm,
     "linear": _linear,
+    "masking": _masking,
     "polar": _polar,
     "rms_norm": _rms_norm,
     "scaled_dot_product_attention": _sdpa,
-    "windowed": _windowed,
 }
