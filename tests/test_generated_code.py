@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -10,14 +11,21 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
-from backends.torch_module.code import wrapped
+from backends.torch_module.code import Code, wrapped
 from backends.torch_module.emitters import EMITTERS
 from compiler.errors import TargetError
 from compiler.frontend.capture import capture
+from compiler.ir.execute import run
+from compiler.ir.graph import Graph
 from compiler.ir.ops import operations, tokens
+from compiler.ir.types import TensorType
 from compiler.target import emission_of
 from tests.emitted import written_for
 from tests.families import FAMILIES
@@ -89,6 +97,29 @@ def test_long_lines_are_laid_out_as_ruff_does(line, tmp_path):
     text = f"class A:\n    def f(self) -> None:\n{chr(10).join(pieces)}\n"
     command = [Path(sys.executable).with_name("ruff"), "format", "--config", ROOT / "pyproject.toml", "-q", "-"]
     assert subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout == text
+
+
+@pytest.mark.parametrize("op, attrs", [("layer_norm", {}), ("rms_norm", {}), ("rms_norm", {"offset": 1.0})])
+def test_a_norm_by_vectors_that_are_computed_is_by_these(op, attrs):
+    names = ("x", "weight", "bias")[: 3 if op == "layer_norm" else 2]
+    given = {name: torch.randn(5) for name in names}
+    graph = Graph("norm")
+    vectors = [graph.add_input(name, TensorType(torch.float32, (5,))) for name in names]
+    graph.outputs["y"] = graph.op(op, vectors, {"eps": 1e-5, **attrs})
+    site: Any = SimpleNamespace(node=graph.outputs["y"].node, args=[Code(name) for name in names], leaf=lambda: None)
+    found = eval(EMITTERS[op](site).text, {"F": torch.nn.functional, **given})
+    torch.testing.assert_close(found, run(graph, given)["y"])
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bert"])
+def test_any_name_of_a_family_makes_code_that_python_reads(kind):
+    """Files, classes and the model type are named after the family, whose name may hold what a module's cannot."""
+    sizes = FAMILIES["bert"].options
+    config = AutoConfig.for_model(kind, num_hidden_layers=1, **sizes)
+    graph = capture(config, architecture="BertForMaskedLM" if kind == "bert" else "XLMRobertaForMaskedLM")
+    emission = emission_of(graph, "generated")
+    modules = {file.removesuffix(".py"): text for file, text in emission.files.items() if file.endswith(".py")}
+    assert all(ast.parse(text) and name.isidentifier() for name, text in modules.items())
 
 
 def test_every_operation_has_code():

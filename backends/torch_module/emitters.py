@@ -37,14 +37,23 @@ def _embedding(site: Site) -> Code:
     return Code(f"{leaf}({ids})" if leaf else f"F.embedding({ids}, {arg(site, 0).text})")
 
 
-def _norm(function: str) -> Emitter:
-    def emit(site: Site) -> Code:
-        leaf, x = site.leaf(), arg(site, 0)
-        if leaf:
-            return Code(f"{leaf}({x.text})")
-        return Code(f"{function}({x.text}, {x.atom}.shape[-1:], eps={site.node.attr('eps')})")
+def _rms_norm(site: Site) -> Code:
+    offset, weight = site.node.attr("offset"), optional(site, 1)
+    return _norm(site, "F.rms_norm", f"{number(offset)} + {weight}" if weight and offset else weight)
 
-    return emit
+
+def _layer_norm(site: Site) -> Code:
+    return _norm(site, "F.layer_norm", optional(site, 1), optional(site, 2))
+
+
+def _norm(site: Site, function: str, weight: str | None, bias: str | None = None) -> Code:
+    """A module that holds the vectors, or a call with those that are computed."""
+    leaf, x = site.leaf(), arg(site, 0)
+    if leaf:
+        return Code(f"{leaf}({x.text})")
+    vectors = [f"{name}={text}" for name, text in (("weight", weight), ("bias", bias)) if text]
+    options = [*vectors, f"eps={site.node.attr('eps')}"]
+    return Code(f"{function}({x.text}, {x.atom}.shape[-1:], {', '.join(options)})")
 
 
 def _hadamard(site: Site) -> Code:
@@ -128,8 +137,8 @@ EMITTERS: dict[str, Emitter] = {
     "embedding": _embedding,
     "hadamard": _hadamard,
     "conv": _conv,
-    "rms_norm": _norm("F.rms_norm"),
-    "layer_norm": _norm("F.layer_norm"),
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "rope_table": _rope_table,
     "rope": _rope,
     "attention": _attention,

@@ -205,4 +205,4 @@ def _names(graph: Graph) -> tuple[str, str]:
     family = str(config.get("model_type") or identifier(graph.name).lower())
     architecture = graph.origin.architecture or camel(family)
     prefix = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture)
-    return f"Compressed{prefix}", f"compressed_{family}"
+    return f"Compressed{prefix}", f"compressed_{identifier(family)}"
