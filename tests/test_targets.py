@@ -24,6 +24,7 @@ from compiler.weights.expr import load
 from compiler.weights.ops.basic import concat, index, literal, reshape, slice, transpose
 from compiler.weights.source import MemorySource
 from passes.gqa_to_mla import GqaToMla
+from passes.quantize import Quantize
 from tests.captures import graph_of, plan_of
 from tests.emitted import Job
 from tests.families import FAMILIES
@@ -286,6 +287,15 @@ def test_a_parameter_made_of_two_tensors_cannot_be_undone():
     graph = taken_apart([concat([STORED, load("model", "other", STORED.type)], 0)])
     found = assemble(graph, {"part0": graph.params["part0"].expr})
     assert found == Mismatch("part0 is made in a way that cannot be undone")
+
+
+def test_experts_that_no_loader_finds_quantised_have_no_class():
+    """The files of this family hold experts under names that neither a linear module nor an expert has."""
+    sizes = {**FAMILIES["mixtral"].options, "hidden_size": 32, "intermediate_size": 64}
+    graph = capture(transformers.GraniteMoeConfig(num_hidden_layers=1, **sizes), architecture="GraniteMoeForCausalLM")
+    Pipeline([Quantize(bits=8, where="experts")]).run(graph, planned=True)
+    refusal = propose(graph)
+    assert isinstance(refusal, Refusal) and "is no weight of a linear module or an expert" in refusal.reason
 
 
 def test_refusals_of_every_target_are_told():

@@ -126,6 +126,10 @@ def _described(
     strange = [name for name in schemes if name not in linears and name not in embeddings]
     if strange:
         return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")
+    known = {named[f"{name}.weight"].key for name in schemes}
+    odd = [key for key, e in stored.items() if as_dequantize(e) and not EXPERT.search(key) and e.key not in known]
+    if odd:
+        return Mismatch(f"{odd[0]} is quantised, and it is no weight of a linear module or an expert; skip it")
     short = _too_short({**schemes, **experts}, stored)
     if short:
         return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
