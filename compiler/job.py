@@ -28,7 +28,7 @@ from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing
 from compiler.ir.graph import Graph
-from compiler.means import Means, memory_to_use, open_means
+from compiler.means import Means, give_back, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
 from compiler.plan import bytes_in_file, open_recipe_model, written_cache
@@ -249,6 +249,7 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     own_code = bool(passed.emission and passed.emission.files)
+    give_back()
     with run.step("verify"):
         verification, reloaded = _verify(run, passed, output, own_code)
         of_gguf = _verify_gguf(run, passed, output)

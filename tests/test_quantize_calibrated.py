@@ -23,7 +23,7 @@ from compiler.weights.ops.mx import Mx
 from compiler.weights.ops.nvfp4 import Nvfp4
 from compiler.weights.spill import Progress, SpillSource
 from passes.quantize import Quantize, reduce
-from passes.quantize.solve import DAMPINGS, Problem, chosen_damping, damped, nearest, refined, solve
+from passes.quantize.solve import DAMPINGS, Problem, chosen_damping, damped, inverse_factor, nearest, refined, solve
 from passes.quantize.solve import in_order as column_by_column
 from tests.captures import graph_of
 from tests.emitted import TOLERANCE, Job
@@ -88,6 +88,21 @@ def test_inputs_that_have_nothing_to_do_with_each_other_leave_rounding_as_it_is(
     one = Problem(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), torch.eye(64))
     codec = Integer(4, 16, torch.float32)
     assert torch.equal(column_by_column(one, codec).values, nearest(one, codec, weighted=False).values)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_rounding_to_nearest_is_not_missed_where_it_comes_near(correlated):
+    """It is tried on some of many rows, and on all where inputs have little to do with each other."""
+    one, codec = problem(200, 64, 6, correlated), Integer(3, 16, torch.float32)
+    best = min(one.cost(nearest(one, codec, weighted=weighted).values) for weighted in (True, False))
+    assert one.cost(solve(one, codec, refine=False).values) <= best
+
+
+def test_the_factor_is_that_of_the_inverse():
+    second = problem(1, 96, 8).second
+    factor = inverse_factor(second)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor @ second @ factor.T, torch.eye(96), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("refine", [False, True])
