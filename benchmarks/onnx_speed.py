@@ -33,6 +33,7 @@ from compiler.console import table
 
 INT4 = "where: linear, bits: 4, group: 32, tied: copy"
 ZEROS = "where: linear, bits: 4, group: 32, symmetric: false, tied: share"
+REFINED = "where: linear, bits: 4, tied: share, method: refined"
 WIDE = "where: linear, bits: 4, group: 64, symmetric: false, tied: share"
 PASSES: dict[str, str] = {
     "fp32": "[]",
@@ -42,6 +43,8 @@ PASSES: dict[str, str] = {
     "int4, prompts int8": f"[quantize: {{{INT4}}}]",
     "int4, prompts and cache int8": f"[quantize: {{{INT4}, cache: int8}}]",
     "int4 of 64 with zero points, prompts int8": f"[quantize: {{{WIDE}}}]",
+    "int4 refined": f"[quantize: {{{REFINED}, group: 32}}]",
+    "int4 of 64 refined": f"[quantize: {{{REFINED}, group: 64}}]",
     "int4 with zero points": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts int8": f"[quantize: {{{ZEROS}}}]",
     "int4 with zero points, prompts and cache int8": f"[quantize: {{{ZEROS}, cache: int8}}]",
