@@ -21,14 +21,15 @@ from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.binaries import write_binaries
 from compiler.calibration.sweep import token_batches
+from compiler.checks import check_comparable, check_has_weights, pointing
 from compiler.console import Console
 from compiler.datafiles import has_labelled, image_files
-from compiler.errors import CheckpointError, DataError, OutputError, RecipeError
+from compiler.errors import CheckpointError, DataError, OutputError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing
 from compiler.ir.graph import Graph
-from compiler.means import Means, give_back, memory_to_use, open_means
+from compiler.means import Means, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
 from compiler.plan import bytes_in_file, open_recipe_model, written_cache
@@ -79,7 +80,8 @@ class _Run:
         if self.recipe.calibration is None:
             return no_calibration(graph)
         if not self.batches:
-            self.batches = self._batches(graph, self.recipe.calibration)
+            with pointing(self.recipe, "calibration", "data"):
+                self.batches = self._batches(graph, self.recipe.calibration)
         return self.batches
 
     def _batches(self, graph: Graph, wanted: Calibration) -> Sequence[Mapping[str, Tensor]]:
@@ -144,7 +146,7 @@ def compress(
     run = _Run(recipe, console or Console(quiet=True), trust_remote_code, dump_graphs)
     with run.step("capture"):
         graph = open_recipe_model(recipe)
-    _check_has_weights(graph, recipe)
+    check_has_weights(graph, recipe)
     lock = make_lock(recipe, graph)
     output = OutputDirectory(Path(out), job_key(lock, graph.sources["model"].identity()))
     if output.finished:
@@ -154,7 +156,7 @@ def compress(
     with open_means(recipe) as means:
         with run.step("passes"):
             planned = _pass_and_propose(run, graph, None)
-        _check_comparable(planned.graph, recipe)
+        check_comparable(planned.graph, recipe, trust_remote_code)
         with output, _interruptible(run, output), explained(output.path):
             if output.resumed:
                 run.console.say("resuming an interrupted run")
@@ -182,24 +184,6 @@ def _spoilt(output: OutputDirectory, reason: str) -> OutputError:
     return OutputError(
         f"the finished output is damaged: {reason}", where=str(output.path), remedy="delete it and run again"
     )
-
-
-def _check_has_weights(graph: Graph, recipe: Recipe) -> None:
-    if "model" not in graph.sources:
-        raise CheckpointError(
-            "the model has a config but no weights",
-            where=recipe.model,
-            remedy="`compress-model plan` works on a config alone; compressing needs the weights",
-        )
-
-
-def _check_comparable(graph: Graph, recipe: Recipe) -> None:
-    if graph.tokens is not None and recipe.evaluate is not None:
-        raise RecipeError(
-            "a model with fewer tokens cannot be compared with the original token by token",
-            span=recipe.places["evaluate"].span if "evaluate" in recipe.places else None,
-            remedy="leave `evaluate` out; bits-per-byte of either, by `compress-model eval`, can be compared",
-        )
 
 
 @contextmanager
@@ -249,7 +233,6 @@ def _make(run: _Run, passed: _Passed, lock: dict[str, Any], output: OutputDirect
     with run.step("hash"):
         lock["inputs"]["model"]["files"] = digests_of(graph)
     own_code = bool(passed.emission and passed.emission.files)
-    give_back()
     with run.step("verify"):
         verification, reloaded = _verify(run, passed, output, own_code)
         of_gguf = _verify_gguf(run, passed, output)
@@ -373,7 +356,7 @@ def _compared(run: _Run, path: Path, own_code: bool) -> Evaluation | None:
             against=run.recipe.model,
             data=wanted.data,
             items=wanted.items,
-            metrics=wanted.metrics,
+            metrics=wanted.metrics or None,
             samples=wanted.samples,
             length=wanted.length,
             seed=wanted.seed,

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.checks import check_data
 from compiler.console import human_bytes, human_count, table
-from compiler.datafiles import check_kind
-from compiler.errors import CheckpointError, CompressError, DataError, TargetError, UsageError, nearest
+from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
@@ -173,18 +173,8 @@ def open_recipe_model(recipe: Recipe) -> Graph:
         place = recipe.places.get("inputs" if recipe.inputs.image else "model")
         error.span = error.span or (place.span if place is not None else None)
         raise
-    for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
-        if section is not None:
-            _check_data(recipe, name, section.data, graph)
+    check_data(recipe, graph)
     return graph
-
-
-def _check_data(recipe: Recipe, section: str, data: Path, graph: Graph) -> None:
-    try:
-        check_kind(graph.inputs, data, graph.origin.architecture or graph.name)
-    except DataError as error:
-        error.span = recipe.places[section].items["data"].span
-        raise
 
 
 def open_model(model: str, image: int | None = None) -> Graph:

@@ -49,6 +49,17 @@ def data_windows(
         return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
 
 
+def check_windows(
+    model: Any, path: str | Path, data: TextData, *, image: int | None = None, trust_remote_code: bool = False
+) -> None:
+    """Raises DataError when ``data`` is unfit for ``model``, of which no weight is read."""
+    if is_paired(model):
+        check_kind([model.main_input_name], data.data, type(model).__name__)
+        _given(model, path, data, trust_remote_code)
+    else:
+        data_windows(model, path, data, image=image, trust_remote_code=trust_remote_code)
+
+
 def _given(model: Any, path: str | Path, data: TextData, trust_remote_code: bool) -> list[Tensor]:
     """What the encoder gets: windows of a text [1, length], or audio features of clips [1, bands, frames]."""
     if model.main_input_name == "input_features":

@@ -89,7 +89,10 @@ def position_limit(model: Any) -> int | None:
 def _check_length(model: Any, length: int) -> None:
     limit = position_limit(model)
     if limit and length > limit:
-        raise DataError(f"windows of {length} tokens are longer than the {limit} that the model takes")
+        raise DataError(
+            f"windows of {length} tokens are longer than the {limit} that the model takes",
+            remedy=f"`length` can be {limit} at most",
+        )
 
 
 def _random_arguments(model: Any, length: int, source: torch.Generator, image: int | None) -> dict[str, Tensor]:

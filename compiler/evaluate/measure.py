@@ -17,11 +17,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.datafiles import TAKES, fingerprint, kind_of
+from compiler.datafiles import TAKES, fingerprint
 from compiler.errors import DataError
+from compiler.evaluate.beforehand import situation_of
 from compiler.evaluate.data import data_windows
 from compiler.evaluate.estimates import Array, Change, Estimate, Statistic, change, estimate
-from compiler.evaluate.inputs import Window, forward, is_causal, is_paired, random_windows
+from compiler.evaluate.inputs import Window, forward, random_windows
 from compiler.evaluate.items import checked_file
 from compiler.evaluate.live_cache import CacheSize, cache_size
 from compiler.evaluate.loading import load_model, load_tokenizer
@@ -75,7 +76,10 @@ class _Kept:
     def take(self, like: Tensor) -> Tensor:
         shape = self.shapes.pop(0)
         if shape != like.shape:
-            raise DataError(f"the outputs cannot be compared: {list(like.shape)} and, of the reference, {list(shape)}")
+            raise DataError(
+                f"the outputs cannot be compared: {list(like.shape)} and, of the reference, {list(shape)}",
+                remedy="compare with a model of the same kind and sizes of outputs",
+            )
         read = bytearray(self.file.read(shape.numel() * torch.float32.itemsize))
         return torch.frombuffer(read, dtype=torch.float32).view(shape)
 
@@ -131,7 +135,9 @@ def evaluate_model(
     file_of_items = None if items is None else checked_file(Path(items))
     if image is not None and model.main_input_name != "pixel_values":
         raise DataError(f"a {type(model).__name__} takes no pictures", remedy="leave out the size of pictures")
-    situation = _situation(model, against is not None, text, file_of_items is not None)
+    situation = situation_of(
+        model, compared=against is not None, data=None if text is None else text.data, items=file_of_items is not None
+    )
     names = choose(metrics, situation)
     given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
     looks = any(isinstance(METRICS[name], Metric) for name in names)
@@ -162,19 +168,6 @@ def evaluate_model(
         changes=_changes(ours, theirs, seed) if theirs else {},
         rows={name: rows.tolist() for name, rows in ours.rows.items() if rows.shape[1] <= WIDEST},
         seconds=time.perf_counter() - started,
-    )
-
-
-def _situation(model: Any, compared: bool, text: TextData | None, items: bool) -> Situation:
-    return Situation(
-        model=type(model).__name__,
-        takes=model.main_input_name,
-        causal=is_causal(model),
-        paired=is_paired(model),
-        generates=model.can_generate(),
-        compared=compared,
-        data="" if text is None else kind_of(text.data, model.main_input_name),
-        items=items,
     )
 
 

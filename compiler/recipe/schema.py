@@ -70,14 +70,17 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """What the result is compared with the original on, and what is measured; ``items`` are questions and the like."""
+    """What the result is compared with the original on, and what is measured: without ``metrics`` those that fit.
+
+    ``items`` are questions and the like.
+    """
 
     data: Path
     items: Path | None = None
     samples: Count = 16
     length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
-    metrics: tuple[MetricName, ...] = ("perplexity", "kl", "agreement")
+    metrics: tuple[MetricName, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,10 @@ def choose(names: Sequence[str] | None, found: Situation) -> list[str]:
             raise DataError(f"`{name}` compares two models", remedy="name the model to compare with")
         if not _fits(metric, found):
             text = " on a text" if metric.needs in ("text", "windows") and metric.of != "tokens" else ""
-            raise DataError(f"`{name}` is of {MODELS[metric.of]}{text}; this is a {found.model}{_without(found)}")
+            raise DataError(
+                f"`{name}` is of {MODELS[metric.of]}{text}; this is a {found.model}{_without(found)}",
+                remedy="without `metrics` those that fit are measured",
+            )
     return list(dict.fromkeys(names))
 
 
