@@ -24,12 +24,12 @@ def whisper(tmp_path_factory):
     return write_whisper(folder / "tiny"), write_speech(folder)
 
 
-def t5(directory):
+def t5(directory, **changes):
     import transformers
 
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **changes
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
@@ -51,8 +51,10 @@ def test_the_decoder_of_a_model_of_speech_is_fed_what_the_model_writes(whisper, 
         assert torch.equal(suppressed.argmax(-1), ids[0, 1:]), "each token is the likeliest after those before it"
 
 
-def test_the_decoder_of_a_model_of_text_is_fed_what_the_model_writes(tmp_path):
-    path, text = t5(tmp_path / "t5"), write_text(tmp_path)
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_decoder_of_a_model_of_text_is_fed_what_the_model_writes(layers, tmp_path):
+    """Also of one deeper than its encoder, for which generate alone has no cache."""
+    path, text = t5(tmp_path / "t5", num_decoder_layers=layers), write_text(tmp_path)
     model = load_model(path)
     windows = data_windows(model, path, TextData(text, samples=3, length=16))
     for window in windows:
