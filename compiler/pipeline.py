@@ -239,6 +239,11 @@ class Context:
         """Report that ``scope`` was left alone."""
         self._report.skipped.append(Skip(scope, reason))
 
+    @property
+    def first_skipped(self) -> str:
+        """The first place that was left alone and why, for an error that says that nothing else was there; or ""."""
+        return next((f"{skip.scope}: {skip.reason}" for skip in self._report.skipped), "")
+
     def tried(self, what: str, distance: float, chosen: bool) -> None:
         """Report a choice that was weighed."""
         self._report.trials.append(Trial(what, distance, chosen))

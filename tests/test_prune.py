@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -244,6 +245,16 @@ def test_a_refit_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert done + seen == everything
     assert whole[1] == again[1]
     assert all(torch.equal(*pair) for pair in zip(whole[0], again[0], strict=True))
+
+
+def test_what_is_too_little_says_what_is_enough():
+    wanted = {"what": "channels", "score": "magnitude", "where": ["attention", "mlp"]}
+    with pytest.raises(PassError, match="must remain") as raised:
+        Pipeline([Prune(**wanted, keep=0.05)]).run(plan_of("llama"), planned=True)
+    least = float(re.search(r"([0-9.]+) %", raised.value.cause)[1]) / 100
+    Pipeline([Prune(**wanted, keep=least + 0.001)]).run(plan_of("llama"), planned=True)
+    with pytest.raises(PassError, match="must remain"):
+        Pipeline([Prune(**wanted, keep=least - 0.001)]).run(plan_of("llama"), planned=True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from compiler.errors import PassError
 from compiler.evaluate import load_model
 from compiler.ir.execute import run
 from compiler.ir.ops.hadamard import basis, transform
+from compiler.ir.roles import roles
 from compiler.pipeline import Pipeline
 from compiler.target import emission_of
 from passes import LowRank, Rotate
@@ -50,10 +51,17 @@ def test_the_weights_of_every_head_are_turned():
 
 
 def test_a_stream_that_cannot_be_rotated_says_why_and_alone_is_an_error():
-    with pytest.raises(PassError, match="nothing of this model can be rotated"):
+    with pytest.raises(PassError, match=r"nothing of this model can be rotated: .*an operation that is not linear"):
         Pipeline([Rotate(what="stream")]).run(plan_of("bert"))
     report = Pipeline([Rotate()]).run(plan_of("bert"), planned=True).passes[0]
     assert [skip.reason for skip in report.skipped] == ["stays as it is: an operation that is not linear stands in it"]
+
+
+def test_the_parts_of_an_mlp_stay_what_they_are():
+    graph = plan_of("llama")
+    before = roles(graph)
+    Pipeline([Rotate(what="mlp")]).run(graph, planned=True)
+    assert roles(graph) == before
 
 
 @pytest.mark.parametrize("form", ["pivoted", "pair"])

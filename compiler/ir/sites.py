@@ -16,9 +16,12 @@ from compiler.ir.layers import layer_of
 _LAYOUT = {"split_heads", "merge_heads", "reshape", "transpose", "slice", "concat", "expand", "cast", "pad"}
 _NORMS = {"rms_norm", "layer_norm"}
 _ARITHMETIC = {"add", "sub", "mul", "div"}
-_PROJECTED = _LAYOUT | _NORMS | _ARITHMETIC | {"rope"}
+_PROJECTED = _LAYOUT | _NORMS | _ARITHMETIC | {"rope", "neg"}
 ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh"})
 _GATED = ACTIVATIONS | _ARITHMETIC | {"pow", "minimum", "maximum", "cast", "slice"}
+
+_TURNED = ("hadamard", "fake_quantize")
+"""What passes put in front of the last linear map of an MLP, which stays that."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,10 @@ def _latent_site(node: Node) -> LatentSite:
 
 
 def _mlp_site(down: Node) -> MlpSite | None:
-    linears, passed = _walk_back(down.input(0), _GATED)
+    read = down.input(0)
+    while read.node is not None and read.node.op.name in _TURNED:
+        read = read.node.input(0)
+    linears, passed = _walk_back(read, _GATED)
     activations = [node for node in passed if node.op.name in ACTIVATIONS]
     if not activations or not 1 <= len(linears) <= 2 or len({node.input(0) for node in linears}) != 1:
         return None

@@ -73,7 +73,7 @@ def _chosen(graph: Graph, ctx: Context, options: AnySize, params: Sequence[Param
     if not found:
         param, reason = next(iter(reasons.items()))
         cause = f"none of the selected weights can be made of blocks: {param.name} {reason}"
-        raise PassError(cause, option="where", remedy="see what was skipped, and why, or select linear maps")
+        raise PassError(cause, option="where", remedy="select linear maps, or leave `any-size` out")
     return found
 
 

@@ -64,12 +64,15 @@ class Numbers:
         return sum(left.values())
 
 
+ALIGNED = ("channels", "hidden")
+"""Kinds that remain in multiples of ``align``."""
+
 Share = Callable[[Rankings, int, Budget, float], Counts]
 
 
 def options(place: Place, align: int) -> list[int]:
     """The numbers of indices that may remain, from all down: of channels and widths multiples of ``align``."""
-    step = align if place.kind in ("channels", "hidden") else 1
+    step = align if place.kind in ALIGNED else 1
     return [place.size, *(n for n in range(place.size - 1, place.least - 1, -1) if n % step == 0)]
 
 
@@ -99,10 +102,13 @@ def _shared(
         for own, counts in zip(classes, numbers, strict=True)
     ]
     if sum(min(way.cost for way in own) for own in ways) > allowed:
+        least = {place: counts[-1] for own, counts in zip(classes, numbers, strict=True) for place in own}
+        part = budget.total(least, ()) / budget.total({}, ())
+        aligned = align > 1 and any(place.kind in ALIGNED for place in least)
         raise PassError(
-            "that is less than what must remain of these dimensions",
+            f"that is less than what must remain of these dimensions: {100 * part:.1f} % of all is then left",
             option=budget.option,
-            remedy=f"ask for less, add kinds to `what`, or lower `align` ({align})",
+            remedy="keep more, or add kinds to `what`" + (f", or lower `align` ({align})" if aligned else ""),
         )
     chosen = allocate(ways, allowed) if ways else []
     return {place: counts[index] for own, counts, index in zip(classes, numbers, chosen, strict=True) for place in own}

@@ -100,7 +100,9 @@ def places_of(graph: Graph, ctx: Context, kinds: Sequence[str], params: Sequence
     _check_apart(found)
     if not found and not {"layers", "sublayers"} & set(kinds):
         first = next((f"{name}: {reason}" for name, reason in refused.items()), "the model has none")
-        raise PassError(f"nothing to prune of {', '.join(kinds)}; {first}", option="what")
+        raise PassError(
+            f"nothing to prune of {', '.join(kinds)}; {first}", option="what", remedy="name other kinds in `what`"
+        )
     for name, reason in refused.items():
         ctx.skipped(name, reason)
     return found

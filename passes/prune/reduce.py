@@ -53,7 +53,11 @@ def reduce(graph: Graph, ctx: Context, wanted: Prune, params: Sequence[Param]) -
     places = places_of(graph, ctx, wanted.kinds, params)
     blocks = blocks_of(graph, ctx, wanted.kinds)
     if not places and not blocks:
-        raise PassError("the model has nothing of the kinds in `what`", option="what")
+        raise PassError(
+            f"nothing to prune of {', '.join(wanted.kinds)}: {ctx.first_skipped or 'the model has none'}",
+            option="what",
+            remedy="name other kinds in `what`",
+        )
     check_slopes(wanted.score, places)
     scores = _scores(graph, ctx, wanted, places, train)
     rankings = _rankings(graph, ctx, wanted, places, scores, held)

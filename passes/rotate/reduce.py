@@ -35,7 +35,11 @@ def rotate(graph: Graph, ctx: Context, wanted: Rotate) -> None:
     if "stream" in wanted.kinds:
         done += _rotated_streams(graph, ctx, wanted)
     if not done:
-        raise PassError("nothing of this model can be rotated", option="what", remedy="see what was skipped, and why")
+        raise PassError(
+            f"nothing of this model can be rotated: {ctx.first_skipped or 'it has none of the kinds in `what`'}",
+            option="what",
+            remedy="name other kinds, or leave `rotate` out",
+        )
 
 
 def _matrix(ctx: Context, size: int, own: Tensor | None = None) -> Expr:
