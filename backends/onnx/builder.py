@@ -223,10 +223,16 @@ class Builder:
         return self.op("Concat", *(self.dim(dim) for dim in dims), axis=0)
 
     def _named(self, name: str) -> ir.Value:
-        for value in self.graph.inputs.values():
-            for axis, dim in enumerate(value.shape):
-                if dim == name and value in self.values:
-                    return self.op("Shape", self.values[value], start=axis, end=axis + 1)
+        given = [(value, axis, dim) for value in self.graph.inputs.values() for axis, dim in enumerate(value.shape)]
+        for value, axis, dim in given:
+            if dim == name and value in self.values:
+                return self.op("Shape", self.values[value], start=axis, end=axis + 1)
+        for value, axis, dim in given:
+            times, _, part = str(dim).partition("*")
+            if part == name and times.isdigit() and value in self.values:
+                return self.op(
+                    "Div", self.op("Shape", self.values[value], start=axis, end=axis + 1), self.ints(int(times))
+                )
         raise TargetError(f"no input has the size {name}", where=self.scope)
 
     def computed(self, dim: Dim, names: Mapping[str, ir.Value] | None = None) -> ir.Value:

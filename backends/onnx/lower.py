@@ -138,7 +138,8 @@ def axis_names(graph: Graph) -> dict[str, str]:
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, str):
                 shown = "decoder_sequence" if name.startswith("decoder") else "sequence"
-                names.setdefault(dim, "batch" if axis == 0 else shown if axis == 1 else dim.lower())
+                rows = "batch" if dim.isidentifier() else f"{dim.partition('*')[0]}*batch"
+                names.setdefault(dim, rows if axis == 0 else shown if axis == 1 else dim.lower())
     return names
 
 

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from compiler.errors import CaptureError, CompressError
 from compiler.frontend.fold import LayerList, NotFoldableError, layer_lists, unfold
+from compiler.frontend.grids import given, repeat
 from compiler.frontend.importer import Importer
 from compiler.frontend.lift import lift
 from compiler.frontend.params import order_params
@@ -38,7 +39,8 @@ def capture(
     """The graph of a model, lifted and verified, its weights bound but unread.
 
     ``model`` is a checkpoint (directory, GGUF file or hub id), a config, or a live module in eval mode. ``inputs`` are
-    example inputs by name, needed for a module that is no transformers model; only their shapes and dtypes matter.
+    example inputs by name, needed for a module that is no transformers model; only their shapes and dtypes matter, but
+    for values of a ``grid_thw``, the grid of the pictures that a tower is captured for.
     ``architecture`` names a transformers class where the config does not; pictures are ``image`` pixels high and wide,
     by default as the config says. Raises CaptureError naming what cannot be
     captured and where it stands.
@@ -82,6 +84,8 @@ def trace_all(subject: Subject) -> Graph:
 
 def _imported(subject: Subject, program: ExportedProgram) -> Graph:
     graph = Importer(subject, program).run()
+    if subject.grid is not None:
+        repeat(graph, subject.grid.patches)
     lift(graph)
     order_params(graph, subject.names)
     return graph
@@ -102,6 +106,7 @@ class _Trace:
 
     def __init__(self, subject: Subject, lists: Sequence[LayerList]) -> None:
         self.module, self.inputs, self.dims, self.lists = subject.module, subject.inputs, subject.dims, lists
+        self.known = {} if subject.grid is None else subject.grid.known
         config: Any = getattr(subject.module, "config", None)
         shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in subject.inputs.items()]
         values = sorted(config.to_dict().items()) if subject.stock else id(self)
@@ -124,7 +129,7 @@ def export(trace: _Trace) -> ExportedProgram:
     """Trace a module. Raises CaptureError when torch cannot follow it."""
     dynamic: dict[str, Any] = {name: dict.fromkeys(trace.dims[name], Dim.AUTO) for name in trace.inputs}
     try:
-        with torch.no_grad(), _quiet(), passing_through(trace.module, trace.lists):
+        with torch.no_grad(), _quiet(), passing_through(trace.module, trace.lists), given(trace.module, trace.known):
             program = torch.export.export(trace.module, (), dict(trace.inputs), dynamic_shapes=dynamic, strict=False)
             program.graph.eliminate_dead_code()  # such as a head of a tower that nothing reads
             return program

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiler.errors import CaptureError, CompressError, first_line
 from compiler.frontend.examples import default_inputs, dims_of, shaped_like
+from compiler.frontend.grids import Grid, grid_of
 from compiler.frontend.interfaces import register
 from compiler.ir.graph import Origin
 from compiler.ir.types import TensorType
@@ -41,7 +42,7 @@ class Subject:
 
     ``weights`` holds an expression for every parameter and buffer by module path; tied weights share an entry's
     tensor, which ``names`` resolves: any module path to the first path of the same tensor. ``stock`` says that class
-    and config tell all there is about ``module``.
+    and config tell all there is about ``module``. Of a ``grid`` one picture is traced.
     """
 
     module: nn.Module
@@ -53,6 +54,7 @@ class Subject:
     origin: Origin
     sources: dict[str, Source] = field(default_factory=dict[str, "Source"])
     stock: bool = False
+    grid: Grid | None = None
 
 
 def subject_of(
@@ -132,12 +134,19 @@ def _subject(
     image: int | None,
 ) -> Subject:
     _settle_frequencies(module)
-    examples = default_inputs(module, image) if inputs is None else shaped_like(inputs)
+    grid = None if inputs is None else grid_of(module, inputs)
+    if inputs is None:
+        examples = default_inputs(module, image)
+    elif grid is None:
+        examples = shaped_like(inputs)
+    else:
+        examples = {name: tensor[: grid.patches] for name, tensor in inputs.items() if name not in grid.known}
     names = _first_names(module)
     return Subject(
         module=module,
         inputs=_without_data(module, examples),
-        dims=dims_of(examples),
+        dims=dims_of(examples) if grid is None else {name: {} for name in examples},
+        grid=grid,
         weights=weights,
         names=names,
         transient=_transient(module),

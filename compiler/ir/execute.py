@@ -115,10 +115,16 @@ def bind_dims(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     if inputs.keys() != graph.inputs.keys():
         raise OpError(f"graph `{graph.name}` takes inputs {', '.join(graph.inputs)}; got {', '.join(inputs)}")
     bindings: dict[str, int] = {}
-    for name, value in graph.inputs.items():
-        for dim, size in zip(value.shape, inputs[name].shape, strict=False):
-            if isinstance(dim, str) and dim.isidentifier():
-                bindings.setdefault(dim, size)
+    given = [
+        pair for name, value in graph.inputs.items() for pair in zip(value.shape, inputs[name].shape, strict=False)
+    ]
+    for dim, size in given:
+        if isinstance(dim, str) and dim.isidentifier():
+            bindings.setdefault(dim, size)
+    for dim, size in given:
+        times, _, part = str(dim).partition("*")
+        if times.isdigit() and part.isidentifier():
+            bindings.setdefault(part, size // int(times))
     for name, value in graph.inputs.items():
         shape = tuple(inputs[name].shape)
         if len(shape) != value.type.rank or shape != tuple(evaluate_dim(dim, bindings) for dim in value.shape):

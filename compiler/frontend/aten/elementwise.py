@@ -161,6 +161,12 @@ def _topk(
     return importer.emit_all("topk", x, count=count, axis=last_axis(x, axis))
 
 
+def _argsort(importer: Importer, x: Value, axis: int = -1, descending: bool = False) -> Value:
+    axis = axis_of(x, axis)
+    ordered = x if descending else importer.emit("neg", x)
+    return importer.emit_all("topk", ordered, count=x.shape[axis], axis=last_axis(x, axis))[1]
+
+
 def _max(importer: Importer, x: Value, other: Value | int | None = None, keep: bool = False) -> Value | list[Value]:
     if isinstance(other, Value):
         return _binary("maximum")(importer, x, other)
@@ -185,6 +191,7 @@ HANDLERS: dict[str, Handler] = {
     ),
     "amax": _reduction("max"),
     "argmax": _argmax,
+    "argsort": _argsort,
     "clamp": _clamp,
     "clamp_min": _clamp,
     "cumsum": _cumsum,
