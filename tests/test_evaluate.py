@@ -200,6 +200,13 @@ def test_what_cannot_be_measured_is_one_clear_error(models, changes, said):
 def test_models_that_do_not_load_or_compare_are_one_clear_error(models, tmp_path):
     with pytest.raises(CheckpointError, match="cannot load the model"):
         measured(models, against=tmp_path)
+    own = save(tmp_path / "own", llama(0))
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "code.Mine"}}
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        measured(models, against=own)
+    assert "--trust-remote-code" in caught.value.remedy
     wider = save(tmp_path / "wider", llama(0, vocab_size=300))
     with pytest.raises(DataError, match="cannot be compared"):
         measured(models, against=wider)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.errors import OpError, TextError
+from compiler.errors import TextError, UsageError
 from compiler.ir.graph import Graph, Value
 from compiler.ir.layers import segments
 from compiler.ir.text import difference, equal, parse_graph, print_graph
@@ -211,7 +211,7 @@ def test_one_layer_is_shown_as_a_graph_of_its_own():
     assert [layer.scope for layer, _ in segments(part) if layer] == ["model.layers.2"]
     assert len(part) == 20
     assert list(part.inputs) == ["x0", "x1", "x2"]
-    with pytest.raises(OpError, match="no layer 7"):
+    with pytest.raises(UsageError, match="no layer 7"):
         print_graph(graph, layer=7)
 
 

@@ -51,11 +51,19 @@ def load_model(
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
             return _dense(model, getattr(torch, dtype)) if quantised else model
     except Exception as reason:  # each class stumbles over a wrong config or file in its own way
+        locked = not trust_remote_code and _has_code(Path(location) / "config.json")
         raise CheckpointError(
             f"transformers cannot load the model: {first_line(reason)}",
             where=str(path),
-            remedy="load it with transformers alone, and correct what it names",
+            remedy="`--trust-remote-code` runs the Python code that comes with it, if you trust that"
+            if locked
+            else "load it with transformers alone, and correct what it names",
         ) from reason
+
+
+def _has_code(file: Path) -> bool:
+    """Whether a config names classes that come with the checkpoint."""
+    return file.exists() and "auto_map" in (parse_json(read_document(file), file) or {})
 
 
 def _lacks_reader(quantization: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compiler.errors import OpError
+from compiler.errors import UsageError
 from compiler.ir.compare import difference, equal
 from compiler.ir.fold import Block, Part, folded, parts_of
 from compiler.ir.graph import Graph, Node, Param, Value
@@ -33,7 +33,7 @@ def print_graph(graph: Graph, *, weights: bool = False, layer: int | None = None
     """The text of ``graph``.
 
     ``weights`` adds how every parameter is made and stored; ``layer`` shows the layers of that index only (as a
-    graph of their own); ``fold=False`` writes every layer out. Raises OpError when no layer has that index.
+    graph of their own); ``fold=False`` writes every layer out. Raises UsageError when no layer has that index.
     """
     if layer is not None:
         graph = _only_layer(graph, layer)
@@ -46,7 +46,7 @@ def _only_layer(graph: Graph, index: int) -> Graph:
     if not nodes:
         present = sorted({found.index for found, _ in parts if found})
         remedy = f"it has layers {present[0]} to {present[-1]}" if present else "it has no numbered layers"
-        raise OpError(f"the graph has no layer {index}", remedy=remedy)
+        raise UsageError(f"the graph has no layer {index}", remedy=remedy)
     return subgraph(graph, nodes, graph.name)
 
 
