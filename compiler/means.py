@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -49,14 +47,6 @@ def memory_to_use(recipe: Recipe) -> int:
     if recipe.run.memory is not None:
         return recipe.run.memory
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def give_back() -> None:
-    """Hand memory that was freed back to the system; glibc keeps what lies between pieces that are in use."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compiler.errors import CheckpointError, ParityError
+from compiler.instrument import give_back
 from compiler.ir.graph import Graph
 from compiler.ir.layers import segments
 from compiler.ir.rounded import other_codes, rounds_activations, without_rounding
@@ -50,11 +51,14 @@ def verify_by_reload(graph: Graph, directory: Path, *, memory: int, own_code: bo
     needed = FLOAT32_BYTES * sum(param.type.numel for param in graph.params.values())
     if needed > memory:
         return Verification(False, skipped=f"the model needs {needed} bytes in float32, more than there is to use")
+    give_back()
     model = load_model(directory, trust_remote_code=own_code)
+    give_back()  # what it took to unpack weights
     (window,) = random_windows(model, 1, min(LENGTH, position_limit(model) or LENGTH), seed=0)
     graph = as_computed(graph) if own_code else graph
     theirs = _computed(model, window.arguments, graph)
-    del model  # before the graph's weights are read: both would be the most that a run holds
+    del model
+    give_back()  # before the graph's weights are read: both would be the most that a run holds
     inputs = {name: window.arguments[name] for name in graph.inputs}
     ours = run(graph, inputs)
     error = _error(theirs, ours)
