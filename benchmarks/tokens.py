@@ -14,8 +14,8 @@ that differ from what it writes with the original's, by the words of that; `same
 
 `times`: how often as fast as the original ONNX Runtime is on a batch, both in turns, by processor time of one thread,
 medians; `predicted`: the same by FLOPs of the products with weights; `by parts`: by what each operation takes alone, of
-the first ``--parts`` methods. ``python benchmarks/fetch.py minilm dinov2 whisper
-brown fashion speech`` gets models and data.
+the first ``--parts`` methods. ``--runtime torch``: generated modules instead, which MiniLM has none of.
+``python benchmarks/fetch.py minilm dinov2 whisper brown fashion speech`` gets models and data.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from backends.onnx import emit, propose
+from backends.safetensors import emit as emit_module
 from benchmarks import encoders
 from benchmarks.common import ROOT, show
 from benchmarks.encoders import LINEARS, fashion, neighbours, similarities
@@ -56,6 +57,7 @@ from compiler.ir.layers import copy_of
 from compiler.latency import Latency, Table, Workload
 from compiler.latency.measure import measuring
 from compiler.pipeline import Pass, Pipeline
+from compiler.target import emission_of
 from passes import DropTokens, Heal
 
 BATCH, TURNS = 8, 15
@@ -92,7 +94,23 @@ class Session:
         return torch.from_numpy(self.session.run(["last_hidden_state"], dict(feeds))[0])
 
 
-def times(sessions: Sequence[Session], feeds: Feeds) -> list[float]:
+class Module:
+    """The module generated of a graph, in torch, on one thread."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        emit_module(emission_of(graph, "generated"), graph.sources, Path(self.folder.name))
+        self.model = load_model(self.folder.name, trust_remote_code=True)
+
+    def __call__(self, feeds: Feeds) -> Tensor:
+        with torch.inference_mode():
+            return self.model(**{name: torch.from_numpy(value) for name, value in feeds.items()}).last_hidden_state
+
+
+RUNTIMES = {"onnxruntime": Session, "torch": Module}
+
+
+def times(sessions: Sequence[Session | Module], feeds: Feeds) -> list[float]:
     """Median processor seconds of each, in turns."""
     taken: list[list[float]] = [[] for _ in sessions]
     for _ in range(TURNS):
@@ -263,9 +281,10 @@ def by_parts(graph: Graph, table: Table, feeds: Feeds) -> float:
     return latency.seconds({})
 
 
-def rows(task: Task, only: Sequence[str] | None, parts: int) -> Iterator[dict[str, Any]]:
+def rows(task: Task, only: Sequence[str] | None, parts: int, runtime: Any) -> Iterator[dict[str, Any]]:
+    made = RUNTIMES[runtime]
     methods = {name: steps for name, steps in task.methods.items() if only is None or name in only}
-    whole, table = Session(task.graph), Table({}, measure=measuring(Workload("onnxruntime")))
+    whole, table = made(task.graph), Table({}, measure=measuring(Workload(runtime)))
     original = [whole(feeds) for feeds in task.batches]
     longest = task.batches[-1 if task.peer is None else 0]
     yield {"method": "original", "times": 1.0, "predicted": 1.0, "by parts": 1.0, **task.score(original, original)}
@@ -276,7 +295,7 @@ def rows(task: Task, only: Sequence[str] | None, parts: int) -> Iterator[dict[st
         graph = copy_of(task.graph)
         graph.sources = dict(task.graph.sources)
         Pipeline(list(steps)).run(graph, calibration=lambda _: list(task.calibration))
-        session = Session(graph)
+        session = made(graph)
         found = [session(feeds) for feeds in task.batches]
         slow, fast = times([whole, session], longest)
         timed: Scores = {"times": slow / fast, "predicted": flops_per_token(task.graph) / flops_per_token(graph)}
@@ -298,6 +317,7 @@ def main() -> None:
     parser.add_argument("--learn", type=int, default=0, help="tokens that gates of MiniLM are trained on")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods, as they are called in the table")
     parser.add_argument("--parts", type=int, default=1, help="methods whose time is also predicted by parts")
+    parser.add_argument("--runtime", default="onnxruntime", choices=RUNTIMES, help="torch: generated modules")
     parser.add_argument("--adapters", type=int, default=384, help="rank of what heals; 384 is all of it")
     parser.add_argument("--clips", type=int, default=12, help="recordings")
     parser.add_argument("--score", type=int, default=100, help="half as many as pictures asked about, or passages")
@@ -309,7 +329,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for name in options.tasks:
         measured = found[name] = []
-        for row in rows(TASKS[name](options), options.only, options.parts):
+        for row in rows(TASKS[name](options), options.only, options.parts, options.runtime):
             measured.append(row)
             path.write_text(json.dumps(found, indent=1))
             print(time.strftime("%H:%M:%S"), name, row, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from compiler.pipeline import Pipeline
 from passes.drop_tokens import DropTokens
 from tests.emitted import TOLERANCE
 from tests.test_drop_tokens import masked, observed, same_node
+from tests.test_onnx import error, tolerance, written
 from tests.vision_language import PICTURE, graph_of_llava, llava, with_crops
 
 CROPS = (1, 2)
@@ -146,3 +147,10 @@ def test_pictures_without_a_class_token_have_no_such_score():
 def test_before_a_layer_its_attention_is_not_known(options):
     with pytest.raises(PassError, match="attention is not known"):
         DropTokens(site="entry", keep=0.5, **options)
+
+
+def test_an_onnx_model_reads_several_pictures_of_a_text(tmp_path):
+    graph, given = dropped(keep=9)[0], with_crops(2, 31, PICTURES)
+    found = written(graph, tmp_path).run(**given, attention_mask=torch.ones_like(given["input_ids"]))
+    for name, value in run(graph, given).items():
+        assert error(found[name], value) <= tolerance(graph)
