@@ -13,11 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.torture import command, inputs, kills, places, warm
+from tests.torture import command, fuzz, inputs, kills, places, warm
 from tests.torture.outcomes import Tally
 from tests.torture.subjects import write_subjects
 
-CAMPAIGNS = ("kills", "mutations", "places")
+CAMPAIGNS = ("kills", "mutations", "fuzz", "places")
 
 
 def main() -> int:
@@ -41,6 +41,9 @@ def _run(campaign: str, options: argparse.Namespace, folder: Path, tally: Tally)
     if campaign == "mutations":
         inputs.mutate_inputs(options.mutations, options.seed, tally, work, options.of or ())
         return
+    if campaign == "fuzz":
+        fuzz.fuzz_inputs(options.fuzzed, options.seed, tally, work)
+        return
     recipes = write_subjects(work)
     os.environ[warm.PLANNED] = os.pathsep.join(map(str, recipes.values()))
     command.PROCESSES.set_forkserver_preload([warm.__name__, command.__name__])
@@ -56,6 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="where all chance comes from")
     parser.add_argument("--kills", type=int, default=210, help="runs that are killed (210)")
     parser.add_argument("--mutations", type=int, default=2400, help="damaged inputs (2400)")
+    parser.add_argument("--fuzzed", type=int, default=20000, help="inputs of each kind that atheris makes (20000)")
     parser.add_argument("--of", action="append", metavar="WORD", help="damage only what has this in its name")
     parser.add_argument("--places", type=float, default=1.0, help="obstacles, as a part of the usual number (1)")
     parser.add_argument("--only", action="append", choices=CAMPAIGNS, help="this part alone; may be repeated")
