@@ -62,6 +62,38 @@ class Picture(nn.Module):
         return self.head(F.relu(self.deep(F.relu(self.norm(self.wide(image))))).mean((2, 3)))
 
 
+class Buckets(nn.Module):
+    """Signs, numbers rounded up and lengths of vectors."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        return {
+            "sign": torch.sign(x),
+            "sign of integers": torch.sign(ids - 3),
+            "up": torch.ceil(x * 7),
+            "unit": x / x.norm(dim=-1, keepdim=True),
+            "length": torch.linalg.vector_norm(x),
+        }
+
+
+def test_signs_numbers_rounded_up_and_lengths_are_captured() -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    x[0, :3] = torch.tensor([0.0, 1 / 7, -2 / 7])
+    given = {"x": x, "ids": torch.arange(6).repeat(5, 1)}
+    module = Buckets().eval()
+    found = run(capture(module, inputs=given), given)
+    for name, wanted in module(**given).items():
+        torch.testing.assert_close(found[name], wanted, rtol=TOLERANCE, atol=0)
+
+
+def test_a_norm_of_another_order_is_refused() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(x, ord=1, dim=-1)
+
+    with pytest.raises(CaptureError, match="a norm of order 1 is not"):
+        capture(Sizes().eval(), inputs={"x": torch.ones(2, 3)})
+
+
 def test_a_live_module_is_captured() -> None:
     torch.manual_seed(0)
     module = Tagger().eval()

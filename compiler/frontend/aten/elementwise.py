@@ -65,6 +65,35 @@ def _reciprocal(importer: Importer, x: Value) -> Value:
     return importer.emit("pow", x, scalar=-1.0)
 
 
+def _sign(importer: Importer, x: Value) -> Value:
+    above, below = (importer.emit("compare", x, scalar=0, relation=relation) for relation in ("gt", "lt"))
+    one, other = (importer.emit("cast", part, dtype=x.type.dtype) for part in (above, below))
+    return importer.emit("sub", one, other)
+
+
+def _up(importer: Importer, x: Value) -> Value:
+    """The next whole number, of numbers that int64 holds: casts cut towards zero."""
+    if not x.type.dtype.is_floating_point:
+        return x
+    whole = importer.emit("cast", importer.emit("cast", x, dtype=torch.int64), dtype=x.type.dtype)
+    return importer.emit("add", whole, importer.emit("cast", _compare("gt")(importer, x, whole), dtype=x.type.dtype))
+
+
+def _norm(
+    importer: Importer,
+    x: Value,
+    order: float = 2,
+    axes: Any = None,
+    keep: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Value:
+    if order != 2:
+        raise importer.fail(f"a norm of order {order} is not in the graph's vocabulary; of order 2 it is")
+    squares = _square(importer, as_dtype(importer, x, importer.out.dtype))
+    return importer.emit("sqrt", _reduction("sum")(importer, squares, axes, keep))
+
+
 def _compare(relation: str) -> Handler:
     def handler(importer: Importer, x: Value, y: Any) -> Value:
         if isinstance(y, Value):
@@ -192,6 +221,7 @@ HANDLERS: dict[str, Handler] = {
     "amax": _reduction("max"),
     "argmax": _argmax,
     "argsort": _argsort,
+    "ceil": _up,
     "clamp": _clamp,
     "clamp_min": _clamp,
     "cumsum": _cumsum,
@@ -201,9 +231,11 @@ HANDLERS: dict[str, Handler] = {
     "max": _max,
     "mean": _reduction("mean"),
     "min": _binary("minimum"),
+    "linalg_vector_norm": _norm,
     "mul": _mul,
     "reciprocal": _reciprocal,
     "rsub": _reversed_sub,
+    "sign": _sign,
     "softmax": _softmax,
     "square": _square,
     "_softmax": _softmax,
