@@ -178,9 +178,9 @@ def sentences(found: Comparison) -> list[str]:
 
 
 def _pair(title: str, one: str, other: str, found: Change) -> str:
-    interval = f"{found.value:+.4g} ({found.low:+.4g} to {found.high:+.4g})"
+    interval = "" if found.low == found.high else f" ({found.low:+.4g} to {found.high:+.4g})"
     ends = {"within": "within noise", "beyond": "beyond noise", "unknown": "not to be told from noise"}
-    return f"{title}, {other} less {one}: {interval}, {ends[found.noise]}"
+    return f"{title}, {other} less {one}: {found.value:+.4g}{interval}, {ends[found.noise]}"
 
 
 def spelt_cost(name: str, value: float) -> str:

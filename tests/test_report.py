@@ -19,6 +19,7 @@ from compiler.report.grid import curve_picture, kept_picture
 from compiler.report.lock import job_key, lock_text, make_lock, resolved
 from compiler.report.page import page
 from compiler.report.picture import layer_picture
+from compiler.report.quality import spelt_estimate
 from compiler.report.text import comparison, summary
 from tests.small import write_folder, write_model, write_recipe
 
@@ -51,6 +52,11 @@ def plain(document):
 
 def read(folder, name):
     return (folder / "out" / name).read_text(encoding="utf-8")
+
+
+def test_a_number_that_all_items_agree_on_has_no_interval():
+    assert spelt_estimate({"value": 677.44, "low": 677.44, "high": 677.44}) == "677.4"
+    assert spelt_estimate({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.5 (0.25 to 0.75)"
 
 
 def test_keys_are_stable(document):

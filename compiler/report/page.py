@@ -126,7 +126,7 @@ def _tiles(document: Document) -> Iterator[Tile]:
     for name, title in QUALITY.items():
         found = (document["evaluation"] or {"metrics": {}})["metrics"].get(name)
         if found is not None:
-            note = f"{found['low']:.4g} to {found['high']:.4g}"
+            note = "" if found["low"] == found["high"] else f"{found['low']:.4g} to {found['high']:.4g}"
             theirs = document["evaluation"]["reference"].get(name)
             yield {"name": title, "value": f"{found['value']:.4g}", "note": _was(theirs) or note}
 

@@ -71,10 +71,11 @@ def _metric(
 
 
 def spelt_estimate(found: Mapping[str, float] | None) -> str:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval; without one where all items, or the only one, say the same."""
     if found is None:
         return ""
-    return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g})"
+    interval = "" if found["low"] == found["high"] else f" ({found['low']:.4g} to {found['high']:.4g})"
+    return f"{found['value']:.4g}{interval}"
 
 
 def _count(value: float | None) -> str:
