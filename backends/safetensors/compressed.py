@@ -126,10 +126,9 @@ def _described(
     strange = [name for name in schemes if name not in linears and name not in embeddings]
     if strange:
         return Mismatch(f"{strange[0]} is quantised, and it is neither a linear module nor an embedding; skip it")
-    known = {named[f"{name}.weight"].key for name in schemes}
-    odd = [key for key, e in stored.items() if as_dequantize(e) and not EXPERT.search(key) and e.key not in known]
-    if odd:
-        return Mismatch(f"{odd[0]} is quantised, and it is no weight of a linear module or an expert; skip it")
+    odd = _without_a_module(named, stored, schemes)
+    if odd is not None:
+        return Mismatch(f"{odd} is quantised, and it is no weight of a linear module or an expert; skip it")
     short = _too_short({**schemes, **experts}, stored)
     if short:
         return Mismatch(f"{short} has too few rows: transformers cannot read its packed zero points; skip it")
@@ -245,6 +244,16 @@ def _of_other_dtype(stored: Mapping[str, Expr]) -> str | None:
     """A weight of another dtype than that which transformers gives it in the first forward pass."""
     values = {name: as_dequantize(expr) for name, expr in stored.items() if expr.dtype != torch.bfloat16}
     return next((name for name, value in values.items() if value and scheme_of(value).kind in ("mx", "nvfp4")), None)
+
+
+def _without_a_module(
+    named: Mapping[str, Expr], stored: Mapping[str, Expr], schemes: Mapping[str, Scheme]
+) -> str | None:
+    """A quantised weight that is neither an expert nor, under its own or another name, one of a module's."""
+    names = {f"{name}.weight" for name in schemes}
+    known = {named[name].key for name in names}
+    odd = (key for key, expr in stored.items() if as_dequantize(expr) is not None and not EXPERT.search(key))
+    return next((key for key in odd if key not in names and stored[key].key not in known), None)
 
 
 def _too_short(schemes: Mapping[str, Scheme], stored: Mapping[str, Expr]) -> str | None:
