@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from compiler.errors import CheckpointError
 from compiler.evaluate.loading import load_model
@@ -39,8 +40,13 @@ def words(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def gptq_tensors(codes, zeros, scales, group, bits, version):
-    less = zeros - int(version == "gptq") & 2**bits - 1
-    parts = {"qweight": words(codes.T, bits), "qzeros": words(less, bits).T, "scales": scales.T, "g_idx": group.int()}
+    """Of the first version, as GPTQModel writes it: ones are taken off whole words (three bits: off each number)."""
+    if version == "gptq" and bits == 3:
+        zeros = zeros - 1 & 7
+    packed = words(zeros, bits).T
+    if version == "gptq" and bits != 3:
+        packed = packed - sum(1 << place for place in range(0, 32, bits))
+    parts = {"qweight": words(codes.T, bits), "qzeros": packed, "scales": scales.T, "g_idx": group.int()}
     return {f"m.{name}": part.contiguous() for name, part in parts.items()}
 
 
@@ -112,6 +118,8 @@ UNREAD = {
     "other kernels": (AWQ | {"version": "gemv"}, "which is read as gemm with 4 bits"),
     "marlin": (gptq(version="marlin"), "which is read as gptq or gptq_v2 with 2, 3, 4, 8 bits"),
     "five bits": (gptq(5), "which is read as gptq or gptq_v2"),
+    "another writer": (AWQ | {"backend": "llm-awq"}, "which is read as AutoAWQ writes it alone"),
+    "odd rules": (gptq() | {"dynamic": 5}, "one scheme for all weights"),
     "several schemes": (gptq() | {"dynamic": {"+:.*mlp.*": {"bits": 8}}}, "one scheme for all weights"),
 }
 
@@ -130,6 +138,8 @@ def test_parts_that_do_not_fit_are_damage(tmp_path):
         "a dense weight beside its codes": good | {"m.weight": torch.ones(2, 2)},
         "zero points": good | {"m.qzeros": good["m.qzeros"][:2].clone()},
         "names groups other than the 3": good | {"m.g_idx": good["m.g_idx"] + 1},
+        "m has codes": good | {"m.g_idx": good["m.g_idx"].float()},
+        "groups of 32": good | {f"m.{part}": good[f"m.{part}"][:, :12].clone() for part in ("qweight", "scales")},
     }
     for number, (message, tensors) in enumerate(damaged.items()):
         with pytest.raises(CheckpointError, match=message):
@@ -140,3 +150,39 @@ def test_a_config_of_another_width_is_damage(tmp_path):
     tensors = gptq_tensors(*matrix(4), 4, "gptq")
     with pytest.raises(CheckpointError, match="m has codes"):
         check(opened(tmp_path, tensors, gptq(8)), *matrix(4))
+
+
+def test_groups_in_the_order_of_activations_need_indices(tmp_path):
+    tensors = gptq_tensors(*matrix(4), 4, "gptq")
+    del tensors["m.g_idx"]
+    with pytest.raises(CheckpointError, match="no g_idx"):
+        check(opened(tmp_path, tensors, gptq() | {"desc_act": True}), *matrix(4))
+
+
+def test_older_names_of_awq_are_known(tmp_path):
+    config = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM"}
+    check(opened(tmp_path, awq_tensors(*matrix(4)[:3]), config), *matrix(4))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_biases_of_zeros_that_no_module_has_are_passed_over(value, tmp_path):
+    """AutoGPTQ wrote one for every matrix."""
+    job, _, _ = written(tmp_path, Quantize(where="mlp", bits=4, group=32), "gptq")
+    file = job.out / "model.safetensors"
+    tensors = load_file(file)
+    bias = {"model.layers.0.mlp.up_proj.bias": torch.full((WIDE["intermediate_size"],), value, dtype=torch.float16)}
+    save_file(tensors | bias, file, {"format": "pt"})
+    if value:
+        with pytest.raises(CheckpointError, match="no place for"):
+            capture(job.out)
+    else:
+        assert "model.layers.0.mlp.up_proj.weight" in capture(job.out).params
+
+
+def test_a_model_is_not_filled_up_with_chance(tmp_path):
+    job, _, _ = written(tmp_path, Quantize(where="mlp", bits=4, group=32), "gptq")
+    file = job.out / "model.safetensors"
+    left = {name: tensor for name, tensor in load_file(file).items() if "layers.0.mlp.up_proj" not in name}
+    save_file(left, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.0.mlp.up_proj.weight"):
+        load_model(job.out)

@@ -10,6 +10,7 @@ from compiler.calibration.moments import measure
 from compiler.calibration.products import products
 from compiler.errors import PassError
 from compiler.pipeline import Pipeline
+from compiler.weights.ops.codec import is_quantised
 from compiler.weights.spill import Progress
 from passes.quantize import Quantize
 from passes.quantize.mixed import EVEN, SPREAD, Data, column_costs, evenly, together
@@ -82,6 +83,11 @@ def test_what_the_first_output_does_not_depend_on_is_not_taken_for_free(options)
         assert head.expr.attr("bits") == 4
     else:
         assert head.expr.attr("bits") == 3 and all("head.weight" not in curve.scope for curve in report.curves)
+
+
+def test_a_whole_number_that_is_no_width_is_an_average():
+    graph, _, _ = quantised("llama", bits=3, widths=(2, 4))
+    assert {param.expr.attr("bits") for param in graph.params.values() if is_quantised(param.expr)} == {2, 4}
 
 
 def test_experts_alone_and_tables_alone():

@@ -27,6 +27,8 @@ def load_model(
 ) -> Any:
     """The model in ``path`` as plain transformers loads it, in evaluation mode. Raises CheckpointError.
 
+    Layouts of GPTQ and AWQ are read as the dense weights that they stand for where gptqmodel is not installed.
+
     Without ``rounding`` a model of compressed-tensors takes activations, and keys and values, as they are.
     """
     import transformers
@@ -50,6 +52,8 @@ def load_model(
                 arguments["use_safetensors"] = True  # never a pickle
             model = factory.from_pretrained(location, config=config, dtype=wanted, **arguments).eval()
             return _dense(model, getattr(torch, dtype)) if quantised else model
+    except CheckpointError:
+        raise
     except Exception as reason:  # each class stumbles over a wrong config or file in its own way
         locked = not trust_remote_code and _has_code(Path(location) / "config.json")
         raise CheckpointError(
@@ -76,7 +80,11 @@ def _from_codes(factory: Any, config: Any, path: str | Path, dtype: torch.dtype)
     checkpoint = open_checkpoint(path)
     del config.quantization_config
     state = {name: checkpoint.read(name) for name in checkpoint.types}
-    return factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    model, info = factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointError(f"the checkpoint lacks {missing}", where=str(path), remedy="are all of its files there?")
+    return model.eval()
 
 
 def _weights_alone(quantization: Mapping[str, Any]) -> dict[str, Any]:

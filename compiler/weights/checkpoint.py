@@ -81,6 +81,10 @@ class Checkpoint(ABC):
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         """The rows [start, stop) of one tensor, in fresh memory."""
 
+    def is_filler(self, key: str) -> bool:
+        """Whether a tensor that no model has a place for says nothing, so that it may be passed over."""
+        return False
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of what the checkpoint holds, equal for equal copies of it."""

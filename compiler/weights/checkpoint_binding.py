@@ -168,6 +168,7 @@ def _check_complete(
             remedy=f"config.json says {type(model).__name__}: are all files of the model there?",
         )
     surplus = _declared(unexpected, (*(model._keys_to_ignore_on_load_unexpected or ()), *_DEAD_BUFFERS))
+    surplus = [name for name in surplus if not checkpoint.is_filler(name)]
     if surplus:
         cause = f"{type(model).__name__} has no place for {_listing(surplus)}"
         raise CheckpointError(cause, where=str(checkpoint.path), remedy="does config.json name the right architecture?")

@@ -1,11 +1,14 @@
 """Checkpoints in the layouts of GPTQ and AutoAWQ, read as the dense weights that their codes stand for.
 
 GPTQ, of a matrix [out, in]: ``qweight`` int32 [in * bits / 32, out], codes packed along inputs; ``qzeros`` int32
-[groups, out * bits / 32], zero points packed along outputs, less one in the first version; ``scales`` [groups, out];
-``g_idx`` int32 [in], the group of every input, in any order. AutoAWQ, as its GEMM kernels have it: ``qweight`` int32
-[in, out / 8], ``qzeros`` int32 [groups, out / 8], ``scales`` [groups, out]; the nibbles of a word hold outputs
-0, 2, 4, 6, 1, 3, 5, 7. A weight is scale * (code - zero point), in the dtype of its scales. Only rows that are asked
-for are ever made.
+[groups, out * bits / 32], zero points packed along outputs, less one in the first version (below); ``scales``
+[groups, out]; ``g_idx`` int32 [in], the group of every input, in any order. AutoAWQ, as its GEMM kernels have it:
+``qweight`` int32 [in, out / 8], ``qzeros`` int32 [groups, out / 8], ``scales`` [groups, out]; the nibbles of a word
+hold outputs 0, 2, 4, 6, 1, 3, 5, 7. A weight is scale * (code - zero point), in the dtype of its scales. Only rows that
+are asked for are ever made.
+
+GPTQModel takes the ones of the first version off whole words, so that a zero point of 0 borrows from the next; it is
+read as it was written. Three bits, whose zero points run over the borders of words, are read one by one.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class Layout:
     bits: int
     group: int
     added: int
+    ordered: bool
+    """Whether groups are in order where nothing says in which group an input is."""
 
     def codes(self, words: Tensor, start: int, stop: int) -> Tensor:
         """The codes int64 [stop - start, in] of some outputs, of ``qweight``."""
@@ -52,8 +57,12 @@ class Layout:
 
     def zeros(self, words: Tensor) -> Tensor:
         """The zero points int64 [out, groups] of ``qzeros``. The first version of GPTQ adds one, in as many bits."""
-        numbers = _numbers(words.T, self.bits)
-        return _in_order(numbers) if self.awq else numbers + self.added & (1 << self.bits) - 1
+        if self.awq:
+            return _in_order(_numbers(words.T, self.bits))
+        if WORD % self.bits:
+            return _numbers(words.T, self.bits) + self.added & (1 << self.bits) - 1
+        ones = sum(self.added << place for place in range(0, WORD, self.bits))
+        return _numbers((words + ones).T, self.bits)
 
     @staticmethod
     def of(config: Any, file: Path) -> Layout:
@@ -61,6 +70,9 @@ class Layout:
         known: Mapping[str, Any] = config if isinstance(config, dict) else {}
         method, bits, group = (known.get(name) for name in ("quant_method", "bits", "group_size"))
         awq = method == "awq"
+        if awq:
+            bits, group = known.get("w_bit", bits), known.get("q_group_size", group)
+        dynamic = known.get("dynamic") or {}
         form = known.get("version" if awq else "checkpoint_format", known.get("format")) or ("gemm" if awq else "gptq")
         formats, widths = (("gemm",), AWQ_BITS) if awq else (("gptq", "gptq_v2"), GPTQ_BITS)
         if method not in ("awq", "gptq"):
@@ -73,10 +85,13 @@ class Layout:
         ):
             shown = f"{method}, {form}, {bits} bits, groups of {group}"
             cause = f"is read as {' or '.join(formats)} with {', '.join(map(str, widths))} bits"
-        elif any(not str(rule).startswith("-:") for rule in known.get("dynamic") or ()):
+        elif awq and known.get("backend", "autoawq") != "autoawq":
+            shown, cause = f"awq, {known['backend']}", "is read as AutoAWQ writes it alone"
+        elif not isinstance(dynamic, dict) or any(not str(rule).startswith("-:") for rule in dynamic):
             shown, cause = f"{method}, `dynamic`", "is read with one scheme for all weights"
         else:
-            return Layout(awq, bits, max(group, 0), int(not awq and str(form).lower() == "gptq"))
+            added = int(not awq and str(form).lower() == "gptq")
+            return Layout(awq, bits, max(group, 0), added, awq or not known.get("desc_act"))
         raise CheckpointError(
             f"the checkpoint is already quantised (quant_method: {shown}), which {cause}",
             where=str(file),
@@ -118,10 +133,16 @@ class PackedCheckpoint(Checkpoint):
         (groups, rows), (length, width) = scales.static_shape, codes.static_shape
         columns = length if self._layout.awq else length * WORD // self._layout.bits
         packed = rows * self._layout.bits // WORD
-        per = self._layout.group or columns
+        per = self._layout.group or max(columns, 1)
         index = found["g_idx"]
+        if index is None and not self._layout.ordered and self._layout.group > 0:
+            raise self._damaged(f"{module} has no g_idx, and its groups are in the order of activations (desc_act)")
         fits = (
-            width == (packed if self._layout.awq else rows)
+            columns > 0
+            and rows * self._layout.bits % WORD == 0
+            and (self._layout.awq or length * WORD % self._layout.bits == 0)
+            and (index is None or not index.dtype.is_floating_point)
+            and width == (packed if self._layout.awq else rows)
             and zeros.static_shape == (groups, packed)
             and groups == -(-columns // per)
             and (self._layout.awq or index is None or index.static_shape == (columns,))
@@ -160,6 +181,11 @@ class PackedCheckpoint(Checkpoint):
         if found.min() < 0 or found.max() >= groups:
             raise self._damaged(f"{name} names groups other than the {groups} that there are")
         return found
+
+    def is_filler(self, key: str) -> bool:
+        """Whether ``key`` is a bias of zeros, as AutoGPTQ wrote for every matrix."""
+        module = key.removesuffix(".bias")
+        return key.endswith(".bias") and f"{module}.weight" in self.types and not self.read(key).any()
 
     def fingerprint(self) -> str:
         return self._stored.fingerprint()

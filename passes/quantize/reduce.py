@@ -117,8 +117,10 @@ class _Job:
         ways: list[tuple[str, Bits]] = [
             (what, {**plain, **own}) for what, own in allotments(losses, bits, self.widths).items()
         ]
-        if bits == int(bits) or not ways:
-            ways.append((EVEN, self._uniform() if bits == int(bits) else plain))
+        if bits in self.widths:
+            ways.append((EVEN, self._uniform()))
+        elif not ways:
+            ways.append((EVEN, plain))
         found = dict({tuple(own.values()): (what, own) for what, own in ways}.values())  # each once
         best = self._nearest(found, data) if len(found) > 1 else next(iter(found))
         for group, own in losses.items():

@@ -7,7 +7,7 @@ has a scale s and, when asymmetric, a zero point z; its codes are integers q of 
 Scales are candidates amplitude * c / 2^m, where the amplitude is the largest magnitude (m = bits - 1) or, when
 asymmetric, the width of the range widened to contain zero (m = bits). Since a bit more halves a candidate and
 keeps c, and a zero point z becomes 2z or 2z + 1, everything that b bits can express b + 1 bits can express too:
-the least error over the candidates never grows with the number of bits.
+the least error over the candidates never grows with the number of bits, of symmetric codes up to 7.
 
 There is one negative code more than positive ones. Below 8 bits a group without zero point whose largest magnitude is
 a positive number has a negative scale, so that this number gets that code, as in the blocks of llama.cpp and ONNX
