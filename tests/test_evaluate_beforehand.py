@@ -11,7 +11,7 @@ from compiler.evaluate.metrics import METRICS
 from compiler.job import compress
 from compiler.plan import make_plan
 from compiler.recipe import Recipe
-from tests.small import write_recipe
+from tests.small import write_folder, write_recipe
 from tests.tiny import byte_tokenizer, write_text
 
 
@@ -53,3 +53,9 @@ def test_windows_that_a_model_or_text_does_not_have_are_refused_before_any_work(
         compress(recipe, tmp_path / "out")
     assert caught.value.span is not None and caught.value.remedy
     assert not list(tmp_path.iterdir())
+
+
+def test_questions_are_asked_for_by_a_plan(tmp_path):
+    with pytest.raises(DataError, match="`choices` needs items") as caught:
+        make_plan(recipe_of(write_folder(tmp_path), "length: 16, metrics: [choices]"))
+    assert caught.value.span is not None and caught.value.remedy

@@ -116,3 +116,12 @@ def test_words_are_found_in_data():
     graph.sources = dict(graph_of("dinov2").sources)
     with pytest.raises(PassError, match="no calibration pictures"):
         Pipeline([DropTokens(**ENTRY)]).run(graph, calibration=lambda _: [])
+
+
+def test_one_picture_has_no_words():
+    """It is its own mean."""
+    graph = copy_of(graph_of("dinov2"))
+    graph.sources = dict(graph_of("dinov2").sources)
+    one = FAMILIES["dinov2"].inputs(batch=1)
+    with pytest.raises(PassError, match="differ from the mean of 1 pictures"):
+        Pipeline([DropTokens(**ENTRY)]).run(graph, calibration=lambda _: [one])

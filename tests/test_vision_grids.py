@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_position_ids
 
 from compiler.errors import CaptureError, PassError
 from compiler.frontend import capture
@@ -76,3 +78,25 @@ def test_grids_must_be_known_and_alike():
         capture(tower("qwen2_vl"), inputs=patches(2) | {"grid_thw": two})
     with pytest.raises(CaptureError, match="24 patches each"):
         capture(tower("qwen2_vl"), inputs={"hidden_states": torch.randn(7, VALUES), **grids(1)})
+
+
+@pytest.mark.parametrize("grid", [torch.zeros(0, 3), torch.tensor([[4, 6]]), torch.tensor([[1, 3, 8]])], ids=str)
+def test_grids_that_are_none_say_what_they_must_be(grid):
+    with pytest.raises(CaptureError) as refused:
+        capture(tower("qwen2_vl"), inputs={"hidden_states": torch.randn(24, VALUES), "grid_thw": grid.long()})
+    assert refused.value.remedy
+
+
+class Own(nn.Module):
+    """A tower whose places are not those of Qwen's layout."""
+
+    spatial_merge_size = 2
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
+        return hidden_states + get_vision_position_ids(grid_thw, 1).sum(1, keepdim=True)
+
+
+def test_a_tower_with_places_of_its_own_is_refused():
+    with pytest.raises(CaptureError, match="no tower whose grids are understood") as refused:
+        capture(Own().eval(), inputs={"hidden_states": torch.randn(24, VALUES), **grids(1)})
+    assert refused.value.remedy

@@ -19,6 +19,7 @@ from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import parse_json, read_document
 
 NO_EXTRACTOR = "nothing says how audio features are made for the model"
+LOCKED = ("trust_remote_code", "does not recognize this architecture")
 EXTRACTOR = "put the preprocessor_config.json of the model beside it"
 
 
@@ -55,7 +56,8 @@ def load_model(
     except CheckpointError:
         raise
     except Exception as reason:  # each class stumbles over a wrong config or file in its own way
-        locked = not trust_remote_code and _has_code(Path(location) / "config.json")
+        code = _has_code(Path(location) / "config.json")
+        locked = not trust_remote_code and code and any(sign in str(reason) for sign in LOCKED)
         raise CheckpointError(
             f"transformers cannot load the model: {first_line(reason)}",
             where=str(path),

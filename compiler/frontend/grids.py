@@ -7,6 +7,9 @@ the graph is given an axis for others of the same grid.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ GRID = "grid_thw"
 WHOLE = ("image_grid_thw", "video_grid_thw")
 BATCH = "B"
 _ALIGNED = frozenset(op.name for op in ELEMENTWISE)
+_TOWERS = "towers of the layout of Qwen2-VL, Qwen2.5-VL and Qwen3-VL are understood"
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ def grid_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Grid | None:
     if GRID not in inputs:
         return None
     grids, others = inputs[GRID], [tensor for name, tensor in inputs.items() if name != GRID]
-    if grids.dim() != 2 or grids.is_meta or bool((grids != grids[:1]).any()):
-        raise CaptureError("pictures must be of one grid, whose values are known", where=GRID)
+    if grids.is_meta or grids.dim() != 2 or not len(grids) or grids.shape[1] != 3 or bool((grids != grids[:1]).any()):
+        remedy = "give [pictures, 3] whole numbers, time, height and width in patches, the same for each picture"
+        raise CaptureError("pictures must be of one grid, whose values are known", where=GRID, remedy=remedy)
     patches = int(grids[0].prod())
-    if any(len(tensor) != patches * len(grids) for tensor in others):
-        raise CaptureError(f"{len(grids)} pictures have {patches} patches each", where=GRID)
+    if any(tensor.dim() == 0 or len(tensor) != patches * len(grids) for tensor in others):
+        remedy = f"give every other input {patches * len(grids)} rows, or another grid"
+        raise CaptureError(f"{len(grids)} pictures have {patches} patches each", where=GRID, remedy=remedy)
     return Grid(patches, _known(module, grids[:1].cpu()))
 
 
@@ -66,9 +72,13 @@ def _known(module: Any, grid: Tensor) -> dict[str, Any]:
     are known while tracing."""
     from transformers import vision_utils as places
 
-    if not hasattr(module, "spatial_merge_size"):
-        raise CaptureError(f"`{type(module).__name__}` is no tower whose grids are understood", where=GRID)
+    name = type(module).__name__
+    if not hasattr(module, "spatial_merge_size") or _has_its_own_way(module):
+        raise CaptureError(f"`{name}` is no tower whose grids are understood", where=GRID, remedy=_TOWERS)
     merge = module.spatial_merge_size
+    if grid[0, 1] % merge or grid[0, 2] % merge:
+        cause = f"`{name}` joins {merge} x {merge} patches, which the grid is no multiple of"
+        raise CaptureError(cause, where=GRID, remedy=f"give a height and a width that {merge} divides")
     known: dict[str, Any] = {
         GRID: grid,
         "position_ids": places.get_vision_position_ids(grid, merge),
@@ -87,6 +97,19 @@ def _known(module: Any, grid: Tensor) -> dict[str, Any]:
         )
         known |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
     return known
+
+
+def _has_its_own_way(module: Any) -> bool:
+    """Whether a tower says in constants what it computes of its grids: other places or bounds than `_known` has."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
+    calls = (node for node in ast.walk(source) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    given = [
+        argument
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id.startswith("get_vision_")
+        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
+    ]
+    return any(isinstance(argument, ast.Constant) for argument in given)
 
 
 @contextmanager

@@ -96,9 +96,10 @@ def _observed(graph: Graph, value: Value, batches: Sequence[Mapping[str, Tensor]
 def _learnt(seen: Tensor, inner: slice, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """The mean [T, d] of ``seen`` [N, T, d], and ``count`` directions [count, d] that ``inner`` tokens are near to."""
     mean = seen.mean(0)
-    rows = F.normalize((seen - mean)[:, inner].reshape(-1, seen.shape[2]), dim=-1)
+    beyond = (seen - mean)[:, inner].reshape(-1, seen.shape[2])
+    rows = F.normalize(beyond[beyond.norm(dim=1) > EPS], dim=-1)
     if len(rows) < count:
-        cause = f"{count} words cannot be found in {len(rows)} tokens"
+        cause = f"{count} words cannot be found in {len(rows)} tokens that differ from the mean of {len(seen)} pictures"
         raise PassError(cause, option="keep", remedy="give more calibration pictures")
     found = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
     for _ in range(ROUNDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from compiler.allocate import Option, allocate
@@ -103,10 +104,10 @@ def _shared(
     ]
     if sum(min(way.cost for way in own) for own in ways) > allowed:
         least = {place: counts[-1] for own, counts in zip(classes, numbers, strict=True) for place in own}
-        part = budget.total(least, ()) / budget.total({}, ())
+        part = ceil(1000 * budget.total(least, ()) / budget.total({}, ())) / 10
         aligned = align > 1 and any(place.kind in ALIGNED for place in least)
         raise PassError(
-            f"that is less than what must remain of these dimensions: {100 * part:.1f} % of all is then left",
+            f"that is less than what must remain of these dimensions: {part:.1f} % of all is then left",
             option=budget.option,
             remedy="keep more, or add kinds to `what`" + (f", or lower `align` ({align})" if aligned else ""),
         )

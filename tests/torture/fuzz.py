@@ -56,6 +56,8 @@ def fuzz_inputs(runs: int, seed: int, tally: Tally, work: Path) -> None:
             for letter, outcome in LETTERS.items():
                 for _ in range(noted.count(letter)):
                     tally.add(campaign, kind, outcome)
+        if not done.returncode and len(noted) < runs:
+            tally.add(campaign, f"seed {seed}", Outcome("traceback", f"{len(noted)} of {runs} inputs were tried"))
         if done.returncode:
             detail = "\n".join(done.stderr.splitlines()[-40:])
             tally.add(campaign, f"seed {seed}", Outcome("traceback", detail))

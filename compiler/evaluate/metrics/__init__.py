@@ -91,6 +91,8 @@ def choose(names: Sequence[str] | None, found: Situation) -> list[str]:
                 f"`{name}` is of {MODELS[metric.of]}{text}; this is a {found.model}{_without(found)}",
                 remedy="without `metrics` those that fit are measured",
             )
+        if metric.needs == "items" and not found.items:
+            raise DataError(f"`{name}` needs items", remedy="give `items`, a file of questions or texts to compare")
     return list(dict.fromkeys(names))
 
 
