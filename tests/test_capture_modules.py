@@ -85,6 +85,23 @@ def test_signs_numbers_rounded_up_and_lengths_are_captured() -> None:
         torch.testing.assert_close(found[name], wanted, rtol=TOLERANCE, atol=0)
 
 
+class Order(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.gather(1, torch.argsort(x > 0, dim=1)) if self.of_flags else torch.argsort(x, dim=0)
+
+    def __init__(self, of_flags: bool) -> None:
+        super().__init__()
+        self.of_flags = of_flags
+
+
+def test_orders_are_captured_of_flags_too_and_refused_along_an_unknown_length() -> None:
+    x = torch.tensor([[1.0, -1.0], [2.0, -3.0], [4.0, -0.5]])
+    (found,) = run(capture(Order(True).eval(), inputs={"x": x}), {"x": x}).values()
+    assert torch.equal(found, x.flip(1))
+    with pytest.raises(CaptureError, match="whose length is not known"):
+        capture(Order(False).eval(), inputs={"x": x})
+
+
 def test_a_norm_of_another_order_is_refused() -> None:
     class Sizes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def test_before_a_layer_its_attention_is_not_known(options):
 
 
 def test_an_onnx_model_reads_several_pictures_of_a_text(tmp_path):
-    graph, given = dropped(keep=9)[0], with_crops(2, 31, PICTURES)
+    graph, given = captured(), with_crops(2, 31, PICTURES)
     found = written(graph, tmp_path).run(**given, attention_mask=torch.ones_like(given["input_ids"]))
     for name, value in run(graph, given).items():
         assert error(found[name], value) <= tolerance(graph)

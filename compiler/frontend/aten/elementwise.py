@@ -192,6 +192,9 @@ def _topk(
 
 def _argsort(importer: Importer, x: Value, axis: int = -1, descending: bool = False) -> Value:
     axis = axis_of(x, axis)
+    if not isinstance(x.shape[axis], int):
+        raise importer.fail("an order along an axis whose length is not known is not in the graph's vocabulary")
+    x = as_dtype(importer, x, torch.int64) if x.type.dtype == torch.bool else x
     ordered = x if descending else importer.emit("neg", x)
     return importer.emit_all("topk", ordered, count=x.shape[axis], axis=last_axis(x, axis))[1]
 
