@@ -20,7 +20,7 @@ from compiler.weights.writer import write
 from tests.jobs import LAYERS, run_job, run_recipe, start
 from tests.small import write_folder, write_recipe
 
-KILLS, WHOLE_KILLS = 12, 2
+KILLS, WHOLE_KILLS = 20, 3
 
 
 class Stop(Exception):
