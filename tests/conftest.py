@@ -1,5 +1,6 @@
 """Options and fixtures that several test files share."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,15 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--accept", action="store_true", help="write the golden files anew instead of comparing")
+
+
+def pytest_collection_finish():
+    """Thousands of collected tests live to the end: jobs that collect garbage need not look at them each time."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compiler.calibration.sweep import differentiable, quick_products
-from compiler.ir.execute import read_param
+from compiler.calibration.sweep import differentiable, quick_products, quick_weight
 from compiler.ir.graph import Graph, Value
 
 RESIDENT_BYTES = 4 << 30  # weights up to this much stay in memory while gradients are taken
@@ -40,7 +39,7 @@ def backwards(graph: Graph, batches: Batches, seed: int, tape: Tape) -> float:
     """Run ``batches`` forward and back before the eyes of ``tape``. Returns for how many predictions that counts."""
     source = torch.Generator().manual_seed(seed)
     held = sum(param.type.numel * 4 for param in graph.params.values()) <= RESIDENT_BYTES
-    weights: dict[Value, Tensor] = {p: read_param(graph, p) for p in graph.params.values()} if held else {}
+    weights: dict[Value, Tensor] = {p: quick_weight(graph, p) for p in graph.params.values()} if held else {}
     name = next(iter(graph.outputs))
     predictions = 0.0
     for batch in batches:

@@ -43,7 +43,7 @@ def _outputs(
 ) -> Iterator[tuple[bool, Tensor]]:
     """Per batch, whether the output is logits, and its values [.., positions, width] in float32, or their means."""
     name, value = next(iter(graph.outputs.items()))
-    for stage in sweep(graph, batches):
+    for stage in sweep(graph, batches, exact=True):
         if value.node in stage.nodes:
             for values in stage.values([value]):
                 output = values[value].float()

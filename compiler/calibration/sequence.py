@@ -64,8 +64,8 @@ def in_order(
     statistics = measure(graph, several, batches, Progress())
     yield from (Met((param,), statistics.of(param)) for param in several)
     pending = _Pending(graph, trial, {param: known[param][0] for param in params if len(known[param]) == 1})
-    original = sweep(graph, batches, narrow=True) if paired else None
-    for ours in sweep(trial, batches, narrow=True) if pending.left else ():
+    original = sweep(graph, batches) if paired else None
+    for ours in sweep(trial, batches) if pending.left else ():
         theirs = None if original is None else next(original)
         for group in pending.take(ours):
             pending.reach(ours, theirs, group[0])

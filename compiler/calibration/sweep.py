@@ -42,7 +42,7 @@ class Stage:
     _batches: list[_Batch] = field(repr=False)
     _end: Node | None = field(repr=False)
     _done: set[Node] = field(repr=False)
-    _narrow: bool = field(repr=False)
+    _exact: bool = field(repr=False)
 
     def refresh(self) -> None:
         """Take note of nodes that were put into the stage or taken out of it."""
@@ -94,7 +94,8 @@ class Stage:
         """Per batch, the live values after ``nodes``, which are the stage's unless others are given."""
         nodes = self.nodes if nodes is None else nodes
         read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
-        weights = {value: self._weight(value) for value in read if isinstance(value, Param)}
+        read_weight = read_param if self._exact else quick_weight
+        weights = {value: read_weight(self._graph, value) for value in read if isinstance(value, Param)}
         for batch in self._batches:
             for value in read:
                 if see is not None and value in batch.values:
@@ -103,10 +104,6 @@ class Stage:
             with torch.no_grad(), quick_products():
                 run_nodes(self._graph, nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
             yield {value: tensor for value, tensor in values.items() if value not in weights}
-
-    def _weight(self, param: Param) -> Tensor:
-        tensor = read_param(self._graph, param)
-        return tensor.bfloat16() if self._narrow and _only_multiplied(param) else tensor
 
     def reach(self, node: Node) -> None:
         """Run what comes before ``node`` for good: it is not run again, so nothing of it may be rewritten any more."""
@@ -130,6 +127,16 @@ class Stage:
         for batch, values in zip(self._batches, self._run(keep=keep, nodes=nodes), strict=True):
             batch.values = {value: values[value] for value in keep if value in values}
         self._done.update(nodes)
+
+
+def quick_weight(graph: Graph, param: Param) -> Tensor:
+    """The value of ``param``; a large one that linear maps alone read is in bfloat16, where the processor gains by it.
+
+    What it is multiplied with is rounded to bfloat16 too, and products are summed in float32: activations keep two to
+    three digits, which is more than a choice of calibration texts leaves of what is measured on them.
+    """
+    tensor = read_param(graph, param)
+    return tensor.bfloat16() if has_narrow_products() and _only_multiplied(param) else tensor
 
 
 def _only_multiplied(param: Param) -> bool:
@@ -156,12 +163,12 @@ def quick_products() -> Generator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]], *, narrow: bool = False) -> Iterator[Stage]:
+def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]], *, exact: bool = False) -> Iterator[Stage]:
     """The stages of ``graph`` in order, each with the activations that ``batches`` (inputs by name) have there.
 
     The caller may rewrite the nodes of the stage at hand, and nodes before it whose inputs are still read by it; what
     then stands in its place is run before the next stage is yielded. Activations of all batches stay in memory.
-    ``narrow``: large linear maps multiply in bfloat16, where the processor gains by that; all else stays in float32.
+    Large linear maps take a `quick_weight` unless that is to be ``exact``; all else is in the graph's own types.
     """
     state = [
         _Batch({value: batch[name] for name, value in graph.inputs.items()}, bind_dims(graph, batch))
@@ -171,7 +178,7 @@ def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]], *, narrow: bool
     ends = [nodes[0] for _, nodes in parts[1:]] + [None]
     done: set[Node] = set()
     for (layer, nodes), end in zip(parts, ends, strict=True):
-        stage = Stage(layer.scope if layer else "", nodes, graph, state, end, done, narrow and has_narrow_products())
+        stage = Stage(layer.scope if layer else "", nodes, graph, state, end, done, exact)
         yield stage
         stage.advance()
 

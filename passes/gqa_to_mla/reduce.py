@@ -141,7 +141,7 @@ def _refit(graph: Graph, ctx: Context, latent: Mapping[Source, Node], batches: B
     """Let the latent attentions take over in order; each output projection is fitted to what the original attention
     yields from inputs that have passed the attentions converted before it."""
     left = set(latent)
-    for stage in sweep(graph, batches):
+    for stage in sweep(graph, batches, exact=True):
         for source in _in_stage(stage, list(latent)):
             left.discard(source)
             output, weight = source.output, source.output_weight

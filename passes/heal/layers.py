@@ -44,7 +44,9 @@ def heal_layers(job: Job, budget: int) -> None:
         return
     train = merged(job.graph, spread(job.windows.train, budget), STEP_TOKENS)
     batches = [*train, *merged(job.graph, job.windows.held, STEP_TOKENS)]
-    for theirs, ours in zip(sweep(job.original, batches), sweep(job.graph, batches), strict=True):
+    for theirs, ours in zip(
+        sweep(job.original, batches, exact=True), sweep(job.graph, batches, exact=True), strict=True
+    ):
         if not left:
             break
         read = dict.fromkeys(value for node in ours.nodes for value in node.inputs)

@@ -87,7 +87,7 @@ def factorised_in_order(
         if ranked not in left:
             factors.write(trial, ranked.place)
     known = _Known(metrics, form, _key(graph, metrics, form, before, given))
-    for theirs, ours in zip(sweep(graph, given), sweep(trial, given), strict=True):
+    for theirs, ours in zip(sweep(graph, given, exact=True), sweep(trial, given, exact=True), strict=True):
         for group in _by_input(theirs, left):
             found = known.load(group)
             if found is None:

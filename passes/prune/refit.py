@@ -86,10 +86,10 @@ def refit(
     ``views`` say what of the original's value a value of ``graph`` is to be, where it has become narrower.
     """
     key = _key(graph, params, batches)
-    theirs = iter(sweep(original, batches))
+    theirs = iter(sweep(original, batches, exact=True))
     there = next(theirs)
     left = set(params)
-    for ours in sweep(graph, batches):
+    for ours in sweep(graph, batches, exact=True):
         nodes = [node for node in ours.nodes if node.op.name == "linear" and node.input(1) in left]
         while nodes and same[nodes[0]] not in set(there.nodes):
             there = next(theirs)

@@ -63,7 +63,9 @@ def learn_blocks(graph: Graph, ctx: Context, wanted: Quantize, made: Mapping[Par
     found: dict[Param, Expr] = {}
     blocks: list[_Block] = []
     left = _own_params(ctx, list(made))
-    for theirs, ours in zip(sweep(graph, data.batches), sweep(trial, data.batches), strict=True):
+    for theirs, ours in zip(
+        sweep(graph, data.batches, exact=True), sweep(trial, data.batches, exact=True), strict=True
+    ):
         if not left:
             break
         read = {value for node in theirs.nodes for value in node.inputs}
