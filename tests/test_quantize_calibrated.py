@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.calibration.backward import backwards
+from compiler.calibration.backward import backwards, drawn
 from compiler.calibration.energies import energies
 from compiler.calibration.fidelity import Fidelity
 from compiler.calibration.products import products
@@ -265,13 +265,21 @@ def test_energies_are_those_of_gradients():
     expected = []
     for batch in given_batches:
         chances = run(graph, batch)["logits"].softmax(-1).flatten(0, -2)
-        label = torch.multinomial(chances, 1, generator=source)
+        label = drawn(chances, source)
         expected.append((chances - torch.zeros_like(chances).scatter(1, label, 1.0)).square().sum(-1))
     relative = torch.cat(expected) / torch.cat(expected).mean()
     wanted = relative.sqrt() / relative.sqrt().mean()
     counts = torch.cat(found.counts([head]))
     assert torch.allclose(counts, wanted, rtol=2e-2, atol=1e-3)
     assert backwards(graph, given_batches, 3, Labels()) == len(counts)
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely():
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    labels = drawn(chances.expand(20_000, -1), torch.Generator().manual_seed(0))
+    often = labels.flatten().bincount(minlength=len(chances)) / len(labels)
+    spread = (chances * (1 - chances) / len(labels)).sqrt()
+    assert ((often - chances).abs() <= 4 * spread).all()
 
 
 def test_weights_meet_what_those_before_them_have_become():

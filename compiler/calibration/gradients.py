@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compiler.calibration.backward import Batches, backwards
+from compiler.calibration.gram import gram
 from compiler.calibration.products import expert_weights, leaving, matrix_shape, reads
 from compiler.ir.graph import Graph, Node, Param, Value
 
@@ -88,4 +89,4 @@ class _Tape:
             for param in self._products[node]:
                 for expert, rows in leaving(node, param, gradient.detach(), {**self._known, **self._weights}):
                     total = self.sums[param]
-                    total[expert] += rows.square().sum(0) if total.ndim == 2 else rows.T @ rows
+                    total[expert] += rows.square().sum(0) if total.ndim == 2 else gram(rows)

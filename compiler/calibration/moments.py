@@ -25,6 +25,7 @@ from torch import Tensor
 
 from compiler.calibration.backward import Batches
 from compiler.calibration.gradients import at_outputs
+from compiler.calibration.gram import gram
 from compiler.calibration.products import Rows, entering, expert_weights, matrix_shape, products, reads
 from compiler.calibration.sweep import Stage, quick_products, sweep
 from compiler.ir.graph import Graph, Node, Param
@@ -221,7 +222,7 @@ class Sums:
     def _square(self, expert: int) -> None:
         """Add the products of the vectors that wait."""
         for block in torch.cat(self._waiting[expert]).split(BLOCK) if self._waiting[expert] else ():
-            self._found["second"][expert] += _squares(block)
+            self._found["second"][expert] += gram(block)
         self._waiting[expert].clear()
 
     def bundle(self) -> dict[str, Tensor]:
@@ -232,12 +233,6 @@ class Sums:
             own = self._found[key]
             own /= self._found["count"].clamp_min(1).view(-1, *[1] * (own.ndim - 1))
         return self._found
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """X^T X of X float32 [vectors, width]: numpy has BLAS compute one half of it, and torch both."""
-    values = rows.numpy()
-    return torch.from_numpy(values.T @ values)
 
 
 def _measure_inputs(
