@@ -21,6 +21,8 @@ TEXT = ROOT / "benchmarks/data/persuasion.txt"
 NEW_TOKENS = 64
 
 pytestmark = pytest.mark.real
+DEMO = pytest.mark.xdist_group("demo")  # one process makes it, while another tests the rest
+LATENT = pytest.mark.xdist_group("latent")
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +65,13 @@ def demo(tmp_path_factory):
     return out, done.stdout
 
 
+@LATENT
 def test_the_captured_graph_is_bit_equal_to_transformers(windows, expected):
     (logits,) = run(capture(MODEL), {"input_ids": windows}).values()
     assert torch.equal(logits, expected)
 
 
+@LATENT
 def test_latent_attention_computes_the_same_function(latent, windows, expected):
     assert type(latent).__module__ == "transformers.models.deepseek_v3.modeling_deepseek_v3"
     with torch.no_grad():
@@ -75,6 +79,7 @@ def test_latent_attention_computes_the_same_function(latent, windows, expected):
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@LATENT
 def test_latent_attention_writes_the_same_words(latent, original, tokenizer):
     ids = prompt_ids(tokenizer, "Tell me a story about a fox and a crow.", chat=True)
     ours, theirs = (list(greedy(each, ids, NEW_TOKENS, stop=False)) for each in (latent, original))
@@ -82,10 +87,12 @@ def test_latent_attention_writes_the_same_words(latent, original, tokenizer):
     assert ours == theirs
 
 
+@LATENT
 def test_latent_attention_has_the_same_live_cache(latent, original):
     assert cache_size(latent) == cache_size(original) is not None
 
 
+@DEMO
 def test_the_demo_shows_what_it_cost(demo):
     out, printed = demo
     report = json.loads((out / "compress/report.json").read_text())
@@ -97,6 +104,7 @@ def test_the_demo_shows_what_it_cost(demo):
     assert "perplexity" in printed
 
 
+@DEMO
 def test_the_plan_knew_every_byte(demo):
     out, _ = demo
     plan = make_plan(Recipe.load(ROOT / "recipes/demo.yaml"))
@@ -112,6 +120,7 @@ def tensor_bytes(path):
     return path.stat().st_size - header - 8
 
 
+@DEMO
 def test_the_demo_answers_with_nothing_but_transformers(demo):
     out, _ = demo
     command = [sys.executable, str(ROOT / "benchmarks/answer.py"), str(out), "What is the capital of France?"]
