@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,14 +37,14 @@ def pairs_correlation(rows: Array, weights: Array) -> Array:
     among all pairs.
     """
     one, other = np.triu_indices(len(rows), 1)
-    ours, theirs = rankdata(rows[:, : len(rows)][one, other]), rankdata(rows[:, len(rows) :][one, other])
+    ours, theirs = _ranks(rows[:, : len(rows)][one, other]), _ranks(rows[:, len(rows) :][one, other])
     parts = np.array_split(weights, max(1, len(weights) // AT_ONCE))
     return np.concatenate([_correlation(ours, theirs, part[:, one] * part[:, other]) for part in parts])
 
 
 def column_correlation(rows: Array, weights: Array) -> Array:
     """Spearman's rank correlation between the two columns of ``rows`` [items, 2], [draws]."""
-    return _correlation(rankdata(rows[:, 0]), rankdata(rows[:, 1]), weights)
+    return _correlation(_ranks(rows[:, 0]), _ranks(rows[:, 1]), weights)
 
 
 def _correlation(x: Array, y: Array, weights: Array) -> Array:
@@ -62,6 +61,13 @@ def mean_state(model: Any, ids: Tensor) -> Tensor:
     """The mean over tokens of the first output for ``ids`` [tokens], float32 [width]."""
     with torch.inference_mode():
         return model(input_ids=ids[None])[0][0].float().mean(0).clone()
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks of ``values`` [n], the mean rank for those that are equal. scipy.stats takes long to load, for this alone."""
+    from scipy.stats import rankdata
+
+    return rankdata(values)
 
 
 def _windows(model: Any, given: Given) -> list[Tensor]:
