@@ -64,7 +64,7 @@ def mean_state(model: Any, ids: Tensor) -> Tensor:
 
 
 def _ranks(values: Array) -> Array:
-    """Ranks of ``values`` [n], the mean rank for those that are equal. scipy.stats takes long to load, for this alone."""
+    """Ranks of ``values`` [n], the mean rank for equal ones. scipy.stats takes long to load, for this alone."""
     from scipy.stats import rankdata
 
     return rankdata(values)
