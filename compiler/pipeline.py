@@ -11,6 +11,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -294,6 +295,10 @@ class Context:
         """Keep a computed tensor in the work directory and return the expression that reads it back."""
         key = self._spill.add(name, tensor)
         return load("spill", key, self._spill.types[key])
+
+    def scratch(self) -> AbstractContextManager[None]:
+        """A place in which what is spilled is forgotten at the end: expressions that read it may not be kept."""
+        return self._spill.temporary()
 
     def _option_holding(self, where: Selector) -> str:
         held = (f.name for f in dataclasses.fields(self._step) if getattr(self._step, f.name) is where)

@@ -11,16 +11,18 @@ from transformers import GPTQConfig, LlamaConfig, LlamaForCausalLM
 
 from backends.safetensors import Refusal, emit, propose, require
 from compiler import Recipe, compress
-from compiler.errors import OutputError, RecipeError, TargetError
+from compiler.errors import OutputError, RecipeError
 from compiler.ir.execute import read_param
 from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
-from compiler.weights.expr import apply
+from compiler.weights.expr import apply, load
 from compiler.weights.ops.basic import full
 from compiler.weights.ops.quant import pack_bits
+from compiler.weights.source import MemorySource
 from passes.quantize import Quantize
 from tests.emitted import Job
 from tests.families import FAMILIES
+from tests.small import write_folder, write_recipe
 from tests.test_packing import bound
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 96}
@@ -109,16 +111,36 @@ def test_bfloat16_scales_are_those_of_the_graph(tmp_path):
     assert torch.equal(exact.to(torch.bfloat16), read_param(job.graph, param).to(torch.bfloat16))
 
 
-def test_scales_that_float16_does_not_hold_are_an_error(tmp_path):
+@pytest.mark.parametrize("scale", [1e5, 1e-6, 2.0**-30])
+def test_scales_that_float16_does_not_hold_are_an_error(scale, tmp_path):
+    """Too large, of too few digits, and zero."""
     job = Job("llama", tmp_path, [Quantize(where="mlp", bits=4, group=32)], torch.bfloat16, **WIDE)
     param = job.graph.params["model.layers.0.mlp.up_proj.weight"]
-    codes, scale = param.expr.args
-    param.expr = apply("dequantize", [codes, full(scale.shape, 1e5, torch.bfloat16)], dict(param.expr.attrs))
+    codes, own = param.expr.args
+    param.expr = apply("dequantize", [codes, full(own.shape, scale, torch.bfloat16)], dict(param.expr.attrs))
     job.out.mkdir()
     with pytest.raises(
-        OutputError, match=r"up_proj\.scales gave NaN or infinite values.*\n.*float16 may be too narrow"
-    ):
+        OutputError, match=r"scales of .*up_proj\.weight hold .*, which torch.float16 does not"
+    ) as raised:
         emit(require(job.graph, "gptq"), job.graph.sources, job.out)
+    assert "compressed-tensors keeps" in raised.value.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_are_tiny_or_zero_are_what_the_graph_runs(dtype, tmp_path):
+    """As small as scales can be: 2^-17 is the least that both dtypes hold in full."""
+    job = Job("llama", tmp_path, [], dtype, **WIDE)
+    param = job.graph.params["model.layers.0.mlp.up_proj.weight"]
+    size = 2.0**-14 if dtype == torch.float16 else 2.0**-17
+    values = torch.randint(-7, 8, param.type.static_shape).to(dtype) * size
+    values[:, :32] = 0
+    job.graph.sources = {**job.graph.sources, "tiny": MemorySource({"w": values})}
+    param.expr = load("tiny", "w", param.expr.type)
+    Pipeline([Quantize(where="mlp", bits=4, group=32)]).run(job.graph)
+    job.out.mkdir()
+    emit(require(job.graph, "gptq"), job.graph.sources, job.out)
+    theirs = dequantised(load_file(job.out / "model.safetensors"), param.name.removesuffix(".weight"), 4, "gptq")
+    assert torch.equal(theirs.float(), values.float())
 
 
 REFUSALS = {
@@ -131,6 +153,10 @@ REFUSALS = {
     "embedding": (
         "llama", Quantize(where="embedding", bits=8), "gptq",
         "GPTQ checkpoints hold the weights of linear modules; skip model.embed_tokens.weight",
+    ),
+    "a stored transpose": (
+        "gpt2", Quantize(bits=4, where="mlp"), "gptq",
+        "transformer.h.0.mlp.c_fc.weight is quantised in part, or stored transposed, as no GPTQ checkpoint is; skip it",
     ),
     "activations": ("llama", Quantize(activations="int8"), "gptq", "GPTQ checkpoints have no rounded activations"),
     "float32": (
@@ -166,10 +192,14 @@ def test_a_run_says_that_it_could_not_reload(tmp_path):
     assert verification["skipped"] == "transformers needs optimum and gptqmodel to load it"
 
 
-def test_what_could_not_be_evaluated_is_refused_before_anything_is_written(tmp_path):
-    (tmp_path / "text.txt").write_text("some words " * 50)
-    with pytest.raises(TargetError, match="evaluating a GPTQ checkpoint needs optimum and gptqmodel"):
-        compressed(tmp_path, "{quantised-as: gptq}", "evaluate: {data: text.txt}\n")
+def test_a_run_evaluates_what_it_wrote_without_the_packages_that_load_it(tmp_path):
+    """As `eval` does: with the weights that its codes stand for."""
+    write_folder(tmp_path)
+    measured = "evaluate: {data: text.txt, samples: 2, length: 16, metrics: [kl]}"
+    rest = f"emit: [safetensors: {{quantised-as: gptq}}]\n{measured}\n"
+    recipe = write_recipe(tmp_path, "[quantize: {where: mlp, bits: 4, group: 32}]", rest)
+    result = compress(Recipe.load(recipe), tmp_path / "out")
+    assert 0 < result.document["evaluation"]["metrics"]["kl"]["value"] < 1
 
 
 def test_generated_classes_do_not_read_it(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from compiler.errors import CheckpointError
 from compiler.evaluate.loading import load_model
@@ -14,6 +15,7 @@ from compiler.frontend import capture
 from compiler.ir.execute import read_param, run
 from compiler.weights.checkpoint import open_checkpoint
 from passes.quantize import Quantize
+from tests.families import FAMILIES
 from tests.test_checkpoint import make_directory
 from tests.test_gptq_layout import WIDE, written
 
@@ -184,5 +186,35 @@ def test_a_model_is_not_filled_up_with_chance(tmp_path):
     file = job.out / "model.safetensors"
     left = {name: tensor for name, tensor in load_file(file).items() if "layers.0.mlp.up_proj" not in name}
     save_file(left, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor: model.layers.0.mlp.up_proj.weight"):
         load_model(job.out)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_maps_whose_modules_are_transposed_are_turned_around(version, tmp_path):
+    """GPT-2 has [in, out]; GPTQModel packs it as any map, [out, in]: also the square ones, which would fit unturned."""
+    model = FAMILIES["gpt2"].build(0, n_embd=32, n_inner=64, n_head=2, vocab_size=64).half().eval()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            codes, scales, dense = rounded(module.weight.detach().T)
+            zeros, group = torch.full_like(scales, 8).int(), torch.arange(codes.shape[1]) // 32
+            parts = gptq_tensors(codes, zeros, scales, group, 4, version)
+            tensors |= {key.replace("m.", f"{name}.", 1): part for key, part in parts.items()}
+            del tensors[f"{name}.weight"]
+            module.weight.data = dense.T.contiguous()
+    path = make_directory(tmp_path, [tensors], model.config.to_dict() | {"quantization_config": gptq(4, version)})
+    ids = torch.arange(24).reshape(1, -1) % 64
+    with torch.no_grad():
+        wanted = model.float()(input_ids=ids).logits
+        found = load_model(path)(input_ids=ids).logits, run(capture(path), {"input_ids": ids})["logits"].float()
+    for logits in found:
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def rounded(weight: torch.Tensor):
+    """Codes from 0 to 15 of [out, in], scales of groups of 32 in float16, and what they stand for."""
+    grouped = weight.unflatten(1, (-1, 32))
+    scales = (grouped.float().abs().amax(-1) / 7).half()
+    codes = (grouped / scales[..., None]).round().clamp(-8, 7).int() + 8
+    return codes.flatten(1), scales, ((codes - 8).half() * scales[..., None]).flatten(1)

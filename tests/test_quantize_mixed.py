@@ -10,9 +10,11 @@ from compiler.calibration.moments import measure
 from compiler.calibration.products import products
 from compiler.errors import PassError
 from compiler.pipeline import Pipeline
+from compiler.weights.expr import loads
 from compiler.weights.ops.codec import is_quantised
 from compiler.weights.spill import Progress
 from passes.quantize import Quantize
+from passes.quantize.experts import bits_of, matrices
 from passes.quantize.mixed import EVEN, SPREAD, Data, column_costs, evenly, together
 from passes.quantize.solve import damped, inverse_factor
 from tests.captures import graph_of
@@ -67,7 +69,7 @@ def test_a_plan_knows_the_size_before_anything_is_measured(bits, widths):
     graph = graph_of("llama")
     params = list(products(graph))
     groups = together(graph, params)
-    own = evenly(groups, bits, widths)
+    own = bits_of(evenly([matrices(group, apart=False)[0] for group in groups], bits, widths))
     assert all(len({own[param] for param in group}) == 1 for group in groups)
     total = sum(param.type.numel for param in params)
     used = sum(size * param.type.numel for param, size in own.items())
@@ -88,6 +90,22 @@ def test_what_the_first_output_does_not_depend_on_is_not_taken_for_free(options)
 def test_a_whole_number_that_is_no_width_is_an_average():
     graph, _, _ = quantised("llama", bits=3, widths=(2, 4))
     assert {param.expr.attr("bits") for param in graph.params.values() if is_quantised(param.expr)} == {2, 4}
+
+
+def test_trials_give_back_what_they_took(tmp_path):
+    """A run keeps what its result reads, and of each trial how far it was; one that goes on comes to the same."""
+    options = {"bits": 3.5, "group": 16, "method": "gptq", "where": "mlp"}
+    graph, report, _ = quantised("llama", tmp_path, **options)
+    read = {load.attr("key") for param in graph.params.values() for load in loads([param.expr])}
+    spilt = {file.stem for file in (tmp_path / "spill").iterdir()}
+    assert spilt and spilt <= read
+    solved = [file.name for file in (tmp_path / "progress-0").glob("solved-*")]
+    assert len(solved) == sum(is_quantised(param.expr) for param in graph.params.values())
+    trials = {trial.what: trial.distance for trial in report.trials}
+    assert len(list((tmp_path / "progress-0").glob("trial-*"))) == len(trials)
+    again, second, _ = quantised("llama", tmp_path, **options)
+    assert {trial.what: trial.distance for trial in second.trials} == trials
+    assert {name: p.expr.key for name, p in again.params.items()} == {n: p.expr.key for n, p in graph.params.items()}
 
 
 def test_experts_alone_and_tables_alone():

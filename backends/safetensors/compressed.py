@@ -24,6 +24,7 @@ from compiler.weights.rows import as_dequantize
 WORD = 32  # bits of the words that codes are packed into
 UNKNOWN = {"codebook": "codebooks", "stack": "stacks of blocks", "e3m2": "e3m2 floats, but e2m3"}
 """Kinds of quantised weights that compressed-tensors does not have."""
+ONE_SCHEME = "transformers reads all experts of a model by one scheme"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def quantization_config(
     renamed = [name for name, how in activations.items() if how.scale and name not in stored]
     if renamed:
         return Mismatch(f"files hold {renamed[0]} under another name, where no scale of what it multiplies is read")
+    several = next((name for name, expr in named.items() if _has_several_widths(expr)), None)
+    if several is not None:
+        return Mismatch(f"the experts of {several} have several widths: {ONE_SCHEME}")
     found = _described(named, stored, _names(module, "Linear"), _names(module, "Embedding"), activations)
     if cache is not None:
         found = _with_cache(found, cache)
@@ -61,6 +65,11 @@ def quantization_config(
     if odd:
         return Mismatch(f"transformers makes bfloat16 of {odd}, which is not what the model computes in")
     return _rehearsed(found, module) if isinstance(found, Quantised) else found
+
+
+def _has_several_widths(expr: Expr) -> bool:
+    """Whether ``expr`` is a stack of experts of several widths, as it is or rearranged."""
+    return expr.op == "dequantize_experts" or (not is_quantised(expr) and any(map(_has_several_widths, expr.args)))
 
 
 def _with_cache(found: Quantised | Mismatch | None, cache: Cache) -> Quantised | Mismatch:
@@ -102,7 +111,7 @@ def _described(
     dense: set[str] = set()
     for key, expr in stored.items():
         quantised = as_dequantize(expr) is not None
-        if not quantised and not _is_dense(expr, dense):
+        if not quantised and not is_dense(expr, dense):
             return Mismatch(f"{key} would be quantised in part, or along its rows; give it one scheme, or skip it")
         if quantised and not key.endswith(".weight"):
             return Mismatch(f"{key} is quantised, and only the weights of modules can be stored so; skip it")
@@ -169,9 +178,9 @@ def _schemes(tensors: Mapping[str, Expr], keep: Callable[[str], bool]) -> dict[s
     return {name.removesuffix(".weight"): scheme_of(value) for name, value in values.items() if value is not None}
 
 
-def _is_dense(expr: Expr, known: set[str]) -> bool:
+def is_dense(expr: Expr, known: set[str]) -> bool:
     """Whether nothing in ``expr`` is dequantised; ``known`` are the keys of expressions of which that is known."""
-    if expr.key not in known and not is_quantised(expr) and all(_is_dense(arg, known) for arg in expr.args):
+    if expr.key not in known and not is_quantised(expr) and all(is_dense(arg, known) for arg in expr.args):
         known.add(expr.key)
     return expr.key in known
 
@@ -216,6 +225,8 @@ def _unloadable(schemes: list[tuple[Scheme, bool]]) -> str:
     reasons = [_unreadable_experts(scheme) for scheme, expert in schemes if expert]
     if any(reasons):
         return next(filter(None, reasons))
+    if sum(expert for _, expert in schemes) > 1:
+        return f"{ONE_SCHEME}; `skip` some, or give them all one width"
     if _is_late(schemes) and any(_has_packed_zeros(*key) for key in schemes):
         which = "one scheme" if len(schemes) > 1 else "exact activations"
         return f"transformers reads packed zero points only of models with {which}; make the weights symmetric"

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from backends.safetensors.compressed import Quantised
+from backends.safetensors.compressed import Quantised, is_dense
 from backends.safetensors.formats.scheme import Scheme, scheme_of
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
-from compiler.weights.ops.basic import cast, full, literal, repeat, transpose
+from compiler.weights.ops.basic import cast_exactly, full, literal, repeat, transpose
 from compiler.weights.ops.quant import pack_bits
 from compiler.weights.rows import as_dequantize
 
@@ -29,7 +29,8 @@ BITS = (2, 3, 4, 8)
 WORD = 32
 PACKAGES = ("optimum", "gptqmodel")
 LOADERS = "transformers loads GPTQ checkpoints with the packages optimum and gptqmodel"
-EXACT_SCALES = (torch.float16, torch.bfloat16)  # what float16 holds, but for bfloat16 scales below 6e-5
+EXACT_SCALES = (torch.float16, torch.bfloat16)  # float16 holds bfloat16 scales but for very small and large ones
+NARROW = "`skip` the weight, or leave out `quantised-as`: compressed-tensors keeps the scales' own dtype"
 
 
 def gptq_parts_of(version: Version) -> Callable[[str, Expr], dict[str, Expr]]:
@@ -47,7 +48,7 @@ def _parts(version: Version, key: str, expr: Expr) -> dict[str, Expr]:
     parts = {
         "qweight": pack_bits(transpose(codes), bits, axis=-2),
         "qzeros": pack_bits(transpose(zeros[0] if zeros else none), bits),
-        "scales": cast(transpose(scale), torch.float16),
+        "scales": cast_exactly(transpose(scale), torch.float16, f"scales of {key}", NARROW),
         "g_idx": repeat(literal(range(groups), dtype=torch.int32), 0, width // groups),
     }
     return {key.removesuffix("weight") + name: part for name, part in parts.items()}
@@ -65,6 +66,10 @@ def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: 
     ``rounds``: activations are rounded. A Mismatch says what the layout cannot hold.
     """
     values = {key: value for key, expr in stored.items() if (value := as_dequantize(expr)) is not None}
+    dense: set[str] = set()
+    turned = next((key for key, expr in stored.items() if key not in values and not is_dense(expr, dense)), None)
+    if turned is not None:
+        return Mismatch(f"{turned} is quantised in part, or stored transposed, as no GPTQ checkpoint is; skip it")
     schemes = {scheme_of(value) for value in values.values()}
     if not schemes:
         return None
@@ -78,7 +83,7 @@ def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: 
     reason = _refusal(scheme, version) or next(filter(None, unfit), "")
     if reason:
         return Mismatch(reason)
-    dense = [name for name in linears if f"{name}.weight" not in values]
+    left = [name for name in linears if f"{name}.weight" not in values]
     config = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -86,8 +91,8 @@ def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: 
         "desc_act": False,
         "sym": scheme.symmetric,
         "checkpoint_format": version.replace("-", "_"),
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" and name not in dense for name in linears),
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in dense},
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" and name not in left for name in linears),
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in left},
     }
     return Quantised(config, (LOADERS,))
 

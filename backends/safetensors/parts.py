@@ -10,6 +10,7 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops import take
 from compiler.weights.ops.basic import cast, reshape
 from compiler.weights.ops.codec import is_quantised
+from compiler.weights.ops.expert_widths import by_width
 from compiler.weights.ops.minifloat import pack_sextets
 from compiler.weights.ops.quant import packed_parts
 from compiler.weights.rows import as_dequantize
@@ -43,6 +44,8 @@ def stored_tensors(param: Param) -> list[Expr]:
     """
     if not is_quantised(param.expr):
         return [cast(param.expr, param.storage)]
+    if param.expr.op == "dequantize_experts":
+        return [part for stack in by_width(param.expr).values() for part in packed_parts(stack)]
     matrices = [param.expr] if param.type.rank == 2 else _expert_matrices(param)
     key = "weight" if param.type.rank == 2 else "experts.0.weight"
     return [part for matrix in matrices for part in stored_parts(key, matrix).values()]

@@ -49,6 +49,7 @@ HELPERS = (
     "PackedLinear",
     "PackedEmbedding",
     "PackedExperts",
+    "MixedExperts",
     "expert_linear",
     "run_experts",
     "run_clamped_experts",
@@ -110,6 +111,7 @@ NEEDS = {
     "PackedLinear": ("PackedWeight",),
     "PackedEmbedding": ("PackedWeight", "unpack_codes"),
     "PackedExperts": ("PackedWeight", "expert_linear"),
+    "MixedExperts": ("PackedWeight", "PackedExperts", "expert_linear"),
     "CodebookLinear": ("CodebookWeight", "unpack_codes"),
     "CodebookEmbedding": ("CodebookWeight", "unpack_codes"),
     "CodebookExperts": ("CodebookWeight", "unpack_codes", "expert_linear"),
@@ -305,7 +307,7 @@ class Assembly:
     def _helpers(self) -> list[str]:
         context = {"prefix": self.model.prefix, **self.helper_context()}
         used = self._used()
-        stacks = [name for name in ("PackedExperts", "CodebookExperts", "MxExperts") if name in used]
+        stacks = [name for name in ("PackedExperts", "MixedExperts", "CodebookExperts", "MxExperts") if name in used]
         context |= {"packed_experts": " | ".join(stacks), "packed_dense": "dense" in used}
         context["packed_rows"] = "PackedEmbedding" in used
         found: list[str] = []

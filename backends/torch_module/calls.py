@@ -6,6 +6,7 @@ tokens, sequences and cached keys are those at which launches begin to differ, n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -18,7 +19,15 @@ from backends.kernels import codebook_linear, low_rank_linear, packed_linear
 from backends.kernels.decoding import row_bytes
 from backends.kernels.splits import PROGRAMS
 from backends.torch_module.layout import Layout
-from backends.torch_module.packing import AnyScheme, FloatScheme, StackScheme, TableScheme, scheme_of
+from backends.torch_module.packing import (
+    AnyScheme,
+    ExpertsScheme,
+    FloatScheme,
+    Scheme,
+    StackScheme,
+    TableScheme,
+    scheme_of,
+)
 from compiler.ir.graph import Graph, Node, Param, Value
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -75,7 +84,10 @@ def _kinds(node: Node, layout: Layout, reach: Reach) -> Iterator[tuple[Any, ...]
     elif name == "experts":
         for value in node.inputs[3:5]:
             kind, scheme = _kind(value, "experts")
-            if kind and value is not None:
+            if isinstance(scheme, ExpertsScheme) and value is not None:
+                for bits, count in sorted(Counter(scheme.widths).items()):
+                    yield kind, (count, *value.type.shape[1:]), Scheme(bits, scheme.group_size, scheme.zero_points)
+            elif kind and value is not None:
                 yield kind, value.type.shape, scheme
     elif name == "latent_attention":
         kind, scheme = _kind(node.input(3), "dense")

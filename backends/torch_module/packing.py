@@ -12,6 +12,7 @@ from compiler.ir.graph import Graph, Param
 from compiler.ir.layers import copy_of
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops.basic import cast
+from compiler.weights.ops.expert_widths import by_width
 from compiler.weights.ops.minifloat import pack_sextets
 from compiler.weights.ops.quant import packed_parts
 from compiler.weights.rows import as_dequantize
@@ -37,13 +38,21 @@ PARTS = {
     "dequantize_codebook": ("weight_packed", "weight_table"),
     "dequantize_mx": ("weight_packed", "weight_scale"),
 }
-STACK = "dequantize_stack"
+STACK, EXPERTS = "dequantize_stack", "dequantize_experts"
 
 
 class Scheme(NamedTuple):
     """How a weight is packed, by the names that packed modules have for it. A ``group_size`` of 0 is a whole row."""
 
     bits: int
+    group_size: int
+    zero_points: bool
+
+
+class ExpertsScheme(NamedTuple):
+    """How a stack is packed whose matrices have ``widths``, one each."""
+
+    widths: tuple[int, ...]
     group_size: int
     zero_points: bool
 
@@ -70,10 +79,11 @@ class FloatScheme(NamedTuple):
     mantissa_bits: int
 
 
-AnyScheme = Scheme | TableScheme | StackScheme | FloatScheme
+AnyScheme = Scheme | ExpertsScheme | TableScheme | StackScheme | FloatScheme
 FLOATS = {"e2m3": FloatScheme(2, 3), "e3m2": FloatScheme(3, 2)}
 PREFIXES: dict[type[AnyScheme], str] = {
     Scheme: "Packed",
+    ExpertsScheme: "Mixed",
     TableScheme: "Codebook",
     StackScheme: "Stacked",
     FloatScheme: "Mx",
@@ -90,7 +100,7 @@ def packed(param: Param) -> Expr | None:
     value = as_dequantize(param.expr)
     if value is None or (value.op == "dequantize_mx" and value.attr("of") not in FLOATS):
         return None
-    return value if value.op in PARTS or value.op == STACK else None
+    return value if value.op in PARTS or value.op in (STACK, EXPERTS) else None
 
 
 def scheme_of(param: Param) -> AnyScheme | None:
@@ -103,6 +113,8 @@ def scheme_of(param: Param) -> AnyScheme | None:
     if value.op == "dequantize_mx":
         return FLOATS[value.attr("of")]
     bits, group = value.attr("bits"), value.attr("group")
+    if value.op == EXPERTS:
+        return ExpertsScheme(bits, group, len(value.args) > 2)
     if value.op == "dequantize":
         return Scheme(bits, group, len(value.args) > 2)
     return TableScheme(bits, group, bits + 1 if value.attr("linear") else 1 << bits)
@@ -116,6 +128,8 @@ def packed_tensors(path: str, value: Expr) -> dict[str, Expr]:
 def _parts(value: Expr) -> tuple[Expr, ...]:
     if value.op == STACK:
         return value.args
+    if value.op == EXPERTS:
+        return tuple(part for stack in by_width(value).values() for part in packed_parts(stack))
     return (pack_sextets(value.args[0]), value.args[1]) if value.op == "dequantize_mx" else packed_parts(value)
 
 
@@ -123,6 +137,9 @@ def part_names(value: Expr) -> tuple[str, ...]:
     """What the parts of the weight ``value`` are called."""
     if value.op == STACK:
         return tuple(f"weight_block_{index}" for index in range(len(value.args)))
+    if value.op == EXPERTS:
+        own = PARTS["dequantize"][: len(value.args)]
+        return tuple(f"of_{width}_bits.{name}" for width in by_width(value) for name in own)
     return PARTS[value.op][: len(value.args)]
 
 

@@ -14,6 +14,8 @@ import torch
 from compiler.errors import CheckpointError, DataError, first_line
 from compiler.evaluate.inputs import feature_shape
 from compiler.weights.checkpoint import open_checkpoint
+from compiler.weights.checkpoint_binding import bind
+from compiler.weights.evaluate import evaluate
 from compiler.weights.gguf_header import check_rotary, read_gguf_header
 from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import parse_json, read_document
@@ -79,14 +81,13 @@ def _lacks_reader(quantization: Mapping[str, Any]) -> bool:
 
 def _from_codes(factory: Any, config: Any, path: str | Path, dtype: torch.dtype) -> Any:
     """The model of a checkpoint of codes, with the weights that they stand for."""
+    from compiler.frontend.subject import build_on_meta
+
     checkpoint = open_checkpoint(path)
     del config.quantization_config
-    state = {name: checkpoint.read(name) for name in checkpoint.types}
-    model, info = factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise CheckpointError(f"the checkpoint lacks {missing}", where=str(path), remedy="are all of its files there?")
-    return model.eval()
+    weights = bind(checkpoint, build_on_meta(config, factory.__name__))
+    state = dict(zip(weights, evaluate(list(weights.values()), {"model": checkpoint}), strict=True))
+    return factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
 def _weights_alone(quantization: Mapping[str, Any]) -> dict[str, Any]:

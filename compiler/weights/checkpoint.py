@@ -85,6 +85,10 @@ class Checkpoint(ABC):
         """Whether a tensor that no model has a place for says nothing, so that it may be passed over."""
         return False
 
+    def is_linear(self, key: str) -> bool:
+        """Whether a weight is [out, in], as linear maps have it, whichever way its module does."""
+        return False
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of what the checkpoint holds, equal for equal copies of it."""

@@ -19,6 +19,7 @@ from compiler.weights.conversion import TracedTensor
 from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import Expr, load
 from compiler.weights.ops import take
+from compiler.weights.ops.basic import transpose
 from compiler.weights.source import Source
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ def _group(
         dot_natural_key,
         rename_source_key,
     )
+    from transformers.pytorch_utils import Conv1D
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     groups: dict[str, Any] = {}
     for key in sorted(checkpoint.types, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
@@ -89,7 +92,10 @@ def _group(
         group = groups.setdefault(name, fresh)
         if pattern is None and group is not fresh:
             raise CheckpointError(f"{name} is stored twice: as {key} and in another form", where=str(checkpoint.path))
-        group.add_tensor(name, key, pattern or key, TracedTensor(load(source, key, checkpoint.types[key])))
+        expr = load(source, key, checkpoint.types[key])
+        if checkpoint.is_linear(key) and name in turned:
+            expr = transpose(expr)
+        group.add_tensor(name, key, pattern or key, TracedTensor(expr))
     return [(group, name) for name, group in groups.items()]
 
 

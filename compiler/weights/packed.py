@@ -187,6 +187,10 @@ class PackedCheckpoint(Checkpoint):
         module = key.removesuffix(".bias")
         return key.endswith(".bias") and f"{module}.weight" in self.types and not self.read(key).any()
 
+    def is_linear(self, key: str) -> bool:
+        """Of weights that are packed: writers turn those of GPT-2's maps, [in, out], around."""
+        return key not in self._stored.types
+
     def fingerprint(self) -> str:
         return self._stored.fingerprint()
 

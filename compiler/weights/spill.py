@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +40,19 @@ class SpillSource:
             self._types[key] = TensorType(tensor.dtype, tuple(tensor.shape))
             self._store(key, tensor)
         return key
+
+    @contextmanager
+    def temporary(self) -> Generator[None]:
+        """What is added inside is forgotten at the end, and the space that it takes given back."""
+        before = {*self._types}
+        try:
+            yield
+        finally:
+            for key in self._types.keys() - before:
+                del self._types[key]
+                self._memory.pop(key, None)
+                if self._directory is not None:
+                    (self._directory / f"{key}.safetensors").unlink(missing_ok=True)
 
     def read(self, key: str) -> Tensor:
         if self._directory is None:
@@ -96,6 +110,11 @@ class Progress:
             return None
         digest = bundle.pop(_DIGEST, None)
         return bundle if digest is not None and torch.equal(digest, _digest(bundle)) else None
+
+    def drop(self, name: str) -> None:
+        """Give back the space of the bundle called ``name``, if there is one."""
+        if self._directory is not None:
+            self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return Path(self._directory or "", f"{name}.safetensors")

@@ -18,6 +18,7 @@ from passes.quantize.places import (
     DAMPING,
     STEPS,
     check_damping,
+    check_experts,
     check_groups,
     check_learnable,
     check_searchable,
@@ -67,7 +68,8 @@ class Quantize(Pass):
     A fractional number of ``bits`` is an average: each matrix gets one of ``widths`` (2, 3, 4, 5, 6, 8 unless given),
     so that what rounding is predicted to cost the model is least, unless the two widths around the average, spread over
     the model, are measured to be nearer to the original on windows held out. With ``widths`` so does a whole number,
-    unless one width for all is nearer. Matrices that read the same input get the same.
+    unless one width for all is nearer. Matrices that read the same input get the same. ``experts: apart`` lets those of
+    one stack differ, by how often each is chosen and what rounding it costs; a generated module holds them.
 
     ``tied: copy`` also quantises a head that shares its tensor with the embedding: the embedding stays dense
     and the head gets its own quantised copy; `share` quantises the one tensor for both; by default such a weight is
@@ -85,6 +87,7 @@ class Quantize(Pass):
     type: Type = "int"
     bits: Width | Annotated[float, Field(gt=2, lt=8)] = 8
     widths: tuple[Width, ...] = ()
+    experts: Literal["alike", "apart"] = "alike"
     group: int | Literal["search"] = 0
     symmetric: bool = True
     per: Per = "row"
@@ -128,6 +131,7 @@ class Quantize(Pass):
         system = self.system(int(self.bits))
         system.check()
         check_damping(self.damping, solved=self.method != "nearest")
+        check_experts(self.experts, self.type, self.learn, mixed=self.mixed)
         check_learnable(self.learn, self.type, self.steps)
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")

@@ -82,6 +82,18 @@ def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
         )
 
 
+def check_experts(experts: str, type: str, learn: str, *, mixed: bool) -> None:
+    """Raises PassError where experts of one stack are to differ, and nothing lets them."""
+    if experts == "alike":
+        return
+    if not mixed:
+        raise PassError("all weights have the same bits", option="experts", remedy="say `bits: 2.5`, or give `widths`")
+    if type != "int":
+        raise PassError(f"stacks hold {type} of one width", option="experts", remedy="use `type: int`")
+    if learn != "none":
+        raise PassError("codes of experts apart are not learned", option="experts", remedy="leave `learn` out")
+
+
 def check_searchable(type: str, *, solved: bool) -> None:
     """Raises PassError where the size of groups cannot be searched for."""
     if type != "int":

@@ -19,8 +19,10 @@ from compiler.ir.layers import copy_of
 from compiler.pipeline import Context
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import Codec
+from compiler.weights.ops.integer import Integer
 from passes.quantize.blocks import learn_blocks
-from passes.quantize.mixed import EVEN, Bits, Data, allotments, evenly, predicted, together
+from passes.quantize.experts import AnyCodec, Bits, Experts, Widths, bits_of, matrices, of_expert
+from passes.quantize.mixed import EVEN, Data, allotments, evenly, predicted, together, whole
 from passes.quantize.numbers import TABLE_BITS, TABLES
 from passes.quantize.places import DAMPING, report
 from passes.quantize.resume import Numbers, Solved
@@ -52,11 +54,19 @@ def reduce(graph: Graph, ctx: Context, wanted: Quantize, params: Sequence[Param]
         learned = learn_blocks(graph, ctx, wanted, {param: one.expr for param, one in made.items()})
         made = {**made, **{param: Quantised(expr) for param, expr in learned.items()}}
     for param in params:
-        how = str(wanted.system(bits[param])) + (
+        how = _described(wanted, bits[param]) + (
             "" if param in job.measurable else "; to nearest, for it is no product"
         )
         report(ctx, param, how, **made[param].numbers)
         param.expr = made[param].expr
+
+
+def _described(wanted: Quantize, bits: Widths) -> str:
+    """How a weight is quantised, for the report."""
+    if isinstance(bits, int):
+        return str(wanted.system(bits))
+    counts = ", ".join(f"{bits.count(width)} of {width} bits" for width in sorted({*bits}))
+    return f"{str(wanted.system(bits[0])).replace(f'int{bits[0]}', 'int', 1)}, experts apart: {counts}"
 
 
 class _Job:
@@ -79,10 +89,12 @@ class _Job:
         """Expressions of the right types and, as far as can be known before measuring, sizes."""
         bits, others = self._uniform(), [width for width in self.widths if width != self.wanted.bits]
         if self.wanted.mixed and others and others[0] < self.wanted.bits < others[-1]:
-            bits = evenly(together(self.graph, self.params), self.wanted.bits, others)
+            apart = self.wanted.experts == "apart"
+            groups = [own for g in together(self.graph, self.params) for own in matrices(g, apart=apart)]
+            bits = bits_of(evenly(groups, self.wanted.bits, others))
         return bits, {param: Quantised(self._planned(param, codec)) for param, codec in self._codecs(bits).items()}
 
-    def _planned(self, param: Param, codec: Codec) -> Expr:
+    def _planned(self, param: Param, codec: AnyCodec) -> Expr:
         """Codes and parameters without values; of rounding to nearest the expression itself."""
         expr = codec.nearest(param.expr)
         if not self.wanted.by_inputs or param not in self.measurable:
@@ -110,12 +122,13 @@ class _Job:
             self.measurable,
             data,
             self.widths,
-            lambda p, w: self._codecs({p: w})[p],
+            self._codec,
             solved=solved,
         )
-        plain = dict.fromkeys(self.params, max(width for width in self.widths if width <= bits))
+        apart = self.wanted.experts == "apart"
+        plain: dict[Param, Widths] = dict.fromkeys(self.params, max(width for width in self.widths if width <= bits))
         ways: list[tuple[str, Bits]] = [
-            (what, {**plain, **own}) for what, own in allotments(losses, bits, self.widths).items()
+            (what, {**plain, **own}) for what, own in allotments(losses, bits, self.widths, apart=apart).items()
         ]
         if bits in self.widths:
             ways.append((EVEN, self._uniform()))
@@ -123,10 +136,9 @@ class _Job:
             ways.append((EVEN, plain))
         found = dict({tuple(own.values()): (what, own) for what, own in ways}.values())  # each once
         best = self._nearest(found, data) if len(found) > 1 else next(iter(found))
-        for group, own in losses.items():
+        for group, own in (losses if apart else whole(losses)).items():
             kept = [width / self.widths[-1] for width in self.widths]
-            names = ", ".join(param.name for param in group)
-            self.ctx.weighed(names, kept, own, found[best][group[0]] / self.widths[-1])
+            self.ctx.weighed(", ".join(map(str, group)), kept, own, group[0].bits(found[best]) / self.widths[-1])
         return found[best]
 
     def _nearest(self, ways: Mapping[str, Bits], data: Data) -> str:
@@ -134,11 +146,25 @@ class _Job:
         fidelity = Fidelity(self.graph, spread(data.held, CHOICE_TOKENS))
         quick = replace(self.wanted, method="gptq") if self.wanted.method == "refined" else self.wanted
         job = _Job(self.graph, self.ctx, quick, self.params, spread(data.rest, TRIAL_TOKENS))
-        distances = {what: fidelity.distance(self._with(job.made(bits))) for what, bits in ways.items()}
+        distances = {what: job.trial(bits, fidelity) for what, bits in ways.items()}
         best = min(distances, key=lambda what: distances[what])
         for what, distance in distances.items():
             self.ctx.tried(what, distance, what == best)
         return best
+
+    def trial(self, bits: Bits, fidelity: Fidelity) -> float:
+        """How far the model is from the original with so many bits. Nothing else of it is kept."""
+        solved = Solved(self.ctx.progress, self.graph, self.wanted, bits, self._used())
+        distance = solved.distance()
+        if distance is None:
+            with self.ctx.scratch():
+                distance = fidelity.distance(self._with(self.made(bits)))
+            solved.end_trial(self.params, distance)
+        return distance
+
+    def _used(self) -> Batches:
+        """The calibration batches that weights are solved on."""
+        return spread(self._batches, REFINED_TOKENS if self.wanted.method == "refined" else TOKENS)
 
     def made(self, bits: Bits) -> dict[Param, Quantised]:
         """Every weight with so many bits. The graph is left as it is."""
@@ -149,7 +175,7 @@ class _Job:
         for param, one in made.items():
             trial.params[param.name].expr = one.expr
         refine = self.wanted.method == "refined"
-        batches = spread(self._batches, REFINED_TOKENS if refine else TOKENS)
+        batches = self._used()
         solved = Solved(self.ctx.progress, self.graph, self.wanted, bits, batches)
         for group in together(self.graph, ordered):
             for param, (parts, numbers) in solved.load(group).items():
@@ -165,11 +191,11 @@ class _Job:
                 trial.params[param.name].expr = made[param].expr
         return made
 
-    def _quantised(self, param: Param, codec: Codec, parts: Sequence[Tensor], numbers: Numbers) -> Quantised:
+    def _quantised(self, param: Param, codec: AnyCodec, parts: Sequence[Tensor], numbers: Numbers) -> Quantised:
         kept = [self._kept(param, index, part) for index, part in enumerate(parts)]
         return Quantised(codec.expression(kept), numbers)
 
-    def _solved(self, met: Met, codecs: Mapping[Param, Codec]) -> dict[Param, tuple[list[Tensor], Numbers]]:
+    def _solved(self, met: Met, codecs: Mapping[Param, AnyCodec]) -> dict[Param, tuple[list[Tensor], Numbers]]:
         """For each weight of ``met`` what to keep and what to report. Rows of one codec are solved as one matrix."""
         own = {param: codecs[param].reading(self.ctx.value) for param in met.params}
         first = own[met.params[0]]
@@ -180,7 +206,7 @@ class _Job:
         return found
 
     def _together(
-        self, params: Sequence[Param], codec: Codec, met: Met
+        self, params: Sequence[Param], codecs: AnyCodec, met: Met
     ) -> Iterator[tuple[Param, tuple[list[Tensor], Numbers]]]:
         shapes = [matrix_shape(param) for param in params]
         experts, _, columns = shapes[0]
@@ -190,6 +216,7 @@ class _Job:
         costs: list[Tensor] = []
         dampings: list[float] = []
         for expert, matrix in enumerate(matrices):
+            codec = of_expert(codecs, expert)
             wanted = matrix if met.fit is None else (matrix.double() @ met.fit).float()
             dampings.append(self._damping(wanted, met, codec, expert))
             problem = Problem(wanted, damped(_second(met.moments, expert), dampings[-1]))
@@ -227,11 +254,21 @@ class _Job:
     def _uniform(self) -> Bits:
         return dict.fromkeys(self.params, int(self.wanted.bits))
 
-    def _codecs(self, bits: Bits) -> dict[Param, Codec]:
-        systems = {width: self.wanted.system(width) for width in set(bits.values())}
-        if len(systems) == 1:
-            return next(iter(systems.values())).codecs(list(bits))
-        return {param: systems[width].codec(param.storage) for param, width in bits.items()}
+    def _codecs(self, bits: Bits) -> Mapping[Param, AnyCodec]:
+        alike, *others = set(bits.values())
+        if not others and isinstance(alike, int):
+            return self.wanted.system(alike).codecs(list(bits))
+        return {
+            param: self._codec(param, own) if isinstance(own, int) else self._of_experts(param, own)
+            for param, own in bits.items()
+        }
+
+    def _codec(self, param: Param, width: int) -> Codec:
+        return self.wanted.system(width).codec(param.storage)
+
+    def _of_experts(self, param: Param, widths: Sequence[int]) -> Experts:
+        each = (self._codec(param, width) for width in widths)
+        return Experts(tuple(codec for codec in each if isinstance(codec, Integer)))
 
     def _with(self, made: Mapping[Param, Quantised]) -> Graph:
         trial = copy_of(self.graph)

@@ -44,6 +44,7 @@ def _table() -> dict[str, WeightOp]:
     from compiler.weights.ops import (
         basic,
         codebook,
+        expert_widths,
         fp8,
         gguf,
         minifloat,
@@ -56,7 +57,7 @@ def _table() -> dict[str, WeightOp]:
         ternary,
     )
 
-    modules = (basic, quant, ternary, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse, stack)
+    modules = (basic, quant, expert_widths, ternary, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse, stack)
     return {op.name: op for module in modules for op in module.OPS}
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from compiler.errors import OutputError
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take, take_elementwise
@@ -75,6 +76,11 @@ def stack(parts: Sequence[Expr], axis: int) -> Expr:
 def cast(x: Expr, dtype: torch.dtype) -> Expr:
     """Convert to ``dtype``, rounding to nearest even."""
     return x if x.dtype == dtype else apply("cast", [x], {"dtype": dtype})
+
+
+def cast_exactly(x: Expr, dtype: torch.dtype, of: str, remedy: str) -> Expr:
+    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where that changes a number."""
+    return x if x.dtype == dtype else apply("cast_exactly", [x], {"dtype": dtype, "of": of, "remedy": remedy})
 
 
 def scale(x: Expr, by: float) -> Expr:
@@ -349,6 +355,15 @@ def _head_blocks(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return result.reshape(heads, groups * rows, columns)
 
 
+def _cast_exactly(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+    found = tensors[0].to(attrs["dtype"])
+    changed = tensors[0][found.to(tensors[0].dtype) != tensors[0]]
+    if changed.numel():
+        cause = f"{attrs['of']} hold {changed[0]:.3g}, which {attrs['dtype']} does not ({changed.numel()} such numbers)"
+        raise OutputError(cause, remedy=attrs["remedy"])
+    return found
+
+
 def _take_head_blocks(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
     return _take_one(expr, axis, start, stop) if axis == 2 else None
 
@@ -367,6 +382,7 @@ OPS: tuple[WeightOp, ...] = (
     WeightOp("index", _index_type, _index, _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),
+    WeightOp("cast_exactly", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_exactly, _take_one),
     WeightOp("scale", _scale_type, lambda t, a: t[0] * a["by"], _take_one),
     WeightOp("add", _broadcast_type, lambda t, a: t[0] + t[1], take_elementwise),
     WeightOp("sub", _broadcast_type, lambda t, a: t[0] - t[1], take_elementwise),

@@ -25,6 +25,7 @@ CHUNK_ELEMENTS = 1 << 18
 CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks", "codebook_codes", "ternary_codes")
 DEQUANTIZE = (
     "dequantize",
+    "dequantize_experts",
     "dequantize_fp8",
     "dequantize_mx",
     "dequantize_nvfp4",
@@ -104,9 +105,11 @@ def rounded_from(expr: Expr) -> Expr | None:
 
 
 def code_bits(expr: Expr) -> int:
-    """The bits of each code of a quantised weight; of a stack those of signs."""
+    """The bits of each code of a quantised weight; of blocks those of signs, of experts of several widths the most."""
     if expr.op in ("dequantize", "dequantize_codebook"):
         return expr.attr("bits")
+    if expr.op == "dequantize_experts":
+        return max(expr.attr("bits"))
     if expr.op == "dequantize_stack":
         return len(expr.args)
     if expr.op == "dequantize_gguf":

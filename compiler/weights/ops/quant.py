@@ -239,14 +239,15 @@ def _compute_quantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return codes.reshape(weight.shape)
 
 
-def _infer_dequantize(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+def infer_dequantized(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
+    """The type of codes [..., in] with scales and zero points. Raises ValueError where these do not go together."""
     codes, scale = types[0], types[1]
     if codes.dtype != torch.int8 or _infer_per_group(types, attrs) != scale.static_shape:
         raise ValueError(f"scales {scale} do not go with codes {codes} in groups of {attrs['group']}")
     return codes.with_dtype(scale.dtype)
 
 
-def _compute_dequantize(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+def dequantized(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     """(q - z) * s in the dtype of the scale: the weights that a loader computes with."""
     codes, scale = tensors[0], tensors[1]
     values = _grouped(codes, scale.shape[-1]).to(scale.dtype)
@@ -312,6 +313,6 @@ OPS = (
     WeightOp("quant_zero", _infer_zero, _compute_zero, take_rows),
     WeightOp("quant_scale", _infer_scale, _compute_scale, take_rows),
     WeightOp("quantize", _infer_quantize, _compute_quantize, take_rows),
-    WeightOp("dequantize", _infer_dequantize, _compute_dequantize, take_rows),
+    WeightOp("dequantize", infer_dequantized, dequantized, take_rows),
     WeightOp("pack_bits", _infer_pack, _compute_pack, _take_packed),
 )
