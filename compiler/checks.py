@@ -71,11 +71,13 @@ def check_comparable(graph: Graph, recipe: Recipe, trust_remote_code: bool) -> N
 
 @contextmanager
 def pointing(recipe: Recipe, section: str, key: str) -> Generator[None]:
-    """Errors of data point at ``key`` of the recipe's ``section``, or at the section where it has no such key."""
+    """Errors of data point at the option that they name of the recipe's ``section``, where it is given; otherwise at
+    ``key``, or at the section where it has no such key."""
     try:
         yield
     except DataError as error:
         place = recipe.places.get(section)
         if place is not None and error.span is None:
-            error.span = place.items[key].span if key in place.items else place.span
+            given = [name for name in (error.option, key) if name in place.items]
+            error.span = place.items[given[0]].span if given else place.span
         raise

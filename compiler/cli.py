@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from compiler import __version__
 from compiler.cli_measure import (
     compare_options,
     compare_outputs,
@@ -21,7 +22,7 @@ from compiler.cli_measure import (
     write_page,
 )
 from compiler.console import Console
-from compiler.errors import UsageError, as_ours
+from compiler.errors import UsageError, as_ours, nearest
 from compiler.executor import NAMES
 
 Handler = Callable[[argparse.Namespace, Console], None]
@@ -82,6 +83,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
         fill, handler = COMMANDS[name]
         parser = _Parser(prog=f"compress-model {name}", description=handler.__doc__)
     else:
+        _check_recipe(arguments[:1])
         rest = arguments or ["--help"]
         fill, handler = _compress_options, _compress
         parser = _Parser(
@@ -90,10 +92,18 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Handler]:
             epilog=OVERVIEW,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        parser.add_argument("--version", action="version", version=f"compress-model {__version__}")
     fill(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but results and errors")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return parser.parse_args(rest), handler
+
+
+def _check_recipe(first: Sequence[str]) -> None:
+    """Raises UsageError for a first word that is no option and neither a command nor a path, nor looks like one."""
+    for word in first:
+        if not word.startswith("-") and not Path(word).suffix and not Path(word).exists():
+            raise UsageError(f"there is no command and no recipe `{word}`", remedy=nearest(word, COMMANDS))
 
 
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -140,17 +150,18 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
-    """What a recipe would give, from the model's config and file headers alone."""
+    """What a recipe would give, from the model's config and file headers alone. Ends as the run would."""
     from compiler.plan import make_plan
     from compiler.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, model=options.model)
     plan = make_plan(recipe, dump_graphs=options.dump_graphs)
+    console.result(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
+    plan.check()
     if options.html is not None:
         from compiler.report.planned import planned_page
 
         write_page(options.html, planned_page(recipe, plan))
-    console.result(json.dumps(plan.to_dict(), indent=2) if options.json else plan.text())
 
 
 def _show_options(parser: argparse.ArgumentParser) -> None:

@@ -40,9 +40,15 @@ def write_page(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as reason:
-        raise OutputError("the file exists: nothing is overwritten", where=str(path)) from reason
+        raise OutputError(
+            "the file exists: nothing is overwritten", where=str(path), remedy="choose another name, or move it away"
+        ) from reason
     except OSError as reason:
-        raise OutputError(f"cannot write the page: {reason.strerror}", where=str(path)) from reason
+        raise OutputError(
+            f"cannot write the page: {reason.strerror}",
+            where=str(path),
+            remedy="name a file in a directory that you may write to",
+        ) from reason
 
 
 def _measure_options(parser: argparse.ArgumentParser) -> None:

@@ -166,7 +166,8 @@ def comparison_text(found: Comparison) -> str:
         )
         for output in found.outputs
     ]
-    return "\n".join([table([header, *rows]), "", *sentences(found)])
+    untimed = [] if "speed" in costs else ["speeds were not measured: `--speed` times all in turns"]
+    return "\n".join([table([header, *rows]), "", *sentences(found), *untimed])
 
 
 def sentences(found: Comparison) -> list[str]:

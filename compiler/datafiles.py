@@ -31,6 +31,13 @@ def kind_of(data: Path, main_input: str) -> str:
     return TAKES[main_input] if TAKES.get(main_input) in kinds else kinds[0]
 
 
+def checked_data(data: Path) -> Path:
+    """``data``. Raises DataError when nothing is there."""
+    if not data.exists():
+        raise DataError("there is no such file or directory", where=str(data), remedy="check the path of the data")
+    return data
+
+
 def check_kind(inputs: Iterable[str], data: Path, model: str) -> None:
     """Raises DataError when ``data`` is not of the kind that a model takes whose inputs have these names."""
     main = next((name for name in inputs if name in TAKES), "")

@@ -68,13 +68,24 @@ def diff(left: str, right: str, *, values: bool = True, on_progress: Callable[[i
     sections = [
         _totals(a, b),
         _section("config.json", _changes(_flat(a.config), _flat(b.config))),
-        _section("made by", _changes(_flat(_lock(a.path)), _flat(_lock(b.path)))),
-        _section("what passes did, and the error it made", _changes(_done(a.path), _done(b.path))),
+        *_history(a.path, b.path),
         _section("tensors", _tensor_changes(a.types, b.types)),
     ]
     if values:
         sections.append(_section("values of the tensors that both have", _value_changes(a, b, on_progress)))
     return "\n\n".join(sections)
+
+
+def _history(a: Path, b: Path) -> list[str]:
+    """How both were made, and what passes did; of a checkpoint and one that this tool made of it, the latter alone."""
+    locks, done = (_lock(a), _lock(b)), (_done(a), _done(b))
+    if bool(locks[0]) != bool(locks[1]):
+        name = "A" if locks[0] else "B"
+        return [f"made by: {name} is an output of compress-model, the other is none; {name}/README.md says how"]
+    return [
+        _section("made by", _changes(*map(_flat, locks))),
+        _section("what passes did, and the error it made", _changes(*done)),
+    ]
 
 
 def _section(title: str, lines: Iterable[str]) -> str:

@@ -27,18 +27,20 @@ class Span:
 class CompressError(Exception):
     """Base class. ``cause`` says what is wrong, ``remedy`` what to do, ``where`` names the place in words.
 
-    ``option`` is the option of a pass that is at fault, so that a recipe can point at it.
+    A class may have a ``usual_remedy``, for errors that come with none of their own.
+    ``option`` is the option that is at fault, of a pass or of data, so that a recipe can point at it.
     """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+    usual_remedy: ClassVar[str] = ""
 
     def __init__(
         self, cause: str, *, remedy: str = "", where: str = "", span: Span | None = None, option: str = ""
     ) -> None:
         super().__init__(cause)
         self.cause = cause
-        self.remedy = remedy
+        self.remedy = remedy or self.usual_remedy
         self.where = where
         self.span = span
         self.option = option
@@ -170,6 +172,7 @@ class CaptureError(CompressError):
     """The model cannot be turned into a graph."""
 
     code = "capture"
+    usual_remedy = "docs/families.md lists what is captured, and why other models are not"
 
 
 class OpError(CompressError):
@@ -196,6 +199,7 @@ class CheckpointError(CompressError):
     """A checkpoint is damaged, incomplete, of a refused kind, or does not fit the model."""
 
     code = "checkpoint"
+    usual_remedy = "fetch or save the checkpoint again, and see whether transformers loads it"
 
 
 class DataError(CompressError):
@@ -208,12 +212,14 @@ class PassError(CompressError):
     """A pass cannot do what the recipe asks of it on this model."""
 
     code = "pass"
+    usual_remedy = "`compress-model passes NAME` lists other options; or leave the pass out for this model"
 
 
 class TargetError(CompressError):
     """An output format cannot hold the graph."""
 
     code = "target"
+    usual_remedy = "choose another format in `emit`, or leave out the pass that made it so"
 
 
 class OutputError(CompressError):

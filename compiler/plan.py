@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.checks import check_data
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError, CompressError, TargetError, UsageError, nearest
+from compiler.errors import CaptureError, CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
@@ -47,7 +47,8 @@ class Plan:
     """A recipe's outcome. ``peak_memory`` is what the run is expected to hold, in bytes; reloading the result to verify
     and to evaluate it takes the whole model.
 
-    ``output`` is None, and ``refusal`` says why, when no format that the recipe asks for can hold the result.
+    ``output`` is None when no format that the recipe asks for can hold the result; ``refusal``, ``remedy`` and
+    ``where`` are then those of the error that the run ends with.
     """
 
     recipe: str
@@ -57,20 +58,27 @@ class Plan:
     refusal: str
     peak_memory: int
     remedy: str = ""
+    where: str = ""
+
+    def check(self) -> Output:
+        """What would be written. Raises TargetError, as the run does, when nothing holds the result."""
+        if self.output is None:
+            raise TargetError(self.refusal, remedy=self.remedy, where=self.where)
+        return self.output
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
     def text(self) -> str:
-        """The plan as a person reads it."""
+        """The plan as a person reads it; why nothing can be written is for ``check`` to say."""
         lines = [f"{self.recipe}: {self.model}", "", ledger_table(self.report), ""]
         lines += [line for entry in self.report.passes for line in pass_lines(entry)]
         return "\n".join([*lines, "", *self._output_lines()])
 
     def _output_lines(self) -> list[str]:
         if self.output is None:
-            return [f"cannot be written: {self.refusal}", *([f"help: {self.remedy}"] if self.remedy else [])]
+            return ["writes   nothing: it cannot be written"]
         count = len(self.output.files)
         return [
             f"writes   {self.output.architecture}, {human_bytes(self.output.tensor_bytes)}"
@@ -89,12 +97,12 @@ def make_plan(recipe: Recipe, *, dump_graphs: Path | None = None) -> Plan:
     model = f"{graph.origin.architecture or graph.name} from {recipe.model}{_on_disk(graph)}"
     report = run_passes(recipe, graph, dump_graphs=dump_graphs)
     report.written_cache = written_cache(graph, recipe)
-    output, refusal, remedy, memory = None, "", "", 0
+    name = str(recipe.path)
     try:
         output, memory = _output(recipe, graph)
     except TargetError as error:
-        refusal, remedy = error.cause, error.remedy
-    return Plan(str(recipe.path), model, report, output, refusal, memory, remedy)
+        return Plan(name, model, report, None, error.cause, 0, error.remedy, error.where)
+    return Plan(name, model, report, output, "", memory)
 
 
 def _on_disk(graph: Graph) -> str:
@@ -210,7 +218,11 @@ def _from_config(file: Path, image: int | None) -> Graph:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as reason:
-        raise CheckpointError(f"the config cannot be read: {reason}", where=str(file)) from reason
+        raise CheckpointError(
+            f"the config cannot be read: {reason}",
+            where=str(file),
+            remedy="check that it is the config.json of a transformers model",
+        ) from reason
     return capture(config_from_dict(values), image=image)
 
 
@@ -225,7 +237,7 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
                 "`--after` shows what a recipe's pass makes, and this is no recipe",
                 remedy="give a recipe (.yaml) instead of a model",
             )
-        return open_model(model)
+        return _open_shown(model)
     recipe = Recipe.load(model)
     keys = [step.key() for step in recipe.passes]
     if after is not None and after not in keys:
@@ -233,6 +245,21 @@ def graph_of(model: str, *, after: str | None = None) -> Graph:
     graph = open_recipe_model(recipe)
     run_passes(recipe, graph, up_to=None if after is None else len(keys) - keys[::-1].index(after))
     return graph
+
+
+def _open_shown(model: str) -> Graph:
+    """The graph of a model. Raises CaptureError, with what to do instead, for an output that is not captured again."""
+    try:
+        return open_model(model)
+    except CompressError as error:
+        if not (Path(model) / "compress" / "recipe.lock.yaml").is_file():
+            raise
+        raise CaptureError(
+            f"this is an output of compress-model, which is not read again: {error.cause}",
+            where=model,
+            remedy=f"`compress-model show RECIPE`, of the recipe that made it, shows its graph; {model}/README.md says "
+            f"what was done, `compress-model diff ORIGINAL {model}` what its files hold",
+        ) from error
 
 
 def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:

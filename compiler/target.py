@@ -191,7 +191,8 @@ def _generated(graph: Graph, no_stock: str, own: _Own) -> Emission:
     try:
         made = generate(graph, **own._asdict())
     except TargetError as error:
-        raise TargetError(f"{error.cause}; and {_none(no_stock)}", where=error.where) from error
+        cause = f"{error.cause}; and {_none(no_stock)}"
+        raise TargetError(cause, where=error.where, remedy=error.remedy) from error
     quantised = config_of_generated(made.unpacked)
     if isinstance(quantised, Mismatch):
         raise TargetError(f"{quantised.reason}; and {_none(no_stock)}")

@@ -51,7 +51,9 @@ def test_windows_that_a_model_or_text_does_not_have_are_refused_before_any_work(
     recipe = Recipe.load(write_recipe(classifier, "[quantize]", rest))
     with pytest.raises(DataError, match=cause) as caught:
         compress(recipe, tmp_path / "out")
-    assert caught.value.span is not None and caught.value.remedy
+    span = caught.value.span
+    assert span is not None and caught.value.remedy
+    assert span.text[span.column - 1 :].startswith(options.partition(": ")[2])
     assert not list(tmp_path.iterdir())
 
 

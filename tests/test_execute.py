@@ -11,13 +11,18 @@ from torch.nn import functional as F
 from compiler.errors import OpError
 from compiler.ir.execute import bind_dims, evaluate_dim, read_param, run, run_nodes, to_torch
 from compiler.ir.graph import Graph, Value
-from compiler.ir.types import TensorType, resolve_dim
+from compiler.ir.types import TensorType, named_multiple, resolve_dim
 from compiler.weights.ops.basic import literal
 from tests.captures import graph_of
 from tests.families import FAMILIES
 from tests.graphs import Builder, tiny_llama, tokens
 
 EXACT = {"rtol": 0, "atol": 0}
+
+
+def test_dims_that_are_a_name_so_many_times():
+    assert [named_multiple(dim) for dim in ("T", "4*B")] == [("T", 1), ("B", 4)]
+    assert [named_multiple(dim) for dim in (3, "T+1", "B*T", "2*B*T", "floor(T/2)", "T**2")] == [None] * 6
 
 
 def test_run_computes_what_plain_torch_computes():

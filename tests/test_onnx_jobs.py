@@ -46,6 +46,9 @@ def test_an_onnx_model_alone(folder):
     assert document["verification"]["error"] <= document["verification"]["tolerance"]
     assert set(document["output"]["files"]) == {"onnx/model.safetensors"}
     assert "Reloaded by ONNX Runtime" in result.summary()
+    card = (result.path / "README.md").read_text()
+    assert "library_name: onnx\n" in card and 'InferenceSession("path/to/this/directory/onnx/model.onnx")' in card
+    assert "from_pretrained" not in card
     assert compress(recipe, result.path).document == document
     assert make_plan(recipe).output.tensor_bytes == document["output"]["tensor_bytes"]
 
@@ -54,6 +57,7 @@ def test_an_onnx_model_beside_a_checkpoint(folder):
     _, result = made(folder, "[]", "emit: [safetensors, onnx: {target: onnx}]\n", "beside")
     assert (result.path / "model.safetensors").is_file() and (result.path / "onnx" / "model.onnx").is_file()
     assert "Reloaded by plain transformers" in result.summary() and "Reloaded by ONNX Runtime" in result.summary()
+    assert "\n- onnx/: ONNX Runtime" in (result.path / "README.md").read_text()
     assert result.document["onnx"]["target"] == "onnx: onnx" and result.document["output"]["target"] == "same family"
 
 

@@ -17,7 +17,7 @@ from backends.onnx.masks import Masks
 from backends.onnx.target import CONTRIB, Target
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ir.types import Dim, TensorType
+from compiler.ir.types import Dim, TensorType, named_multiple
 from compiler.weights.expr import Expr
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
@@ -224,16 +224,16 @@ class Builder:
 
     def _named(self, name: str) -> ir.Value:
         given = [(value, axis, dim) for value in self.graph.inputs.values() for axis, dim in enumerate(value.shape)]
-        for value, axis, dim in given:
-            if dim == name and value in self.values:
-                return self.op("Shape", self.values[value], start=axis, end=axis + 1)
-        for value, axis, dim in given:
-            times, _, part = str(dim).partition("*")
-            if part == name and times.isdigit() and value in self.values:
-                return self.op(
-                    "Div", self.op("Shape", self.values[value], start=axis, end=axis + 1), self.ints(int(times))
-                )
-        raise TargetError(f"no input has the size {name}", where=self.scope)
+        found = [
+            (named[1], self.values[value], axis)
+            for value, axis, dim in given
+            if value in self.values and (named := named_multiple(dim)) is not None and named[0] == name
+        ]
+        if not found:
+            raise TargetError(f"no input has the size {name}", where=self.scope)
+        times, value, axis = min(found, key=lambda each: each[0])
+        size = self.op("Shape", value, start=axis, end=axis + 1)
+        return size if times == 1 else self.op("Div", size, self.ints(times))
 
     def computed(self, dim: Dim, names: Mapping[str, ir.Value] | None = None) -> ir.Value:
         """A dim computed of its ``names``, which may stand for a value a sample."""

@@ -63,14 +63,20 @@ def _assembly(graph: Graph, cache_bits: int) -> Assembly:
         return _pair(graph, cache_bits)
     if not _continues(graph):
         if cache_bits:
-            raise TargetError("a cache of fewer bits is for models that continue text or recordings; this one does not")
+            raise TargetError(
+                "a cache of fewer bits is for models that continue text or recordings; this one does not",
+                remedy="leave out `cache-bits`",
+            )
         return _encoder(graph)
     graph = prepared(graph, _tokens(graph))
     extras = Extras()
     _add_extras(list(graph.nodes), extras)
     staged = add_stages(graph, extras)
     if staged and cache_bits:
-        raise TargetError("what scores tokens of prompts reads keys as they are: their cache is not rounded")
+        raise TargetError(
+            "what scores tokens of prompts reads keys as they are: their cache is not rounded",
+            remedy="leave out `cache-bits`",
+        )
     _check_by_token(graph, "input_ids", graph.nodes)
     nodes = [*graph.nodes, *(staged.nodes if staged else ())]
     body_path = _body_path(graph)

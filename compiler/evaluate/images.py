@@ -65,6 +65,7 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
                     f"there are {shape[0]} entries where {count} are asked for",
                     where=str(path),
                     remedy="ask for fewer samples",
+                    option="samples",
                 )
             size = count * math.prod(shape[1:])
             if size > LARGEST:

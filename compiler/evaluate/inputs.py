@@ -92,6 +92,7 @@ def _check_length(model: Any, length: int) -> None:
         raise DataError(
             f"windows of {length} tokens are longer than the {limit} that the model takes",
             remedy=f"`length` can be {limit} at most",
+            option="length",
         )
 
 

@@ -19,7 +19,9 @@ def checked_file(path: Path) -> Path:
     try:
         open_regular(path).close()
     except OSError as reason:
-        raise DataError(f"cannot read the items: {reason.strerror}", where=str(path)) from reason
+        raise DataError(
+            f"cannot read the items: {reason.strerror}", where=str(path), remedy="check the path of `items`"
+        ) from reason
     return path
 
 
@@ -39,7 +41,9 @@ def read_items(path: Path | None, fields: Mapping[str, Any], metric: str) -> Ite
                     found += 1
                     yield _item(line, fields, f"{path}:{number}"), f"{path}:{number}"
     except OSError as reason:
-        raise DataError(f"cannot read the items: {reason.strerror}", where=str(path)) from reason
+        raise DataError(
+            f"cannot read the items: {reason.strerror}", where=str(path), remedy="check the path of `items`"
+        ) from reason
     except UnicodeDecodeError as reason:
         raise DataError(
             f"is no UTF-8 text: byte {reason.start} of a piece is not", where=str(path), remedy="save it as UTF-8"

@@ -28,7 +28,9 @@ def kv_cache(path: str | Path, *, dtype: str = "float32", trust_remote_code: boo
     """The live cache of the model in ``path`` after a forward pass. Raises DataError when it has no growing cache."""
     size = cache_size(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
     if size is None:
-        raise DataError("the model has no key/value cache", where=str(path))
+        raise DataError(
+            "the model has no key/value cache", where=str(path), remedy="leave out the metric that counts it"
+        )
     return size
 
 

@@ -13,7 +13,7 @@ import torch
 
 from compiler.errors import CheckpointError, DataError, first_line
 from compiler.evaluate.inputs import feature_shape
-from compiler.weights.checkpoint import open_checkpoint
+from compiler.weights.checkpoint import check_location, open_checkpoint
 from compiler.weights.checkpoint_binding import bind
 from compiler.weights.evaluate import evaluate
 from compiler.weights.gguf_header import check_rotary, read_gguf_header
@@ -21,6 +21,7 @@ from compiler.weights.plausible import check_counts
 from compiler.weights.tensorfile import parse_json, read_document
 
 NO_EXTRACTOR = "nothing says how audio features are made for the model"
+NO_TOKENIZER = "put the tokenizer's own files (tokenizer.json, …) beside the model"
 LOCKED = ("trust_remote_code", "does not recognize this architecture")
 EXTRACTOR = "put the preprocessor_config.json of the model beside it"
 
@@ -119,13 +120,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     arguments["trust_remote_code"] = trust_remote_code
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(location, **arguments)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **arguments)
+            empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # what it makes where there are no files
     except Exception as reason:  # files of a tokenizer are read by many classes, and by a library in Rust
         raise CheckpointError(
-            f"transformers finds no tokenizer: {first_line(reason)}",
-            where=str(path),
-            remedy="put the tokenizer's own files beside the model",
+            f"transformers finds no tokenizer: {first_line(reason)}", where=str(path), remedy=NO_TOKENIZER
         ) from reason
+    if empty:
+        raise CheckpointError("the model has no tokenizer", where=str(path), remedy=NO_TOKENIZER)
+    return tokenizer
 
 
 def load_extractor(path: str | Path, config: Any) -> Any:
@@ -174,6 +177,8 @@ def quiet() -> Generator[None]:
 
 
 def location_of(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The directory or hub id to load from, and what else transformers is told. Raises CheckpointError for neither."""
+    check_location(path)
     path = Path(path)
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.datafiles import TAKES, fingerprint
+from compiler.datafiles import TAKES, checked_data, fingerprint
 from compiler.errors import DataError
 from compiler.evaluate.beforehand import situation_of
 from compiler.evaluate.data import data_windows
@@ -129,9 +129,9 @@ def evaluate_model(
     """
     started = time.perf_counter()
     check_names(metrics or ())
+    text = None if data is None else TextData(checked_data(Path(data)), samples, length, seed)
     base = path if against is None else against
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
-    text = None if data is None else TextData(Path(data), samples, length, seed)
     file_of_items = None if items is None else checked_file(Path(items))
     if image is not None and model.main_input_name != "pixel_values":
         raise DataError(f"a {type(model).__name__} takes no pictures", remedy="leave out the size of pictures")

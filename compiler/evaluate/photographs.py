@@ -36,6 +36,7 @@ def photographs(model: str | Path, data: Path, samples: int, seed: int, size: tu
             f"there are {len(files)} pictures where {samples} are asked for",
             remedy=f"write `samples: {len(files)}`, or add pictures",
             where=str(data),
+            option="samples",
         )
     picked = sorted(random.Random(seed).sample(range(len(files)), samples))
     processor = _processor(model)
@@ -84,7 +85,11 @@ def _opened(path: Path) -> Any:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MOST_PIXELS:
-                raise DataError(f"a picture of {picture.width} x {picture.height} is too large", where=str(path))
+                raise DataError(
+                    f"a picture of {picture.width} x {picture.height} is too large",
+                    where=str(path),
+                    remedy="make it smaller, or remove it",
+                )
             if picture.mode not in MODES:
                 cause = f"a picture whose numbers are `{picture.mode}` is not one of eight bits a channel"
                 raise DataError(cause, where=str(path), remedy="save it with eight bits a channel")

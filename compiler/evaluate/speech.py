@@ -28,6 +28,7 @@ def speech_features(extractor: Any, data: Path, samples: int, seed: int) -> list
             f"there are {len(clips)} clips of speech where {samples} are asked for",
             remedy=f"write `samples: {len(clips)}`, or add recordings" if clips else "name a directory of .wav files",
             where=str(data),
+            option="samples" if clips else "",
         )
     picked = sorted(random.Random(seed).sample(range(len(clips)), samples))
     return [_features(extractor, clips[index]) for index in picked]
@@ -67,7 +68,7 @@ def read_wave(path: Path, rate: int) -> Any:
         cause = f"the recording has {given} samples a second, which is not from {RATES[0]} to {RATES[1]}"
         raise DataError(cause, where=str(path), remedy="fetch or record it again")
     if not len(wave):
-        raise DataError("the recording is empty", where=str(path))
+        raise DataError("the recording is empty", where=str(path), remedy="remove it from the recordings")
     wave = _as_float(wave)
     wave = wave.mean(axis=1) if wave.ndim == 2 else wave
     return wave if given == rate else resample_poly(wave, rate, given).astype(np.float32)

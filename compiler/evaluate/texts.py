@@ -80,8 +80,9 @@ def token_windows(parts: Iterable[str], tokenizer: Tokenizer, length: int, seed:
     if short:
         raise DataError(
             f"the text is too short for {len(rows)} windows of {length} tokens: one part of it has {min(short)}",
-            remedy="use a longer text, or fewer or shorter windows",
+            remedy="use a longer text, fewer `samples` or a shorter `length`",
             where=where,
+            option="samples" if sum(map(len, rows)) >= length else "length",
         )
     return torch.tensor(rows, dtype=torch.int64)
 

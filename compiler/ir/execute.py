@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from compiler.errors import OpError
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ir.types import Dim
+from compiler.ir.types import Dim, named_multiple
 from compiler.weights.evaluate import evaluate
 
 
@@ -118,13 +118,9 @@ def bind_dims(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     given = [
         pair for name, value in graph.inputs.items() for pair in zip(value.shape, inputs[name].shape, strict=False)
     ]
-    for dim, size in given:
-        if isinstance(dim, str) and dim.isidentifier():
-            bindings.setdefault(dim, size)
-    for dim, size in given:
-        times, _, part = str(dim).partition("*")
-        if times.isdigit() and part.isidentifier():
-            bindings.setdefault(part, size // int(times))
+    found = [(named, size) for dim, size in given if (named := named_multiple(dim)) is not None]
+    for (name, times), size in sorted(found, key=lambda each: each[0][1]):  # what is given once says most
+        bindings.setdefault(name, size // times)
     for name, value in graph.inputs.items():
         shape = tuple(inputs[name].shape)
         if len(shape) != value.type.rank or shape != tuple(evaluate_dim(dim, bindings) for dim in value.shape):

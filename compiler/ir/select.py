@@ -79,7 +79,10 @@ def _test(key: str, value: Any, known: Mapping[Param, set[str]]) -> _Test:
 def _texts(key: str, value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise SelectorError(f"`{key}` must be a text or a list of texts, not {value!r}")
+        raise SelectorError(
+            f"`{key}` must be a text or a list of texts, not {value!r}",
+            remedy="write `role: mlp`, or `role: [attention, mlp]`",
+        )
     return [str(text) for text in texts]
 
 

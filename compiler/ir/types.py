@@ -102,6 +102,14 @@ def _names(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", text)) - {"Max", "Min", "floor", "ceiling", "Mod"}
 
 
+def named_multiple(dim: Dim) -> tuple[str, int] | None:
+    """The name that a dim is so many times of: ``("B", 4)`` for ``"4*B"``, ``("T", 1)`` for ``"T"``, else None."""
+    times, star, name = str(dim).rpartition("*")
+    if not name.isidentifier() or (star and not times.isdigit()):
+        return None
+    return name, int(times or 1)
+
+
 def dim_product(dims: Iterable[Dim]) -> Dim:
     """The canonical product of dims: ``dim_product(("B", 4, "T")) == "4*B*T"``."""
     dims = tuple(dims)

@@ -33,6 +33,7 @@ from passes import pass_class, pass_names
 
 INCLUDED = "included"
 FILES = ("data", "items")
+LOCK = "this is a lock file: copy what stands under `recipe` to a recipe beside the one that it was made from"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def _merge(path: Path, root: Path, chain: tuple[Path, ...]) -> dict[str, Tree]:
         )
     for key, value in tree.value.items():
         if key not in KEYS:
-            raise RecipeError(f"a recipe has no key `{key}`", span=value.key, remedy=nearest(key, KEYS))
+            lock = {"recipe", "versions"} <= tree.value.keys()
+            remedy = LOCK if lock else nearest(key, KEYS)
+            raise RecipeError(f"a recipe has no key `{key}`", span=value.key, remedy=remedy)
     merged: dict[str, Tree] = {}
     for item in _include_list(tree.value.get("include")):
         merged = _overlay(merged, _merge(_included_path(item, root, chain), root, _chain(item, root, chain)))
@@ -238,7 +241,7 @@ class _Checker:
         raise RecipeError(
             f"there is no model `{tree.value}`",
             span=tree.span,
-            remedy="paths are relative to the recipe; a hub id looks like `owner/name`",
+            remedy="paths are relative to the recipe, `~` is not expanded; a hub id looks like `owner/name`",
         )
 
     def _list(self, entries: dict[str, Tree], key: str) -> Iterator[tuple[str, Tree]]:

@@ -114,7 +114,9 @@ def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise RecipeError(f"`{path}` cannot be read: {error.strerror}") from error
+        raise RecipeError(
+            f"`{path}` cannot be read: {error.strerror}", remedy="check that the file may be read"
+        ) from error
     if len(content) > MAX_BYTES:
         raise RecipeError(
             f"`{path}` has {len(content)} bytes: that is no recipe", remedy="name the recipe's .yaml file"

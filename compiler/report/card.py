@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from compiler.console import human_bytes
 from compiler.report.lock import recipe_text
-from compiler.report.text import Document, chosen_options, comparison, evaluated_on, skips, spelt, verification_sentence
+from compiler.report.text import (
+    Document,
+    chosen_options,
+    comparison,
+    evaluated_on,
+    folder_of,
+    loading_places,
+    short_name,
+    skips,
+    spelt,
+    verification_sentence,
+)
 
 
 def model_card(document: Document) -> str:
@@ -19,13 +29,13 @@ def model_card(document: Document) -> str:
 def _head(document: Document) -> Iterator[str]:
     model = document["recipe"]["model"]
     yield "---"
-    yield "library_name: transformers"
+    yield f"library_name: {'onnx' if folder_of(document['output']['target']) == 'onnx' else 'transformers'}"
     if "hub_id" in document["inputs"]["model"]:
         yield f"base_model: {document['inputs']['model']['hub_id']}"
     yield "tags: [compress-model]"
     yield "---"
     yield ""
-    yield f"# {_name(model)}, compressed"
+    yield f"# {short_name(model)}, compressed"
     yield ""
     steps = [f"`{entry['name']}`" for entry in document["passes"]]
     done = f"by {', then by '.join(steps)}" if steps else "without changing what it computes"
@@ -33,7 +43,7 @@ def _head(document: Document) -> Iterator[str]:
     source, result = document["inputs"]["model"]["architecture"], document["output"]["architecture"]
     kept = "the class is still" if source == result else "the class is now"
     yield (
-        f"This is `{_name(model)}`, rewritten {done} with compress-model; {kept} {result}. "
+        f"This is `{short_name(model)}`, rewritten {done} with compress-model; {kept} {result}. "
         f"Its weights take {human_bytes(after)}, where the original's take {human_bytes(before)}."
     )
     yield from _in_short(document["evaluation"])
@@ -52,11 +62,6 @@ def _in_short(found: Document | None) -> Iterator[str]:
             f"Its perplexity on held-out data is {ours['value']:.4g}, where the original's is "
             f"{theirs['value']:.4g}{said}; more is [below](#before-and-after)."
         )
-
-
-def _name(model: str) -> str:
-    """A hub id as it is, a path's last part."""
-    return PurePosixPath(model).name if model.startswith((".", "/")) or model.endswith(".gguf") else model
 
 
 def _done(document: Document) -> Iterator[str]:
@@ -78,25 +83,35 @@ def _done(document: Document) -> Iterator[str]:
 def _load(document: Document) -> Iterator[str]:
     yield "## Loading it"
     yield ""
-    architecture = document["output"]["auto_class"] or document["output"]["architecture"]
-    trust = ", trust_remote_code=True" if document["output"]["auto_class"] else ""
-    tokenizer = any(name.startswith("tokenizer") for name in document["output"]["other_files"])
     yield "```python"
-    yield f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{architecture}"
-    yield ""
-    inside, file = (
-        ("/gguf", ', gguf_file="model.gguf"') if document["output"]["target"].startswith("gguf") else ("", "")
-    )
-    yield f'model = {architecture}.from_pretrained("path/to/this/directory{inside}"{file}{trust})'
-    if tokenizer:
-        yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
+    yield from _session() if folder_of(document["output"]["target"]) == "onnx" else _from_pretrained(document["output"])
     yield "```"
     yield ""
     yield "Where it loads:"
     yield ""
-    for place in document["output"]["loads_in"]:
+    for place in loading_places(document):
         yield f"- {place}"
     yield ""
+
+
+def _session() -> Iterator[str]:
+    """How ONNX Runtime loads an output that is an ONNX model alone."""
+    yield "from onnxruntime import InferenceSession"
+    yield ""
+    yield 'model = InferenceSession("path/to/this/directory/onnx/model.onnx")'
+
+
+def _from_pretrained(output: Document) -> Iterator[str]:
+    """How transformers loads an output, or the GGUF file that is all of it."""
+    architecture = output["auto_class"] or output["architecture"]
+    trust = ", trust_remote_code=True" if output["auto_class"] else ""
+    tokenizer = any(name.startswith("tokenizer") for name in output["other_files"])
+    yield f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{architecture}"
+    yield ""
+    inside, file = ("/gguf", ', gguf_file="model.gguf"') if folder_of(output["target"]) == "gguf" else ("", "")
+    yield f'model = {architecture}.from_pretrained("path/to/this/directory{inside}"{file}{trust})'
+    if tokenizer:
+        yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'
 
 
 def _measured(document: Document) -> Iterator[str]:

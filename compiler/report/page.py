@@ -19,7 +19,16 @@ from compiler.report.grid import (
 )
 from compiler.report.lock import recipe_text
 from compiler.report.picture import layer_picture
-from compiler.report.text import Document, comparison, evaluated_on, skips, spelt, verification_sentence
+from compiler.report.text import (
+    Document,
+    comparison,
+    evaluated_on,
+    loading_places,
+    short_name,
+    skips,
+    spelt,
+    verification_sentence,
+)
 
 FOLDER = Path(__file__).parent
 BITS = {"bits2": "2", "bits4": "4", "bits8": "8", "bits16": "16", "bits32": "32"}
@@ -79,7 +88,7 @@ def drawn(svg: str) -> Any:
 def _common(document: Document) -> dict[str, Any]:
     output, matrices = document["output"], document.get("matrices", {"before": [], "after": []})
     return {
-        "title": f"{document['recipe']['model']}, compressed",
+        "title": f"{short_name(document['recipe']['model'])}, compressed",
         "subtitle": (
             f"{document['inputs']['model']['architecture']} to {output['architecture']}, "
             f"{human_bytes(output['tensor_bytes'])} of weights"
@@ -95,7 +104,7 @@ def _common(document: Document) -> dict[str, Any]:
         "passes": [_pass(entry) for entry in document["passes"]],
         "trials": list(_trials(document)),
         "warnings": [(entry["name"], warning) for entry in document["passes"] for warning in entry["warnings"]],
-        "loads_in": output["loads_in"],
+        "loads_in": loading_places(document),
         "skipped": list(_skipped(document)),
         "recipe": recipe_text(document["recipe"]),
         "versions": ", ".join(f"{name} {version}" for name, version in document["versions"].items()),

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from compiler import __version__
-from compiler.errors import TargetError
 from compiler.plan import Plan
 from compiler.recipe import Recipe
 from compiler.report.lock import plain, resolved
@@ -15,21 +14,19 @@ from compiler.report.page import plan_page
 
 def planned_page(recipe: Recipe, plan: Plan) -> str:
     """report.html of what ``recipe`` would give. Raises TargetError when nothing holds the result."""
-    if plan.output is None:
-        raise TargetError(plan.refusal)
     return plan_page(planned_document(recipe, plan))
 
 
 def planned_document(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What report.json would hold, as far as it is known before anything is computed."""
-    report, output = plan.report, plan.output
-    assert output is not None  # the page of a plan that cannot be written is refused
+    """What report.json would hold, as far as it is known before anything is computed. Raises as ``planned_page``."""
+    report, output = plan.report, plan.check()
     return {
         "recipe": resolved(recipe),
         "inputs": {"model": {"architecture": plan.model.partition(" from ")[0], "bytes": 0}},
         "versions": {"compress-model": __version__},
         "output": {
             "architecture": output.architecture,
+            "target": "",
             "loads_in": list(output.loads_in),
             "tensor_bytes": output.tensor_bytes,
             "files": dict(output.files),

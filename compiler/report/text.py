@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compiler.console import human_bytes, human_count, table
@@ -13,6 +13,7 @@ from compiler.report.quality import Row, measured_rows
 
 Document = Mapping[str, Any]
 FILES = "bytes of their files"
+BESIDE = ("onnx", "gguf")  # kinds of output with a folder of their own
 
 
 def summary(document: Document, path: Path) -> str:
@@ -21,7 +22,7 @@ def summary(document: Document, path: Path) -> str:
     lines = [
         table([("", "before", "after", "change"), *comparison(document)]),
         "",
-        f"{path}: {output['architecture']}, {human_bytes(output['tensor_bytes'])}",
+        f"{path / folder_of(output['target'])}: {output['architecture']}, {human_bytes(output['tensor_bytes'])}",
         *(f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(output["loads_in"])),
         f"  {verification_sentence(document)}",
         *_lines_beside(document, path, "onnx"),
@@ -32,15 +33,38 @@ def summary(document: Document, path: Path) -> str:
     return "\n".join(lines)
 
 
+def folder_of(target: str) -> str:
+    """The folder of an output that holds this target: the output itself for a checkpoint."""
+    return next((kind for kind in BESIDE if target.startswith(kind)), "")
+
+
+def loading_places(document: Document) -> list[str]:
+    """Where an output loads, the ONNX model and the GGUF file beside a checkpoint too."""
+    beside = {kind: found for kind in BESIDE if (found := _beside(document, kind))}
+    others = [f"{kind}/: {place}" for kind, found in beside.items() for place in found["loads_in"]]
+    return [*document["output"]["loads_in"], *others]
+
+
+def _beside(document: Document, kind: str) -> Document | None:
+    """The ONNX model or GGUF file of an output that is not all of it."""
+    found = document.get(kind)
+    return None if found is None or document["output"]["target"] == found["target"] else found
+
+
 def _lines_beside(document: Document, path: Path, kind: str) -> list[str]:
     """What an ONNX model or a GGUF file beside a checkpoint is, and whether it was reloaded."""
-    found = document.get(kind)
-    if found is None or document["output"]["target"] == found["target"]:
+    found = _beside(document, kind)
+    if found is None:
         return []
     sentence = verification_sentence({"verification": found["verification"], "output": {"target": found["target"]}})
-    places = (f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(found["loads_in"]))
+    lines = (f"  {'' if index else 'loads in':8} {place}" for index, place in enumerate(found["loads_in"]))
     size = human_bytes(found["tensor_bytes"])
-    return [f"{path / kind}: {found['target']}, {size}", *places, f"  {sentence}"]
+    return [f"{path / kind}: {found['target']}, {size}", *lines, f"  {sentence}"]
+
+
+def short_name(model: str) -> str:
+    """A hub id as it is, a path's last part."""
+    return PurePosixPath(model).name if model.startswith((".", "/")) or model.endswith(".gguf") else model
 
 
 def comparison(document: Document) -> list[Row]:

@@ -27,9 +27,11 @@ def remove(graph: Graph, kept: Kept, *, numbered: bool = False) -> None:
     for group, indices in kept.items():
         reason = group.frozen or group.normed or ("" if numbered else group.chosen)
         if reason:
-            raise PassError(f"{group.members[0].param.name} cannot be pruned: {reason}")
+            raise PassError(f"{group.members[0].param.name} cannot be pruned: {reason}", remedy="name it in `skip`")
         if not indices:
-            raise PassError(f"nothing would remain of {group.members[0].param.name}")
+            raise PassError(
+                f"nothing would remain of {group.members[0].param.name}", remedy="keep more, or name it in `skip`"
+            )
     cut = _strides(kept)
     shapes = {axis: _positions(axis, strides) for axis, strides in cut.items()}
     params = [(value, axis) for value, axis in cut if isinstance(value, Param)]
@@ -81,7 +83,10 @@ def _refit(graph: Graph, changed: set[Value]) -> None:
             operands, results = [value and value.type for value in node.inputs], [value.type for value in node.outputs]
             node.attrs = node.op.fitted(operands, results, node.attrs)
             if node.op.infer_types(operands, node.attrs, node.scope) != results:
-                raise PassError(f"`{node.op.name}` in `{node.scope}` does not follow when its axes become smaller")
+                raise PassError(
+                    f"`{node.op.name}` in `{node.scope}` does not follow when its axes become smaller",
+                    remedy="name the weights before it in `skip`",
+                )
 
 
 def reorder(outer: CouplingGroup, inner: CouplingGroup, order: Sequence[Sequence[int]]) -> None:
@@ -93,7 +98,10 @@ def reorder(outer: CouplingGroup, inner: CouplingGroup, order: Sequence[Sequence
     above = {(member.param, member.axis): member.stride for member in outer.members}
     for member in inner.members:
         if above.get((member.param, member.axis)) != member.stride * inner.size:
-            raise PassError(f"{member.param.name} cannot be reordered: its heads are not grouped like the others'")
+            raise PassError(
+                f"{member.param.name} cannot be reordered: its heads are not grouped like the others'",
+                remedy="name it in `skip`",
+            )
         flat = [i * inner.size + j for i, row in enumerate(order) for j in row]
         period = member.stride * inner.size * outer.size
         size = static_size((member.param, member.axis))

@@ -146,7 +146,11 @@ def _scale_of(node: Node, weight: Param) -> Expr:
 def _add_to_bias(graph: Graph, use: Use, shift: Expr) -> None:
     """Add W shift to the bias of a linear map, which gets one if it has none."""
     if use.node.op.name != "linear":
-        raise PassError(f"`{use.node.op.name}` reads behind a norm that shifts", option="rotate")
+        raise PassError(
+            f"`{use.node.op.name}` reads behind a norm that shifts",
+            option="rotate",
+            remedy="leave `rotate` out",
+        )
     bias = use.node.optional_input(2)
     more = reshape(matmul(_wide(use.param), reshape(shift, (-1, 1))), (-1,))
     if isinstance(bias, Param):

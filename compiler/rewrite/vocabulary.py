@@ -36,7 +36,11 @@ def vocabulary_of(graph: Graph) -> Vocabulary:
     for group in groups:
         makers = {value.node.op.name for value, _, _ in group.values if value.node is not None}
         if odd := sorted(makers - ELEMENTWISE):
-            raise PassError(f"`{odd[0]}` computes with numbers of tokens", option="what")
+            raise PassError(
+                f"`{odd[0]}` computes with numbers of tokens",
+                option="what",
+                remedy="prune something else than the vocabulary",
+            )
     return Vocabulary(size, tuple(tables), tuple(groups))
 
 
@@ -49,16 +53,28 @@ def keep_tokens(graph: Graph, found: Vocabulary, kept: Sequence[int]) -> None:
 
 def _tables(graph: Graph) -> list[Param]:
     if len(graph.inputs) != 1:
-        raise PassError(f"the model takes {', '.join(graph.inputs)}, and not tokens alone", option="what")
+        raise PassError(
+            f"the model takes {', '.join(graph.inputs)}, and not tokens alone",
+            option="what",
+            remedy="prune something else than the vocabulary",
+        )
     (ids,) = graph.inputs.values()
     tables = [node.input(0) for node in ids.users if node.op.name == "embedding" and node.input(1) is ids]
     other = next((node for node in ids.users if node.op.name != "embedding"), None)
     if other is not None or not tables:
         reason = f"`{other.op.name}` in `{other.scope}` reads them" if other else "it takes none"
-        raise PassError(f"tokens cannot get other numbers: {reason}", option="what")
+        raise PassError(
+            f"tokens cannot get other numbers: {reason}",
+            option="what",
+            remedy="prune something else than the vocabulary",
+        )
     params = [table for table in tables if isinstance(table, Param)]
     if len(params) < len(tables) or len({param.type.shape[0] for param in params}) > 1:
-        raise PassError("tokens are looked up in tables that are computed, or of several lengths", option="what")
+        raise PassError(
+            "tokens are looked up in tables that are computed, or of several lengths",
+            option="what",
+            remedy="prune something else than the vocabulary",
+        )
     return params
 
 

@@ -195,22 +195,35 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(cause, where=str(local), remedy="check that it is there and may be read") from reason
 
 
+def check_location(path: str | Path) -> None:
+    """Raises CheckpointError for a path at which nothing lies that transformers can load; a hub id is none."""
+    local = Path(path)
+    if local.is_dir():
+        _read_config(local)
+    elif local.exists() or not _HUB_ID.fullmatch(str(path)):
+        _check_gguf(local)
+
+
 def _open_local(local: Path) -> Checkpoint:
     if local.is_dir():
         return _open_directory(local)
+    _check_gguf(local)
+    from compiler.weights.gguf import GgufCheckpoint
+
+    return GgufCheckpoint(local)
+
+
+def _check_gguf(local: Path) -> None:
     if not local.exists():
         raise CheckpointError(f"there is no checkpoint at {local}", remedy="give a directory, a .gguf file or a hub id")
-    if local.suffix == ".gguf":
-        from compiler.weights.gguf import GgufCheckpoint
-
-        return GgufCheckpoint(local)
     if local.suffix in _PICKLES:
         raise _pickled(local)
-    raise CheckpointError(
-        f"{local.name} is not a checkpoint",
-        where=str(local),
-        remedy="give the directory that holds config.json and the safetensors files",
-    )
+    if local.suffix != ".gguf":
+        raise CheckpointError(
+            f"{local.name} is not a checkpoint",
+            where=str(local),
+            remedy="give the directory that holds config.json and the safetensors files",
+        )
 
 
 def _open_directory(local: Path) -> Checkpoint:
@@ -271,7 +284,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _likely_meant(path: Path) -> str:
-    gguf = next(path.glob("*.gguf"), None)
+    gguf = next((file for pattern in ("*.gguf", "gguf/*.gguf") for file in path.glob(pattern)), None)
+    if gguf is None and (path / "onnx" / "model.onnx").is_file():
+        return "it holds an ONNX model alone, for ONNX Runtime; add `safetensors` to `emit` for a checkpoint"
     return f"give the file itself: {gguf}" if gguf else "give the directory that transformers' save_pretrained wrote"
 
 

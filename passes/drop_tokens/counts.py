@@ -34,7 +34,10 @@ def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
         found = [_count(tokens, 1 - (1 - keep) * step / steps, least) for step in range(1, steps + 1)]
     sizes = [size for size in (tokens, *found) if isinstance(size, int)]
     if sizes != sorted(sizes, reverse=True):
-        raise PassError(f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain")
+        raise PassError(
+            f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain",
+            remedy="each layer may keep at most what the one before keeps: raise later numbers of `keep`",
+        )
     return found
 
 

@@ -31,7 +31,11 @@ def shared(ops: Ops, attention: Value, batch: Dim, crops: Sequence[int]) -> Valu
     """
     pictures, tokens = crops[0] * crops[1] + 1, attention.shape[1]
     if not isinstance(tokens, int) or isqrt(tokens) ** 2 != tokens:
-        raise PassError(f"the {tokens} tokens of a picture are not those of a square one", option="crops")
+        raise PassError(
+            f"the {tokens} tokens of a picture are not those of a square one",
+            option="crops",
+            remedy="leave out `crops`",
+        )
     own = ops("reshape", attention, shape=(batch, pictures, tokens))
     whole = ops("slice", own, axis=1, stop=1)
     seen = _enlarged(ops, whole, isqrt(tokens), crops)

@@ -80,7 +80,10 @@ class Following:
             value.type = new
             axes = [axis for axis, pair in enumerate(zip(old.shape, new.shape, strict=True)) if pair[0] != pair[1]]
             if len(axes) > 1 and node.op.name not in ("attention", "matmul"):
-                raise PassError(f"`{node.op.name}` in `{node.scope}` has tokens along two axes")
+                raise PassError(
+                    f"`{node.op.name}` in `{node.scope}` has tokens along two axes",
+                    remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                )
             if axes:
                 self.changed[value] = axes[0]
 
@@ -120,7 +123,10 @@ class Following:
         queries, keys = (node.input(place) in self.changed for place in range(2))
         causal, window = node.attr("causal"), node.attr("window")
         if queries != keys and (causal or window):
-            raise PassError(f"the attention in `{node.scope}` has keys of other tokens than its queries")
+            raise PassError(
+                f"the attention in `{node.scope}` has keys of other tokens than its queries",
+                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+            )
         plain = node.op.name == "attention"
         if keys:
             self.attentions.append(node)
@@ -149,7 +155,10 @@ class Following:
     def _see_near(self, node: Node, window: int, causal: bool) -> None:
         """A window is one of places: a bias says what lies in it, as places are no longer numbers of tokens."""
         if node.op.name != "attention" or node.optional_input(4) is not None:
-            raise PassError(f"the attention in `{node.scope}` has a window beside a bias")
+            raise PassError(
+                f"the attention in `{node.scope}` has a window beside a bias",
+                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+            )
         if window not in self.near:
             op, (batch, count) = Ops(self.graph, _outside(self.stack), node), self.index.shape
             rows = op("reshape", self.index, shape=(batch, 1, count, 1))
@@ -167,7 +176,10 @@ class Following:
         shape: tuple[Dim, ...] = node.attr("shape")
         found = [made for axis in range(len(shape)) if (made := self._with(node, shape, axis)) is not None]
         if len(found) != 1:
-            raise PassError(f"`{node.op.name}` in `{node.scope}` does not say which of its axes are tokens")
+            raise PassError(
+                f"`{node.op.name}` in `{node.scope}` does not say which of its axes are tokens",
+                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+            )
         return found[0]
 
     def _with(self, node: Node, shape: tuple[Dim, ...], axis: int) -> tuple[Dim, ...] | None:

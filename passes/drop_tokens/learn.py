@@ -103,7 +103,9 @@ def learning(graph: Graph, ctx: Context, options: DropTokens, keep: Sequence[Dim
     The first and last of ``ends`` always remain. Raises PassError where means of logits are to be compared.
     """
     if options.of == "means" and next(iter(graph.outputs)) == "logits":
-        raise PassError("the model gives logits, whose means over tokens nobody reads", option="of")
+        raise PassError(
+            "the model gives logits, whose means over tokens nobody reads", option="of", remedy="leave out `of`"
+        )
     soft = copy_of(graph)
     found = places(soft, options.layers, options.site, options.stack)
     order = {node: number for number, node in enumerate(soft.nodes)}

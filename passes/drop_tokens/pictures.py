@@ -77,7 +77,11 @@ def pictures(graph: Graph, stream: Value) -> Pictures:
     taken = _taken(made[0])
     count = canonical_dim(f"({taken.input(0).shape[0]})/({stream.shape[0]})")
     if not isinstance(count, int):
-        raise PassError("samples have pictures of different numbers of tokens", option="tokens")
+        raise PassError(
+            "samples have pictures of different numbers of tokens",
+            option="tokens",
+            remedy="calibrate on pictures of one size",
+        )
     return Pictures(made[0].input(0), count, taken)
 
 
@@ -95,5 +99,9 @@ def _taken(node: Node) -> Node:
     taken = [each for each in ancestors([node.input(1)]) if each.op.name == "take" and each.attr("axis") == 0]
     found = [each for each in taken if each.output.shape[-1] == node.output.shape[-1]]
     if not found:
-        raise PassError("vectors of pictures are put into the text in an unknown way", option="tokens")
+        raise PassError(
+            "vectors of pictures are put into the text in an unknown way",
+            option="tokens",
+            remedy="drop tokens of the vision tower by itself: save it as a model of its own",
+        )
     return found[-1]

@@ -64,11 +64,14 @@ def places(graph: Graph, layers: str | None, site: str, stack: str | None = None
         named = [path for path in stacks if stack in path.split(".") or stack == path]
         if len(named) != 1:
             cause = f"`{stack}` names {len(named)} of the stacks of layers, which are {', '.join(stacks)}"
-            raise PassError(cause, option="stack")
+            raise PassError(cause, option="stack", remedy="name one of them by its path")
         stacks = named
     found = [place for place in found if place.layer.stack == stacks[0]]
     if not found:
-        raise PassError("the model has no layers with attention of tokens to each other, with keys of their own")
+        raise PassError(
+            "the model has no layers with attention of tokens to each other, with keys of their own",
+            remedy="leave `drop-tokens` out for this model",
+        )
     if layers is None:
         return found
     wanted = _numbers(layers)
@@ -85,7 +88,9 @@ def _numbers(layers: str) -> set[int]:
     for part in layers.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if span is None:
-            raise PassError(f"`layers` must be like 0-11,20, not `{layers}`", option="layers")
+            raise PassError(
+                f"`layers` must be like 0-11,20, not `{layers}`", option="layers", remedy='write `layers: "0-11,20"`'
+            )
         chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
     return chosen
 

@@ -62,7 +62,11 @@ class Reduction:
         """Let ``keep`` tokens remain. Raises PassError when something behind ``place`` needs every token."""
         stream = place.stream
         if stream.node is None or stream.node.following is None:
-            raise PassError(f"what {place.layer.scope} begins with is an input of the model", option="site")
+            raise PassError(
+                f"what {place.layer.scope} begins with is an input of the model",
+                option="site",
+                remedy="leave this layer out of `layers`",
+            )
         first = stream.node.following
         ops = Ops(self.graph, place.layer.scope, first)
         chosen = self._chosen(ops, place, keep)
@@ -79,7 +83,11 @@ class Reduction:
         """Let ``keep`` tokens alone have an MLP. Raises PassError where there is none of its own behind attention."""
         behind = place.mlp()
         if behind is None or place.stream.node is None or place.stream.node.following is None:
-            raise PassError(f"{place.layer.scope} has no MLP of its own behind its attention", option="skip")
+            raise PassError(
+                f"{place.layer.scope} has no MLP of its own behind its attention",
+                option="skip",
+                remedy="write `skip: layers`, or leave this layer out of `layers`",
+            )
         first, whole = place.stream.node.following, place.stream.shape
         ops = Ops(self.graph, place.layer.scope, first)
         numbers, chosen = self.numbers, self._chosen(ops, place, keep)
@@ -87,7 +95,11 @@ class Reduction:
         following = Following(self.graph, place.layer.stack, place.tokens, chosen.index, False, behind.node)
         following.run(place.stream, short, first)
         if following.exits() != [behind.made]:
-            raise PassError(f"{place.layer.scope} has no MLP of its own behind its attention", option="skip")
+            raise PassError(
+                f"{place.layer.scope} has no MLP of its own behind its attention",
+                option="skip",
+                remedy="write `skip: layers`, or leave this layer out of `layers`",
+            )
         ops = Ops(self.graph, place.layer.scope, behind.node)
         nothing = ops("full", shape=whole, value=0.0)
         made = ops("token_restore", nothing, behind.made, chosen.index, *self._gone(chosen))
@@ -147,7 +159,10 @@ class Reduction:
         """Give what reads ``value`` behind the layers all tokens."""
         assert value.node is not None and value.node.following is not None  # it was computed from fewer
         if value.shape[2:] != stream.shape[2:] or value.type.rank != stream.type.rank:
-            raise PassError(f"what leaves `{value.node.scope}` is not the stream of the layers")
+            raise PassError(
+                f"what leaves `{value.node.scope}` is not the stream of the layers",
+                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+            )
         readers = Readers.of(self.graph, place.layer.stack, value)
         ops = Ops(self.graph, place.layer.stack.rpartition(".")[0], value.node.following)
         readers.read(self.graph, ops("token_restore", stream, value, chosen.index, *self._gone(chosen)))

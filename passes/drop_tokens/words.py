@@ -89,7 +89,11 @@ def _observed(graph: Graph, value: Value, batches: Sequence[Mapping[str, Tensor]
         if sum(each.shape[0] * each.shape[1] for each in found) >= count:
             break
     if not found:
-        raise PassError("there are no calibration pictures to find words in", option="merge")
+        raise PassError(
+            "there are no calibration pictures to find words in",
+            option="merge",
+            remedy="name a directory of pictures by `calibration: {data: …}`",
+        )
     return torch.cat(found)
 
 

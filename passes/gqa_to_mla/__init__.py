@@ -141,7 +141,10 @@ def _full_widths(site: AttentionSite) -> tuple[int, int] | None:
 
 def _refused(reasons: dict[str, str], converted: int, latent: bool) -> PassError:
     if not reasons:
-        return PassError("the model's attention is latent already" if latent else "the model has no attention")
+        return PassError(
+            "the model's attention is latent already" if latent else "the model has no attention",
+            remedy="leave `gqa-to-mla` out for this model",
+        )
     scope, reason = next(iter(reasons.items()))
     count = len(reasons) - 1
     more = f" ({count} more {'layer has' if count == 1 else 'layers have'} none either)" if count else ""

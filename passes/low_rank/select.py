@@ -36,7 +36,11 @@ def places_of(graph: Graph, ctx: Context, params: Sequence[Param], form: str = "
         else:
             found.append(_structured(param, form, heads) if form in STRUCTURED else _place(graph, param))
     if not found:
-        raise PassError("none of the selected weights can be factorised", option="where")
+        raise PassError(
+            "none of the selected weights can be factorised",
+            option="where",
+            remedy="`where: linear` selects the matrices that can be",
+        )
     return found
 
 

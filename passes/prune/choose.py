@@ -160,5 +160,5 @@ def choose(rankings: Rankings, alone: Mapping[Block, float], align: int, budget:
         if not any(alone.values()):
             break
     if not found:
-        raise failed or PassError("nothing would remain", option=budget.option)
+        raise failed or PassError("nothing would remain", option=budget.option, remedy="keep more")
     return min(found, key=lambda pair: pair[0])[1]

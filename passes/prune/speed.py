@@ -68,7 +68,11 @@ def budget_of(graph: Graph, ctx: Context, wanted: Prune, places: Sequence[Place]
     latency.prepare(types_with({place: n}) for place in places for n in options(place, wanted.align))
     budget = Seconds(latency, wanted.faster)
     if not budget.whole:
-        raise PassError("by the table of latencies the model takes no time", option="latency")
+        raise PassError(
+            "by the table of latencies the model takes no time",
+            option="latency",
+            remedy="measure the table again: leave out `latency`",
+        )
     return budget
 
 
@@ -105,7 +109,11 @@ def _workload(ctx: Context, wanted: Prune, table: Table) -> dict[str, Any]:
                 remedy="leave the option out, or bring a table that was measured with it",
             )
         if isinstance(default, int) and (type(found[name]) is not int or found[name] < 1):
-            raise PassError(f"the table of latencies is of `{name}: {found[name]}`, no number", option="latency")
+            raise PassError(
+                f"the table of latencies is of `{name}: {found[name]}`, no number",
+                option="latency",
+                remedy="measure the table again: leave out `latency`",
+            )
         ctx.skipped("", f"`{name}` is {found[name]}, as the table of latencies says")
     return found
 

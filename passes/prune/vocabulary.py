@@ -65,7 +65,11 @@ def _count(graph: Graph, wanted: Prune, found: Vocabulary) -> int:
     part = numbers_left(wanted.keep, rows, whole, wanted.of) / rows * found.size
     count = int(wanted.keep) if wanted.keep > 1 else int(part) // wanted.align * wanted.align
     if not 0 < count <= found.size:
-        raise PassError(f"{count} tokens cannot remain of {found.size}", option="keep")
+        raise PassError(
+            f"{count} tokens cannot remain of {found.size}",
+            option="keep",
+            remedy="keep a part, or a number of tokens that the model has",
+        )
     return count
 
 

@@ -57,7 +57,11 @@ def sites_of(graph: Graph, ctx: Context, params: Sequence[Param], *, insert: boo
         except Blocked as blocked:
             ctx.skipped(param.name, blocked.cause)
     if not found:
-        raise PassError("none of the selected weights reads channels that can be scaled", option="where")
+        raise PassError(
+            "none of the selected weights reads channels that can be scaled",
+            option="where",
+            remedy="`where: linear` selects the matrices that can be",
+        )
     return found
 
 

@@ -68,7 +68,11 @@ def places_of(graph: Graph, ctx: Context, params: Sequence[Param], pattern: Patt
         else:
             found.append(Place(param, tuple(known[param])))
     if not found:
-        raise PassError("none of the selected weights can be sparsified", option="pattern" if pattern else "where")
+        raise PassError(
+            "none of the selected weights can be sparsified",
+            option="pattern" if pattern else "where",
+            remedy="`where: linear` selects the matrices that can be",
+        )
     return found
 
 
