@@ -156,7 +156,14 @@ def _pairs(outputs: Sequence[Output], quality: str) -> dict[tuple[str, str], Cha
 
 def comparison_text(found: Comparison) -> str:
     """The comparison as a table, and a sentence for each pair."""
-    costs = [name for name in COSTS if all(name in output.costs for output in found.outputs)]
+    timed = all("speed" in output.costs for output in found.outputs)
+    untimed = [] if timed else ["speeds were not measured: `--speed` times all in turns"]
+    return "\n".join([table(comparison_rows(found)), "", *sentences(found), *untimed])
+
+
+def comparison_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """The comparison as a table: a header, then a row for each output. What none of them costs is left out."""
+    costs = [name for name in COSTS if any(output.costs.get(name) for output in found.outputs)]
     header = ("", *(COSTS[name] for name in costs), *(metric_title(name) for name in found.metrics))
     rows = [
         (
@@ -166,8 +173,7 @@ def comparison_text(found: Comparison) -> str:
         )
         for output in found.outputs
     ]
-    untimed = [] if "speed" in costs else ["speeds were not measured: `--speed` times all in turns"]
-    return "\n".join([table([header, *rows]), "", *sentences(found), *untimed])
+    return [header, *rows]
 
 
 def sentences(found: Comparison) -> list[str]:
@@ -180,7 +186,7 @@ def sentences(found: Comparison) -> list[str]:
 
 def _pair(title: str, one: str, other: str, found: Change) -> str:
     interval = "" if found.low == found.high else f" ({found.low:+.4g} to {found.high:+.4g})"
-    ends = {"within": "within noise", "beyond": "beyond noise", "unknown": "not to be told from noise"}
+    ends = {"within": "within noise", "beyond": "beyond noise", "unknown": "too few to tell from noise"}
     return f"{title}, {other} less {one}: {found.value:+.4g}{interval}, {ends[found.noise]}"
 
 

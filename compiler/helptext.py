@@ -25,7 +25,7 @@ def pass_help(key: str) -> str:
     if key not in pass_names():
         raise UsageError(f"there is no pass `{key}`", remedy=nearest(key, pass_names()))
     cls = pass_class(key)
-    return "\n".join([key, "", inspect.getdoc(cls) or "", "", _exactness(cls), "", options_table(cls)])
+    return "\n".join([key, "", _doc(cls), "", _exactness(cls), "", options_table(cls)])
 
 
 def options_table(cls: type[Pass]) -> str:
@@ -38,7 +38,12 @@ def options_table(cls: type[Pass]) -> str:
 
 
 def _summary(cls: type[Pass]) -> str:
-    return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    return _doc(cls).split("\n\n")[0].replace("\n", " ")
+
+
+def _doc(cls: type[Pass]) -> str:
+    """The docstring of a pass, as a terminal shows code."""
+    return (inspect.getdoc(cls) or "").replace("``", "`")
 
 
 def _exactness(cls: type[Pass]) -> str:

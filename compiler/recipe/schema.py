@@ -312,10 +312,11 @@ def _expected(hint: Any, error: Mapping[str, Any]) -> str:
 
 
 def describe(hint: Any) -> str:
-    """A type as a user would say it: ``int | None`` is ``a whole number``."""
-    names: list[str] = []
-    for part in _alternatives(hint):
-        names += [_describe_one(part)] if part is not type(None) else []
+    """A type as a user would say it: ``int | None`` is ``a whole number``. Words to choose from are one list."""
+    parts = [part for part in _alternatives(hint) if part is not type(None)]
+    choices = [f"`{choice}`" for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    chosen = f"one of {', '.join(choices)}" if len(choices) > 1 else "".join(choices)
+    names = [chosen if get_origin(part) is Literal else _describe_one(part) for part in parts]
     return " or ".join(dict.fromkeys(names))
 
 
@@ -333,9 +334,6 @@ _PLURALS: Mapping[Any, str] = {int: "whole numbers", float: "numbers", str: "tex
 
 def _describe_one(part: Any) -> str:
     origin = get_origin(part) or part
-    if origin is Literal:
-        choices = [f"`{choice}`" for choice in get_args(part)]
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     if part in _WORDS:
         return _WORDS[part]
     if isinstance(origin, type) and issubclass(origin, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from compiler.compare import COSTS, Comparison, Output, sentences, spelt_cost
+from compiler.compare import COSTS, Comparison, Output, comparison_rows, sentences, spelt_cost
 from compiler.report.page import drawn, render
 from compiler.report.quality import higher_is_better, metric_title, spelt_estimate
 
@@ -16,16 +16,7 @@ LETTER = 6.4
 
 def pareto_page(found: Comparison) -> str:
     """The page: the picture, the table, and what is noise."""
-    costs = [name for name in COSTS if all(name in output.costs for output in found.outputs)]
-    header = ("", *(COSTS[name] for name in costs), *(metric_title(name) for name in found.metrics))
-    rows = [
-        (
-            output.name,
-            *(spelt_cost(name, output.costs[name]) for name in costs),
-            *(spelt_estimate(output.evaluation["metrics"][name]) for name in found.metrics),
-        )
-        for output in found.outputs
-    ]
+    header, *rows = comparison_rows(found)
     better = "higher" if higher_is_better(found.quality) else "lower"
     return render(
         "pareto.html.jinja",

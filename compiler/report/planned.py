@@ -20,6 +20,7 @@ def planned_page(recipe: Recipe, plan: Plan) -> str:
 def planned_document(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """What report.json would hold, as far as it is known before anything is computed. Raises as ``planned_page``."""
     report, output = plan.report, plan.check()
+    checkpoint = {name: size for name, size in output.files.items() if "/" not in name}
     return {
         "recipe": resolved(recipe),
         "inputs": {"model": {"architecture": plan.model.partition(" from ")[0], "bytes": 0}},
@@ -28,7 +29,7 @@ def planned_document(recipe: Recipe, plan: Plan) -> dict[str, Any]:
             "architecture": output.architecture,
             "target": "",
             "loads_in": list(output.loads_in),
-            "tensor_bytes": output.tensor_bytes,
+            "tensor_bytes": sum(checkpoint.values() or output.files.values()),
             "files": dict(output.files),
         },
         "ledger": {"before": asdict(report.before), "after": asdict(report.after)},
