@@ -14,7 +14,7 @@ from compiler.calibration.products import products
 from compiler.errors import PassError, TargetError
 from compiler.ir.execute import run
 from compiler.pipeline import Pipeline
-from compiler.target import gptq_emission
+from compiler.target import emission_of, gptq_emission
 from compiler.weights.evaluate import evaluate
 from compiler.weights.ops import take
 from compiler.weights.ops.integer import Integer
@@ -136,6 +136,7 @@ def test_a_generated_module_holds_them(apart, tmp_path):
 
 def test_runtimes_that_hold_one_width_say_so(apart):
     _, graph = apart
+    assert emission_of(graph).target == "generated"
     refusal = propose(graph)
     assert isinstance(refusal, Refusal)
     assert "have several widths: transformers reads all experts of a model by one scheme" in refusal.reason

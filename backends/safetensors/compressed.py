@@ -22,7 +22,12 @@ from compiler.weights.ops.codec import is_quantised
 from compiler.weights.rows import as_dequantize
 
 WORD = 32  # bits of the words that codes are packed into
-UNKNOWN = {"codebook": "codebooks", "stack": "stacks of blocks", "e3m2": "e3m2 floats, but e2m3"}
+UNKNOWN = {
+    "codebook": "codebooks",
+    "real": "zero points that are no integers",
+    "stack": "stacks of blocks",
+    "e3m2": "e3m2 floats, but e2m3",
+}
 """Kinds of quantised weights that compressed-tensors does not have."""
 ONE_SCHEME = "transformers reads all experts of a model by one scheme"
 

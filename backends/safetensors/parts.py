@@ -28,6 +28,11 @@ def stored_parts(key: str, expr: Expr) -> dict[str, Expr]:
     if value.op == "dequantize_codebook":
         stem = key.removesuffix("weight")
         return dict(zip((f"{stem}weight_packed", f"{stem}weight_table"), packed_parts(value), strict=True))
+    if value.op == "dequantize_real":
+        stem = key.removesuffix("weight")
+        return dict(
+            zip((f"{stem}weight_packed", f"{stem}weight_scale", f"{stem}weight_zero"), packed_parts(value), strict=True)
+        )
     if value.op == "dequantize_stack":
         return {f"{key}_block_{index}": block for index, block in enumerate(value.args)}
     if value.op == "dequantize_mx" and value.attr("of") == "e3m2":

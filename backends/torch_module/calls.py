@@ -24,6 +24,7 @@ from backends.torch_module.packing import (
     ExpertsScheme,
     FloatScheme,
     Scheme,
+    ShiftedScheme,
     StackScheme,
     TableScheme,
     scheme_of,
@@ -113,7 +114,7 @@ def _kind(value: Value | None, integers: str) -> tuple[str, AnyScheme | None]:
         return "", None
     if isinstance(scheme, TableScheme):
         return "tables" if scheme.group_size in (0, value.shape[-1]) else "", scheme
-    return integers, scheme
+    return integers, Scheme(*scheme, False) if isinstance(scheme, ShiftedScheme) else scheme
 
 
 def _near(node: Node, reach: Reach) -> int:

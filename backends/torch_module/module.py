@@ -10,7 +10,7 @@ from backends.torch_module.code import call, identifier
 from backends.torch_module.forward import Context, Forward
 from backends.torch_module.layout import Leaf, below
 from backends.torch_module.model import Model
-from backends.torch_module.packing import SCHEME, Scheme, module_of, scheme_name
+from backends.torch_module.packing import SCHEME, Scheme, ShiftedScheme, module_of, scheme_name
 from backends.torch_module.program import Body, Call, Item, Loop
 from backends.torch_module.quantities import HINTS, OPERAND_SIZES, WORDS, heads_of, is_size, known, number_at, word
 from backends.torch_module.sizes import frequencies_name, likely
@@ -168,7 +168,7 @@ class ClassWriter:
         path = self._relative(leaf.path)
         if leaf.weights[name] not in self.model.layout.schemes:
             return f"{path}.{name}"
-        if isinstance(self.model.layout.schemes[leaf.weights[name]], Scheme):
+        if isinstance(self.model.layout.schemes[leaf.weights[name]], Scheme | ShiftedScheme):
             self._helper("dense")
         return f"{path}.dense()"
 

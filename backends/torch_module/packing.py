@@ -35,6 +35,7 @@ OPERANDS = {"linear": (1,), "latent_attention": (3,), "embedding": (0,), "expert
 
 PARTS = {
     "dequantize": ("weight_packed", "weight_scale", "weight_zero_point"),
+    "dequantize_real": ("weight_packed", "weight_scale", "weight_zero"),
     "dequantize_codebook": ("weight_packed", "weight_table"),
     "dequantize_mx": ("weight_packed", "weight_scale"),
 }
@@ -47,6 +48,13 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int
     zero_points: bool
+
+
+class ShiftedScheme(NamedTuple):
+    """How a weight is packed whose zero points are no integers. A ``group_size`` of 0 is a whole row."""
+
+    bits: int
+    group_size: int
 
 
 class ExpertsScheme(NamedTuple):
@@ -79,10 +87,11 @@ class FloatScheme(NamedTuple):
     mantissa_bits: int
 
 
-AnyScheme = Scheme | ExpertsScheme | TableScheme | StackScheme | FloatScheme
+AnyScheme = Scheme | ShiftedScheme | ExpertsScheme | TableScheme | StackScheme | FloatScheme
 FLOATS = {"e2m3": FloatScheme(2, 3), "e3m2": FloatScheme(3, 2)}
 PREFIXES: dict[type[AnyScheme], str] = {
     Scheme: "Packed",
+    ShiftedScheme: "Shifted",
     ExpertsScheme: "Mixed",
     TableScheme: "Codebook",
     StackScheme: "Stacked",
@@ -113,6 +122,8 @@ def scheme_of(param: Param) -> AnyScheme | None:
     if value.op == "dequantize_mx":
         return FLOATS[value.attr("of")]
     bits, group = value.attr("bits"), value.attr("group")
+    if value.op == "dequantize_real":
+        return ShiftedScheme(bits, group)
     if value.op == EXPERTS:
         return ExpertsScheme(bits, group, len(value.args) > 2)
     if value.op == "dequantize":

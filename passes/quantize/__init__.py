@@ -13,7 +13,7 @@ from compiler.ir.graph import Graph, Param
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
 from passes.quantize.activations import Activations, round_cache, round_inputs
-from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width
+from passes.quantize.numbers import ROBUST, SQUARES, NumberSystem, Per, Type, Width, Zeros
 from passes.quantize.places import (
     DAMPING,
     STEPS,
@@ -37,6 +37,8 @@ class Quantize(Pass):
     w ~ (q - z) * s with q = clamp(round(w / s + z), -2^(bits-1), 2^(bits-1) - 1). A group is ``group`` consecutive
     inputs of one output row (0: the whole row) and has its own scale s, kept in the weight's storage dtype;
     symmetric codes have z = 0, asymmetric ones an integer zero point a group.
+
+    ``zeros: real`` lets z be any number, as half-quadratic quantisation does; only generated modules hold that.
 
     ``group: search`` takes for each matrix, or those that read the same, the size of groups that is worth its scales:
     the least squared error times 4 to the power of the bits a weight that these take.
@@ -90,6 +92,7 @@ class Quantize(Pass):
     experts: Literal["alike", "apart"] = "alike"
     group: int | Literal["search"] = 0
     symmetric: bool = True
+    zeros: Zeros = "integer"
     per: Per = "row"
     scale: Literal["search", "minmax", "weighted", "robust"] = "search"
     method: Literal["nearest", "gptq", "refined"] = "nearest"
@@ -131,8 +134,8 @@ class Quantize(Pass):
         system = self.system(int(self.bits))
         system.check()
         check_damping(self.damping, solved=self.method != "nearest")
-        check_experts(self.experts, self.type, self.learn, mixed=self.mixed)
-        check_learnable(self.learn, self.type, self.steps)
+        check_experts(self.experts, self.type, self.learn, self.zeros, mixed=self.mixed)
+        check_learnable(self.learn, self.type, self.zeros, self.steps)
         if self.activation_scale == "static" and self.activations == "none":
             raise PassError("no activations are rounded", option="activation-scale", remedy="say `activations: int8`")
         chosen = chosen_of(graph, ctx, ctx.select(self.where, skip=self.skip), self.tied)
@@ -168,4 +171,4 @@ class Quantize(Pass):
         power = ROBUST if self.scale == "robust" else SQUARES
         if group is None:
             group = 0 if self.group == "search" else self.group
-        return NumberSystem(self.type, bits, group, self.symmetric, self.per, self.scale != "minmax", power)
+        return NumberSystem(self.type, bits, group, self.symmetric, self.per, self.scale != "minmax", power, self.zeros)

@@ -44,8 +44,9 @@ def _loss(ctx: Context, wanted: Quantize, group: Sequence[Param], size: int) -> 
     error = overhead = numbers = 0.0
     for param in group:
         error += rounding_loss(ctx.read(param), wanted.system(int(wanted.bits), size).codec(param.storage))
-        zeros = 0 if wanted.symmetric else wanted.bits
-        overhead += (param.storage.itemsize * 8 + zeros) * param.type.numel / (size or param.type.static_shape[-1])
+        scale = param.storage.itemsize * 8
+        zeros = 0 if wanted.symmetric else scale if wanted.zeros == "real" else wanted.bits
+        overhead += (scale + zeros) * param.type.numel / (size or param.type.static_shape[-1])
         numbers += param.type.numel
     return error * 4 ** (overhead / numbers)
 

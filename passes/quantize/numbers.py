@@ -18,6 +18,7 @@ from compiler.weights.ops.gguf.layouts import LAYOUTS
 from compiler.weights.ops.integer import Integer
 from compiler.weights.ops.mx import ELEMENTS, Mx
 from compiler.weights.ops.nvfp4 import Nvfp4, divisor
+from compiler.weights.ops.real_zeros import RealZeros
 from compiler.weights.ops.ternary import BITS as BITS_OF_TERNARY
 from compiler.weights.ops.ternary import Ternary
 
@@ -26,6 +27,7 @@ Gguf = Literal[
 ]  # fmt: skip
 Mxfp = Literal["mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8"]
 Type = Literal["int", "ternary", "codebook", "bit-serial", "fp8", "nvfp4"] | Mxfp | Gguf
+Zeros = Literal["integer", "real"]
 Per = Literal["row", "tensor", "block"]
 Width = Literal[2, 3, 4, 5, 6, 7, 8]
 
@@ -60,12 +62,15 @@ class NumberSystem:
     per: Per
     search: bool
     power: float = SQUARES
+    zeros: Zeros = "integer"
 
     def check(self) -> None:
         """Raises PassError for an option that the type does not have."""
         if self.power != SQUARES and self.type != "int":
             cause = f"`scale: robust` is for integers, not for {self.type}"
             raise PassError(cause, option="scale", remedy="leave `scale` out")
+        if self.zeros == "real":
+            self._check_zeros()
         if not self.search and self.type in (*TABLES, "ternary"):
             cause = (
                 f"`scale: minmax` is for evenly spaced codes and floats: what codes of {self.type} stand for is fitted"
@@ -84,6 +89,14 @@ class NumberSystem:
         if self.type != "ternary" and self.group not in (0, GROUPS[self.type]):
             raise PassError(_groups(self.type), option="group", remedy="leave `group` out")
 
+    def _check_zeros(self) -> None:
+        if self.type != "int" or self.symmetric:
+            cause = "there are no zero points that might be any numbers"
+            raise PassError(cause, option="zeros", remedy="say `type: int` and `symmetric: false`")
+        if not self.search:
+            cause = "`scale: minmax` rounds zero points to integers"
+            raise PassError(cause, option="scale", remedy="leave `scale` out: real zero points are fitted")
+
     def _check_table(self) -> None:
         if self.bits not in TABLE_BITS:
             raise PassError(f"{self.type} has 2 to 4 bits, not {self.bits}", option="bits", remedy="say `bits: 3`")
@@ -99,6 +112,8 @@ class NumberSystem:
     def codec(self, dtype: torch.dtype) -> Codec:
         """The codec of weights stored in ``dtype``."""
         match self.type:
+            case "int" if self.zeros == "real":
+                return RealZeros(self.bits, self.group, dtype, self.power)
             case "int":
                 return Integer(self.bits, self.group, dtype, self.symmetric, self.search, self.power)
             case "ternary":
@@ -132,7 +147,8 @@ class NumberSystem:
         per = f"groups of {self.group}" if self.group else "one scale a row"
         if self.type == "ternary":
             return f"ternary, {per}"
-        return f"int{self.bits}, {'symmetric' if self.symmetric else 'asymmetric'}, {per}"
+        zeros = "symmetric" if self.symmetric else "real zero points" if self.zeros == "real" else "asymmetric"
+        return f"int{self.bits}, {zeros}, {per}"
 
 
 def _of_one_input(params: Sequence[Param]) -> list[list[Param]]:

@@ -82,7 +82,7 @@ def check_widths(bits: float, widths: Sequence[int], type: str) -> None:
         )
 
 
-def check_experts(experts: str, type: str, learn: str, *, mixed: bool) -> None:
+def check_experts(experts: str, type: str, learn: str, zeros: str, *, mixed: bool) -> None:
     """Raises PassError where experts of one stack are to differ, and nothing lets them."""
     if experts == "alike":
         return
@@ -90,6 +90,8 @@ def check_experts(experts: str, type: str, learn: str, *, mixed: bool) -> None:
         raise PassError("all weights have the same bits", option="experts", remedy="say `bits: 2.5`, or give `widths`")
     if type != "int":
         raise PassError(f"stacks hold {type} of one width", option="experts", remedy="use `type: int`")
+    if zeros == "real":
+        raise PassError("stacks hold real zero points of one width", option="experts", remedy="leave `zeros` out")
     if learn != "none":
         raise PassError("codes of experts apart are not learned", option="experts", remedy="leave `learn` out")
 
@@ -110,11 +112,13 @@ def check_damping(damping: float | str, *, solved: bool) -> None:
         raise PassError("rounding to nearest has no damping", option="damping", remedy="say `method: gptq`")
 
 
-def check_learnable(learn: str, type: str, steps: int) -> None:
+def check_learnable(learn: str, type: str, zeros: str, steps: int) -> None:
     """Raises PassError when codes of ``type`` are not evenly spaced, which is what is learned, or none are learned in
     ``steps`` that are given."""
     if learn == "none" and steps != STEPS:
         raise PassError("nothing is learned, in however many steps", option="steps", remedy="say `learn: rounding`")
+    if learn != "none" and zeros == "real":
+        raise PassError("codes with real zero points are not learned", option="learn", remedy="leave `zeros` out")
     if learn != "none" and type != "int":
         raise PassError(f"codes of {type} are not learned", option="learn", remedy="use `type: int`")
 

@@ -10,7 +10,7 @@ from backends.safetensors.rounding import Rounding
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import code_bits
 
-Kind = Literal["int", "experts", "codebook", "stack", "fp8", "mx", "e3m2", "nvfp4"]
+Kind = Literal["int", "experts", "real", "codebook", "stack", "fp8", "mx", "e3m2", "nvfp4"]
 KINDS: dict[str, Kind] = {"dequantize_fp8": "fp8", "dequantize_mx": "mx", "dequantize_nvfp4": "nvfp4"}
 SCALE_DTYPES = {"mx": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 
@@ -66,6 +66,8 @@ def scheme_of(value: Expr) -> Scheme:
         return Scheme(value.attr("bits"), value.attr("group"), symmetric=len(value.args) == 2)
     if value.op == "dequantize_experts":
         return Scheme(code_bits(value), value.attr("group"), symmetric=len(value.args) == 2, kind="experts")
+    if value.op == "dequantize_real":
+        return Scheme(value.attr("bits"), value.attr("group"), symmetric=False, kind="real")
     if value.op == "dequantize_codebook":
         return Scheme(value.attr("bits"), value.attr("group"), symmetric=False, kind="codebook")
     if value.op == "dequantize_stack":

@@ -51,13 +51,29 @@ def _table() -> dict[str, WeightOp]:
         mx,
         nvfp4,
         quant,
+        real_zeros,
         rotary,
         sparse,
         stack,
         ternary,
     )
 
-    modules = (basic, quant, expert_widths, ternary, codebook, minifloat, fp8, mx, nvfp4, gguf, rotary, sparse, stack)
+    modules = (
+        basic,
+        quant,
+        expert_widths,
+        real_zeros,
+        ternary,
+        codebook,
+        minifloat,
+        fp8,
+        mx,
+        nvfp4,
+        gguf,
+        rotary,
+        sparse,
+        stack,
+    )
     return {op.name: op for module in modules for op in module.OPS}
 
 

@@ -26,6 +26,7 @@ CODES = ("quantize", "fp8_codes", "mx_codes", "nvfp4_codes", "gguf_blocks", "cod
 DEQUANTIZE = (
     "dequantize",
     "dequantize_experts",
+    "dequantize_real",
     "dequantize_fp8",
     "dequantize_mx",
     "dequantize_nvfp4",
@@ -106,7 +107,7 @@ def rounded_from(expr: Expr) -> Expr | None:
 
 def code_bits(expr: Expr) -> int:
     """The bits of each code of a quantised weight; of blocks those of signs, of experts of several widths the most."""
-    if expr.op in ("dequantize", "dequantize_codebook"):
+    if expr.op in ("dequantize", "dequantize_real", "dequantize_codebook"):
         return expr.attr("bits")
     if expr.op == "dequantize_experts":
         return max(expr.attr("bits"))

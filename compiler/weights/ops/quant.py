@@ -63,10 +63,13 @@ def pack_bits(codes: Expr, bits: int, axis: int = -1) -> Expr:
 def packed_parts(value: Expr) -> tuple[Expr, ...]:
     """The codes of a ``dequantize`` [..., out, in] packed along rows, its scales, and its zero points along columns.
 
-    Of a ``dequantize_codebook`` its codes, packed alike, and its tables.
+    Of a ``dequantize_codebook`` its codes, packed alike, and its tables; of a ``dequantize_real`` zero points as they
+    are.
     """
     bits = value.attr("bits")
     codes, scale, *zero = value.args
+    if value.op == "dequantize_real":
+        return pack_bits(codes, bits), scale, *zero
     return pack_bits(codes, bits), scale, *(pack_bits(part, bits, axis=-2) for part in zero)
 
 
