@@ -153,6 +153,7 @@ def compress(
         result = _finished(output)
         run.console.say(f"{out} is already finished: nothing to do")
         return result
+    output.check_target()
     with open_means(recipe) as means:
         with run.step("passes"):
             planned = _pass_and_propose(run, graph, None)

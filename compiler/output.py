@@ -52,7 +52,7 @@ class OutputDirectory:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            self._check_target()
+            self.check_target()
             self._check_work()
             self.files.mkdir(parents=True, exist_ok=True)
             self.state.mkdir(exist_ok=True)
@@ -108,7 +108,8 @@ class OutputDirectory:
                     remedy="remove the work directory and run again",
                 )
 
-    def _check_target(self) -> None:
+    def check_target(self) -> None:
+        """Raises OutputError when the target exists."""
         if not os.path.lexists(self.path):
             return
         if self.finished:
