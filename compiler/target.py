@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from backends.safetensors import Emission, Refusal, dtype_name, propose
 from backends.safetensors.compressed import config_of_generated
-from backends.safetensors.gptq import Version, missing_packages
+from backends.safetensors.gptq import Version
 from backends.safetensors.parts import stored_parts
 from backends.safetensors.unify import Mismatch
 from compiler.binaries import check_compiler, check_launches
@@ -85,14 +85,7 @@ def checkpoint_for(graph: Graph, recipe: Recipe) -> Emission | None:
     wanted = recipe.checkpoint
     if wanted is None or wanted.quantised_as == "compressed-tensors":
         return wanted and _written_as(graph, wanted)
-    found = gptq_emission(graph, wanted.quantised_as)
-    missing = missing_packages(found.quantization_config) if recipe.evaluate is not None else ()
-    if missing:
-        raise TargetError(
-            f"evaluating a GPTQ checkpoint needs {' and '.join(missing)}, which transformers loads it with",
-            remedy=f"pip install {' '.join(missing)}, or leave out `evaluate`",
-        )
-    return found
+    return gptq_emission(graph, wanted.quantised_as)
 
 
 def _written_as(graph: Graph, wanted: Safetensors) -> Emission:
