@@ -75,7 +75,7 @@ def test_what_is_made_lazily_is_what_is_fitted_and_any_rows_of_it():
     assert torch.equal(found, wanted) and torch.equal(part, wanted[3:7])
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["mixtral", "gemma2"])
 def test_generated_modules_hold_them(name, tmp_path):
     graph, given_inputs = graph_of(name), FAMILIES[name].inputs(batch=2, tokens=9)
     for index, param in enumerate(matrices_of(graph)):
