@@ -199,7 +199,6 @@ class CheckpointError(CompressError):
     """A checkpoint is damaged, incomplete, of a refused kind, or does not fit the model."""
 
     code = "checkpoint"
-    usual_remedy = "fetch or save the checkpoint again, and see whether transformers loads it"
 
 
 class DataError(CompressError):
