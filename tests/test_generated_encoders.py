@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import BertForSequenceClassification
@@ -35,6 +37,28 @@ def test_a_generated_encoder_computes_what_its_graph_computes(name, tmp_path, go
     again = load_model(tmp_path / "again", trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(again(**given)[0], found[0])
+
+
+WITHOUT_HEADS = {
+    "ModernBertModel": ("modernbert", {}),
+    "MistralModel": ("mistral", {"sliding_window": 4}),
+    "Gemma3TextModel": ("gemma3", {"sliding_window": 4}),
+    "LlamaForSequenceClassification": ("llama", {"pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_HEADS)
+def test_models_without_a_head_for_tokens_see_what_they_saw(architecture, tmp_path):
+    """Of texts longer than the windows of their attention, which may be causal and differ from layer to layer."""
+    name, options = WITHOUT_HEADS[architecture]
+    family = replace(FAMILIES[name], architecture=architecture)
+    source = family.build(3, layers=3, **options)
+    given = family.inputs(batch=2, tokens=13)
+    graph = capture(source)
+    model = written(graph, tmp_path / name)
+    with torch.no_grad():
+        found, wanted = model(**given)[0], source(**given)[0]
+    assert error(found, wanted) <= tolerance(graph)
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from backends.torch_module.code import Code, number
 from backends.torch_module.site import Emitter, Site, arg, optional
 from backends.torch_module.tensor_emitters import TENSOR_EMITTERS
+from compiler.errors import TargetError
 
 
 def _linear(site: Site) -> Code:
@@ -63,14 +64,14 @@ def _hadamard(site: Site) -> Code:
 def _conv(site: Site) -> Code:
     leaf = site.leaf()
     if not leaf:
-        raise ValueError("a convolution with a computed kernel")
+        raise TargetError("a generated module has no convolution with a computed kernel", where=site.node.scope)
     return Code(f"{leaf}({arg(site, 0).text})")
 
 
 def _rope_table(site: Site) -> Code:
     leaf = site.leaf()
     if not leaf:
-        raise ValueError("a rotary table with computed frequencies")
+        raise TargetError("a generated module has no rotary table with computed frequencies", where=site.node.scope)
     return Code(f"{leaf}({arg(site, 0).text})")
 
 
@@ -127,7 +128,7 @@ def _experts(site: Site) -> Code:
         name = ACTIVATIONS[activation]
         extra = [name if name.startswith("F.") else site.helper(name)]
         if biased:
-            raise ValueError(f"experts with biases and {activation}")
+            raise TargetError(f"a generated module has no experts with biases and {activation}", where=site.node.scope)
     return Code(f"{function}({', '.join([*shown, *extra])})")
 
 

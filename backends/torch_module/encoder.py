@@ -44,10 +44,12 @@ def add_masks(graph: Graph, extras: Extras) -> None:
     length = graph.inputs["input_ids"].shape[1] if "input_ids" in graph.inputs else None
     for node in graph.nodes_named(*ATTENTION):
         if node.input(1).shape[2] == length:
-            key = -1 if node.attr("causal") else node.attr("window")
+            key = ~node.attr("window") if node.attr("causal") else node.attr("window")  # inverted: causal
             extras.of_node[node] = [extras.masks.setdefault(key, Value(f"mask_{key}", extras.cache.type))]
         elif node.attr("window") or node.attr("causal"):
-            raise TargetError("attention that is masked, but not over tokens", where=node.scope)
+            raise TargetError(
+                "its attention is masked, and not over tokens, as a generated encoder's masks are", where=node.scope
+            )
 
 
 class EncoderAssembly(Assembly):
@@ -99,13 +101,15 @@ class EncoderAssembly(Assembly):
         return sorted({f"{self.model.prefix}{self.model.classes[body.path].name}" for body in bodies})
 
     def _mask_lines(self, key: int) -> list[str]:
-        if key == -1:
+        if key < 0:
             self.model.helpers.add("causal_mask")
-            return [f"{_mask_name(key)} = causal_mask(input_ids, attention_mask, None)"]
+            window = f", window={~key}" if ~key else ""
+            return [f"{_mask_name(key)} = causal_mask(input_ids, attention_mask, None{window})"]
         self.model.helpers.add("padding_mask")
         window = f", {key}" if key else ""
         return [f"{_mask_name(key)} = padding_mask(input_ids, attention_mask{window})"]
 
 
 def _mask_name(key: int) -> str:
-    return f"mask_{key}" if key > 0 else "mask"
+    name, window = ("causal", ~key) if key < 0 else ("mask", key)
+    return f"{name}_{window}" if window else name

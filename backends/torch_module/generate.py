@@ -97,7 +97,10 @@ def _assembly(graph: Graph, cache_bits: int) -> Assembly:
 def _continues(graph: Graph) -> bool:
     """Whether the graph is a language model that scores the next token."""
     attention = graph.nodes_named(*ATTENTION)
-    return list(graph.outputs) == ["logits"] and bool(attention) and all(node.attr("causal") for node in attention)
+    if list(graph.outputs) != ["logits"] or not attention or "input_ids" not in graph.inputs:
+        return False
+    scored = graph.outputs["logits"].shape[:-1] == graph.inputs["input_ids"].shape
+    return scored and all(node.attr("causal") for node in attention)
 
 
 def _encoder(graph: Graph) -> Assembly:

@@ -38,7 +38,8 @@ class TopWriter(ClassWriter):
 
     def all_statements(self, outputs: Mapping[str, Value]) -> tuple[list[str], dict[str, str]]:
         """The statements of forward, and the code of each output by name."""
-        forward = Forward(self.module.first, dict(self.names), self.context())
+        context = replace(self.context(), loop=super().loop_lines)  # without a cache, layers get what they read
+        forward = Forward(self.module.first, dict(self.names), context)
         lines = forward.statements()
         return lines, {name: forward.result(value) for name, value in outputs.items()}
 
