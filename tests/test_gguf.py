@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.errors import CheckpointError
-from compiler.weights.checkpoint import bind, open_checkpoint, save_tokenizer
+from compiler.weights.checkpoint import bind, open_checkpoint
 from compiler.weights.evaluate import evaluate
 from compiler.weights.gguf import shortest_floats
 from compiler.weights.gguf_header import read_gguf_header
@@ -221,7 +221,7 @@ def test_code_beside_the_file_is_never_run(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(mapped))
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"transformers cannot read the tokenizer of tiny.gguf"):
-        save_tokenizer(open_checkpoint(path), tmp_path / "out")
+        open_checkpoint(path).save_tokenizer(tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 
 
@@ -255,7 +255,7 @@ def test_smollm2_equals_transformers_to_the_last_bit():
 @pytest.mark.real
 def test_smollm2_tokenizer_splits_digits(tmp_path):
     checkpoint = open_checkpoint(SMOLLM2)
-    written = {file.name for file in save_tokenizer(checkpoint, tmp_path)}
+    written = {file.name for file in checkpoint.save_tokenizer(tmp_path)}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= written
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer("In 1984, 12 of 365 days").input_ids

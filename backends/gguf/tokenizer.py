@@ -47,7 +47,7 @@ def tokenizer_of(model: Source | None, size: int, kept: Sequence[int] | None = N
 
     ``kept`` are the tokens that remain; None: all. Raises TargetError for a tokenizer that llama.cpp cannot have.
     """
-    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
+    from compiler.weights.checkpoint import Checkpoint
     from compiler.weights.tokens import keep_tokens
 
     if not isinstance(model, Checkpoint):
@@ -57,7 +57,7 @@ def tokenizer_of(model: Source | None, size: int, kept: Sequence[int] | None = N
         found = read_gguf_header(file).metadata
         return Tokenizer({key: value for key, value in found.items() if key.startswith("tokenizer.")})
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(model, Path(folder))
+        model.save_tokenizer(Path(folder))
         if kept is not None:
             keep_tokens(Path(folder), kept)
         return tokenizer_in(Path(folder), size)
@@ -189,7 +189,7 @@ def _is_whole(step: Json) -> bool:
 
 
 def _merges(merges: list[str]) -> Metadata:
-    return {"tokenizer.ggml.merges": merges} if merges else {"tokenizer.ggml.merges": [""]}
+    return {"tokenizer.ggml.merges": merges or [""]}
 
 
 def _tokens(tokenizer: Json, vocabulary: Mapping[str, int], size: int) -> Metadata:
@@ -222,16 +222,18 @@ def _special(tokenizer: Json, config: Json) -> Metadata:
     numbers |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", ())}
     found: dict[str, Any] = {}
     for key, name in SPECIAL.items():
-        token = config.get(key)
-        text = token["content"] if isinstance(token, dict) else token
+        text = _text(config.get(key))
         if text in numbers:
             found[f"tokenizer.ggml.{name}_token_id"] = numbers[text]
     around = json.dumps(tokenizer.get("post_processor") or {})
     for key in ("bos", "eos"):
-        token = config.get(f"{key}_token")
-        text = token["content"] if isinstance(token, dict) else token
+        text = _text(config.get(f"{key}_token"))
         found[f"tokenizer.ggml.add_{key}_token"] = bool(text) and f'"id": {json.dumps(text)}' in around
     return found
+
+
+def _text(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _split(tokenizer: Json) -> str:
@@ -260,5 +262,5 @@ def _steps(found: Json | None, members: str = "pretokenizers") -> list[Json]:
 def _unknown(what: str) -> TargetError:
     return TargetError(
         f"llama.cpp has no name for a tokenizer with {what}",
-        remedy="leave `gguf` out of `emit`, or its tokenizer files",
+        remedy="leave `gguf` out of `emit`, or the tokenizer files out of the checkpoint",
     )

@@ -34,12 +34,12 @@ def emit(
     Tensors are written one by one into ``model.safetensors``, or shards of it, and models refer to their places: no
     more is in memory than the writer's budget. Raises what the writer raises.
     """
-    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
+    from compiler.weights.checkpoint import Checkpoint
     from compiler.weights.tokens import keep_tokens
 
     model = sources.get("model")
     if isinstance(model, Checkpoint):
-        save_tokenizer(model, directory)
+        model.save_tokenizer(directory)
         if emission.graph.tokens is not None:
             keep_tokens(directory, emission.graph.tokens)
     (directory / "check.py").write_text(Path(check.__file__).read_text(encoding="utf-8"), encoding="utf-8")

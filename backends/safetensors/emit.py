@@ -25,13 +25,13 @@ def emit(
 
     Tokenizer and generation files come along when the model is a checkpoint. Raises what the writer raises.
     """
-    from compiler.weights.checkpoint import Checkpoint, save_tokenizer
+    from compiler.weights.checkpoint import Checkpoint
     from compiler.weights.tokens import keep_tokens
     from compiler.weights.writer import write
 
     model = sources.get("model")
     if isinstance(model, Checkpoint):
-        save_tokenizer(model, directory)
+        model.save_tokenizer(directory)
         if emission.tokens is not None:
             keep_tokens(directory, emission.tokens)
     text = json.dumps(emission.config, indent=2, sort_keys=True) + "\n"

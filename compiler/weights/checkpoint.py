@@ -30,11 +30,11 @@ from compiler.weights.tensorfile import (
     read_tensor,
 )
 
-__all__ = ["Checkpoint", "DirectoryCheckpoint", "bind", "open_checkpoint", "save_tokenizer", "unbind"]
+__all__ = ["Checkpoint", "DirectoryCheckpoint", "bind", "open_checkpoint", "unbind"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SAMPLE = 4096
 _AGAIN = "fetch the index and its shards again"
 _MODEL_FILES = ("config.json", _INDEX)
@@ -183,11 +183,11 @@ class DirectoryCheckpoint(Checkpoint):
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint: a directory, a ``.gguf`` file, or a hub id when no such path exists.
 
-    Raises CheckpointError when it is missing, damaged, pickled or already quantised.
+    Raises CheckpointError when it is missing, damaged, pickled, or quantised otherwise than by GPTQ or AutoAWQ.
     """
     local = Path(path).expanduser()
     try:
-        if not local.exists() and _HUB_ID.fullmatch(str(path)):
+        if not local.exists() and is_hub_id(str(path)):
             local = _download(str(path))
         return _open_local(local)
     except OSError as reason:
@@ -200,8 +200,13 @@ def check_location(path: str | Path) -> None:
     local = Path(path)
     if local.is_dir():
         _read_config(local)
-    elif local.exists() or not _HUB_ID.fullmatch(str(path)):
+    elif local.exists() or not is_hub_id(str(path)):
         _check_gguf(local)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` looks like ``owner/name``, and neither like a path nor like a file."""
+    return _HUB_ID.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
 def _open_local(local: Path) -> Checkpoint:
@@ -233,11 +238,6 @@ def _open_directory(local: Path) -> Checkpoint:
     from compiler.weights.packed import PackedCheckpoint
 
     return PackedCheckpoint(stored)
-
-
-def save_tokenizer(checkpoint: Checkpoint, directory: Path) -> list[Path]:
-    """Write what belongs beside the weights (tokenizer, generation config, processor) into ``directory``."""
-    return checkpoint.save_tokenizer(directory)
 
 
 def _state(files: Iterable[Path]) -> str:
