@@ -120,6 +120,10 @@ def as_ours(error: Exception, remedy: str = "`--debug` shows where") -> Compress
         return error
     if out_of_memory(error):
         return memory_error()
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(
+            "a path is longer than this system allows", where=str(error.filename), remedy="give a shorter one"
+        )
     return InternalError(f"{type(error).__name__}: {error}", remedy=f"this is a bug; {remedy}")
 
 
@@ -202,7 +206,7 @@ class CheckpointError(CompressError):
 
 
 class DataError(CompressError):
-    """A calibration or evaluation text cannot be used, or a metric does not apply to the model."""
+    """Calibration or evaluation data cannot be used, or a metric does not apply to the model."""
 
     code = "data"
 

@@ -71,6 +71,13 @@ def test_a_word_that_is_no_command(run, word, remedy):
     assert err.startswith(f"error[usage]: there is no command and no recipe `{word}`\nhelp: {remedy}")
 
 
+@pytest.mark.parametrize("arguments", [["x" * 300], ["y" * 300 + ".yaml"], ["plan", "z" * 300]])
+def test_a_path_that_is_too_long(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert err.startswith("error[usage]: a path is longer than this system allows") and "a shorter one" in err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

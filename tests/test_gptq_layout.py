@@ -16,7 +16,7 @@ from compiler.ir.execute import read_param
 from compiler.pipeline import Pipeline
 from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import apply, load
-from compiler.weights.ops.basic import full
+from compiler.weights.ops.basic import concat, full, slice
 from compiler.weights.ops.quant import pack_bits
 from compiler.weights.source import MemorySource
 from passes.quantize import Quantize
@@ -141,6 +141,20 @@ def test_weights_that_are_tiny_or_zero_are_what_the_graph_runs(dtype, tmp_path):
     emit(require(job.graph, "gptq"), job.graph.sources, job.out)
     theirs = dequantised(load_file(job.out / "model.safetensors"), param.name.removesuffix(".weight"), 4, "gptq")
     assert torch.equal(theirs.float(), values.float())
+
+
+def test_a_group_that_is_next_to_nothing_is_rounded_as_float16_rounds_others(tmp_path):
+    job = Job("llama", tmp_path, [Quantize(where="mlp", bits=4, group=32)], torch.bfloat16, **WIDE)
+    param = job.graph.params["model.layers.0.mlp.up_proj.weight"]
+    codes, own = param.expr.args
+    scale = full(own.shape, 0.01, torch.bfloat16)
+    dead = full((own.shape[0], 1), 2.0**-32, torch.bfloat16)
+    scale = concat([slice(scale, 1, 0, own.shape[1] - 1), dead], 1)
+    param.expr = apply("dequantize", [codes, scale], dict(param.expr.attrs))
+    job.out.mkdir()
+    emit(require(job.graph, "gptq"), job.graph.sources, job.out)
+    stored = load_file(job.out / "model.safetensors")["model.layers.0.mlp.up_proj.scales"]
+    assert (stored[-1] == 0).all() and (stored[:-1] == torch.tensor(0.01, dtype=torch.bfloat16)).all()
 
 
 REFUSALS = {

@@ -20,7 +20,7 @@ from backends.safetensors.compressed import Quantised, is_dense
 from backends.safetensors.formats.scheme import Scheme, scheme_of
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
-from compiler.weights.ops.basic import cast_exactly, full, literal, repeat, transpose
+from compiler.weights.ops.basic import cast_closely, full, literal, repeat, transpose
 from compiler.weights.ops.quant import pack_bits
 from compiler.weights.rows import as_dequantize
 
@@ -48,7 +48,7 @@ def _parts(version: Version, key: str, expr: Expr) -> dict[str, Expr]:
     parts = {
         "qweight": pack_bits(transpose(codes), bits, axis=-2),
         "qzeros": pack_bits(transpose(zeros[0] if zeros else none), bits),
-        "scales": cast_exactly(transpose(scale), torch.float16, f"scales of {key}", NARROW),
+        "scales": cast_closely(transpose(scale), torch.float16, f"scales of {key}", NARROW),
         "g_idx": repeat(literal(range(groups), dtype=torch.int32), 0, width // groups),
     }
     return {key.removesuffix("weight") + name: part for name, part in parts.items()}

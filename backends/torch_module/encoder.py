@@ -48,7 +48,7 @@ def add_masks(graph: Graph, extras: Extras) -> None:
             extras.of_node[node] = [extras.masks.setdefault(key, Value(f"mask_{key}", extras.cache.type))]
         elif node.attr("window") or node.attr("causal"):
             raise TargetError(
-                "its attention is masked, and not over tokens, as a generated encoder's masks are", where=node.scope
+                "its attention is masked, and masks of generated encoders are over tokens", where=node.scope
             )
 
 

@@ -192,6 +192,8 @@ def _in_float32(value: Expr) -> Expr:
     if value.op in (STACK, "dequantize_mx"):
         return apply(value.op, value.args, {**dict(value.attrs), "dtype": torch.float32})
     codes, scale, *zeros = value.args
+    if value.op == "dequantize_real":  # whose zero points have the dtype of scales
+        zeros = [cast(zero, torch.float32) for zero in zeros]
     return apply(value.op, [codes, cast(scale, torch.float32), *zeros], dict(value.attrs))
 
 

@@ -71,4 +71,5 @@ def drawn(chances: Tensor, source: torch.Generator) -> Tensor:
     By the inverse of their sums: torch.multinomial takes ten times as long for the classes of a vocabulary.
     """
     sums = chances.cumsum(-1)
-    return torch.searchsorted(sums, torch.rand(len(sums), 1, generator=source) * sums[:, -1:])
+    draws = 1 - torch.rand(len(sums), 1, generator=source)  # above 0: what has no chance is not drawn
+    return torch.searchsorted(sums, draws * sums[:, -1:])

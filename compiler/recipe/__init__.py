@@ -29,6 +29,7 @@ from compiler.recipe.schema import (
     build,
 )
 from compiler.recipe.yamltree import Tree, read_tree
+from compiler.weights.checkpoint import is_hub_id
 from passes import pass_class, pass_names
 
 INCLUDED = "included"
@@ -236,7 +237,7 @@ class _Checker:
         path = self._resolve(tree)
         if path.exists():
             return str(path)
-        if _is_hub_id(tree.value):
+        if is_hub_id(tree.value):
             return tree.value
         raise RecipeError(
             f"there is no model `{tree.value}`",
@@ -387,9 +388,3 @@ def relative(tree: Tree, recipe: Path) -> str:
     if Path(text).is_absolute():
         return text
     return Path(os.path.relpath(tree.span.path.parent / text, recipe.parent)).as_posix()
-
-
-def _is_hub_id(text: str) -> bool:
-    import re
-
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(".gguf")

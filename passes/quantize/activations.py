@@ -91,7 +91,7 @@ def _largest(graph: Graph, ctx: Context, values: Collection[Value]) -> Mapping[V
         if value in values:
             found[value] = max(found.get(value, 0.0), float(tensor.abs().amax()))
 
-    for stage in sweep(graph, batches) if batches else ():
+    for stage in sweep(graph, batches, exact=True) if batches else ():
         stage.observe(see)
     return found
 

@@ -7,7 +7,7 @@ batches that are held out. Rounding to nearest loses e H e^T. Errors of differen
 loses 1/2 sum over rows of M_rr times that, M being the second moment of its loss's gradient at what leaves.
 
 M is a sum over the vectors that a matrix meets, so that an expert counts by how often it is chosen and with what
-weight (MC-MoE, arXiv 2410.06270, multiplies frequency, weight and error). Each counts as if it had met one average
+weight (MC-MoE, arXiv 2410.06270, multiplies frequency, weight and error). Each counts as if it had met about one average
 vector more: of one that calibration data does not choose nothing is known, and not that it is never chosen.
 """
 
@@ -46,8 +46,9 @@ APART = "each expert by cost"
 def together(graph: Graph, params: Sequence[Param]) -> list[list[Param]]:
     """Weights that multiply the same value, which get the same bits: runtimes fuse such maps into one."""
     found: dict[object, list[Param]] = {}
+    known = products(graph)
     for param in params:
-        nodes = products(graph).get(param, [])
+        nodes = known.get(param, [])
         shared = len(nodes) == 1 and nodes[0].op.name == "linear"
         found.setdefault(nodes[0].input(0) if shared else param, []).append(param)
     return list(found.values())

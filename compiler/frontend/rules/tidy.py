@@ -123,7 +123,8 @@ def counted_positions(site: Site) -> Value | None:
     """The first n of a stored 0, 1, 2, ... are counted instead."""
     stored, start, stop = site.node.input(0), site.node.attr("start"), site.node.attr("stop")
     values = constant_values(stored) if isinstance(stored, Param) else None
-    if values is None or site.node.attr("axis") != stored.type.rank - 1 or list(values) != list(range(len(values))):
+    counts = values is not None and stored.shape[-1] == len(values) and list(values) == list(range(len(values)))
+    if not counts or site.node.attr("axis") != stored.type.rank - 1 or site.node.attr("step") != 1:
         return None
     counted = site.op("arange", start=start, stop=stop)
     return site.op("reshape", counted, shape=site.node.output.shape)

@@ -78,9 +78,10 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
     return x if x.dtype == dtype else apply("cast", [x], {"dtype": dtype})
 
 
-def cast_exactly(x: Expr, dtype: torch.dtype, of: str, remedy: str) -> Expr:
-    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where that changes a number."""
-    return x if x.dtype == dtype else apply("cast_exactly", [x], {"dtype": dtype, "of": of, "remedy": remedy})
+def cast_closely(x: Expr, dtype: torch.dtype, of: str, remedy: str) -> Expr:
+    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where that changes a number by more than
+    ``dtype`` rounds the largest."""
+    return x if x.dtype == dtype else apply("cast_closely", [x], {"dtype": dtype, "of": of, "remedy": remedy})
 
 
 def scale(x: Expr, by: float) -> Expr:
@@ -355,9 +356,11 @@ def _head_blocks(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return result.reshape(heads, groups * rows, columns)
 
 
-def _cast_exactly(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
+def _cast_closely(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     found = tensors[0].to(attrs["dtype"])
-    changed = tensors[0][found.to(tensors[0].dtype) != tensors[0]]
+    given = tensors[0].double()
+    least = given.abs().amax() * torch.finfo(attrs["dtype"]).eps / 2 if given.numel() else 0.0
+    changed = tensors[0][(found.double() - given).abs() > least]
     if changed.numel():
         cause = f"{attrs['of']} hold {changed[0]:.3g}, which {attrs['dtype']} does not ({changed.numel()} such numbers)"
         raise OutputError(cause, remedy=attrs["remedy"])
@@ -382,7 +385,7 @@ OPS: tuple[WeightOp, ...] = (
     WeightOp("index", _index_type, _index, _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),
-    WeightOp("cast_exactly", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_exactly, _take_one),
+    WeightOp("cast_closely", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_closely, lambda *_: None),
     WeightOp("scale", _scale_type, lambda t, a: t[0] * a["by"], _take_one),
     WeightOp("add", _broadcast_type, lambda t, a: t[0] + t[1], take_elementwise),
     WeightOp("sub", _broadcast_type, lambda t, a: t[0] - t[1], take_elementwise),

@@ -128,7 +128,7 @@ class RealZeros:
         return (codes - (values - kept) / found[0].float().unsqueeze(-1)).mean(-1).to(self.dtype)
 
     def _lost(self, values: Tensor, found: Parameters, weights: Tensor | None) -> Tensor:
-        error = self._values(self.encode(values, found), found) - values
+        error = self.decode(self.encode(values, found), found) - values
         return weighted_squares(error if self.power == 2.0 else error.abs_().pow_(self.power / 2), weights)
 
 
