@@ -48,7 +48,10 @@ def allocate(places: Sequence[Sequence[Option]], budget: float) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     if sum(min(option.cost for option in options) for options in places) > budget:
-        raise PassError("the budget is below what the cheapest choice everywhere costs", remedy="ask for less")
+        raise PassError(
+            "the budget is below what the cheapest choice everywhere costs",
+            remedy="allow more: keep a larger part, or more bits",
+        )
     flat = [option for options in places for option in options]
     owner = np.repeat(np.arange(len(places)), [len(options) for options in places])
     one_each = (owner[None] == np.arange(len(places))[:, None]).astype(float)

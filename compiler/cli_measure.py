@@ -145,7 +145,7 @@ def compare_outputs(options: argparse.Namespace, console: Console) -> None:
     if options.speed:
         from compiler.evaluate.speed import speeds
 
-        timed = speeds(options.outputs, 256, 32, 3, "float32", options.trust_remote_code)
+        timed = speeds(options.outputs, trust_remote_code=options.trust_remote_code)
         outputs = [
             dataclasses.replace(output, costs={**output.costs, "speed": decode})
             for output, (_, decode) in zip(outputs, timed, strict=True)

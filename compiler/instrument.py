@@ -1,4 +1,4 @@
-"""Observers of a pipeline: time and memory, graphs written or printed after passes."""
+"""Observers of a pipeline: time and memory, graphs written after passes."""
 
 from __future__ import annotations
 
@@ -77,20 +77,6 @@ class DumpGraphs(Observer):
 
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / f"{name}.mir").write_text(print_graph(graph, weights=True), encoding="utf-8")
-
-
-class PrintAfter(Observer):
-    """Prints the graph after every pass called ``name``."""
-
-    def __init__(self, name: str, write: Callable[[str], Any]) -> None:
-        self._name = name
-        self._write = write
-
-    def after(self, index: int, step: Pass, graph: Graph, report: PassReport) -> None:
-        from compiler.ir.text import print_graph
-
-        if step.key() == self._name:
-            self._write(print_graph(graph))
 
 
 class Narrate(Observer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,10 +31,6 @@ class Matrix:
     name: str
     shape: tuple[int, ...]
     stored_bytes: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 Bytes = Callable[[Param], int]

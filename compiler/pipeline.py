@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class Pass(ABC):
     """A rewrite of the graph. Subclasses are frozen dataclasses whose fields are the options of the recipe key.
 
-    ``exact_when``: the options at which the pass changes nothing that the model computes; {} when it never does,
-    None when no options make it exact. ``edits_weights``: it needs dense weights, so it may not follow a pass that
+    ``exact_when``: the options at which what the model computes stays the same; {} when it does with any options,
+    None when with none. ``edits_weights``: it needs dense weights, so it may not follow a pass that
     quantises. ``compares``: it asks for the graph as it was before the first pass.
     """
 

@@ -152,8 +152,7 @@ def test_generation_is_transformers_own_greedy_decoding(models):
 
 def test_speed_is_a_ratio_of_two_models_timed_in_turns(models):
     speed = compare_speed(models[0], models[1], length=16, new_tokens=4, rounds=1)
-    assert speed.prefill_ratio == speed.prefill / speed.reference_prefill > 0
-    assert speed.decode_ratio == speed.decode / speed.reference_decode > 0
+    assert min(speed.prefill, speed.decode, speed.reference_prefill, speed.reference_decode) > 0
 
 
 def test_encoders_are_compared_by_their_states(tmp_path):

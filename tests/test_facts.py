@@ -13,7 +13,6 @@ from compiler.ir.facts import (
     flops_per_token,
     kv_cache_values,
     latent_sites,
-    layers,
     mlp_sites,
     parameter_count,
 )
@@ -73,7 +72,6 @@ def test_costs_of_a_llama():
     assert parameter_count(graph) == VOCABULARY * WIDTH + 3 * (layer + 2 * WIDTH) + WIDTH
     assert flops_per_token(graph) == 2 * (3 * layer + VOCABULARY * WIDTH)
     assert kv_cache_values(graph) == kv_cache_values(tiny_llama(layers=3, window=4)) == 3 * 2 * GROUPS * HEAD
-    assert layers(graph) == {f"model.layers.{i}": i for i in range(3)}
 
 
 def test_a_tied_weight_has_the_roles_of_all_its_uses():

@@ -18,7 +18,8 @@ from compiler.cli import main
 from compiler.datafiles import check_kind, fingerprint, image_files, kind_of
 from compiler.errors import CaptureError, DataError
 from compiler.evaluate import evaluate_model
-from compiler.evaluate.photographs import MEAN, SPREAD, photographs
+from compiler.evaluate.images import MEAN, SPREAD
+from compiler.evaluate.photographs import photographs
 from compiler.frontend import capture
 from compiler.ir.execute import run
 from compiler.ir.graph import Graph

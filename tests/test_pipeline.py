@@ -9,9 +9,8 @@ import torch
 
 import passes
 from compiler.errors import OrderError, PassError, SelectorError, VerifyError
-from compiler.instrument import DumpGraphs, PrintAfter, Timing
+from compiler.instrument import DumpGraphs, Timing
 from compiler.ir.select import Selector
-from compiler.ir.text import print_graph
 from compiler.pipeline import Observer, Pass, Pipeline
 from compiler.weights.evaluate import evaluate
 from compiler.weights.expr import apply
@@ -209,13 +208,6 @@ def test_graphs_are_dumped_after_each_pass(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["000_captured.mir", "001_double-weights.mir", "002_fail.failed.mir"]
     assert "scale(" in (tmp_path / "001_double-weights.mir").read_text()
-
-
-def test_print_after():
-    printed = []
-    graph = tiny_llama()
-    Pipeline([DoubleWeights(), Freeze()]).run(graph, observers=[PrintAfter("freeze", printed.append)])
-    assert printed == [print_graph(graph)]
 
 
 def test_passes_are_found_by_file_name():

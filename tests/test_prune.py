@@ -13,7 +13,8 @@ from compiler.errors import PassError, SelectorError, TargetError
 from compiler.evaluate import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
-from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, layers, mlp_sites, parameter_count
+from compiler.ir.facts import attention_sites, expert_sites, kv_cache_values, mlp_sites, parameter_count
+from compiler.ir.layers import layer_of
 from compiler.ledger import measure
 from compiler.pipeline import Context, PassReport, Pipeline
 from compiler.target import emission_of
@@ -84,7 +85,7 @@ def sizes_of(graph) -> dict[str, int]:
         "groups": sites[0].groups,
         "heads": sites[0].heads,
         "experts": expert_sites(graph)[0].count if expert_sites(graph) else 0,
-        "layers": len(layers(graph)),
+        "layers": len({layer_of(node.scope) for node in graph.nodes} - {None}),
         "hidden": graph.nodes_named("embedding")[0].output.shape[-1],
     }
 

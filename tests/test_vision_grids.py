@@ -9,7 +9,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from compiler.errors import CaptureError, PassError
 from compiler.frontend import capture
-from compiler.ir.execute import run
+from compiler.ir.execute import run, to_torch
 from compiler.ir.parse import parse_graph
 from compiler.ir.text import print_graph
 from compiler.pipeline import Pipeline
@@ -29,6 +29,8 @@ def test_pictures_of_one_grid_give_what_the_tower_gives(name):
     assert (found["last_hidden_state"] - wanted.last_hidden_state).abs().max() <= TOLERANCE
     assert (found["pooler_output"] - wanted.pooler_output).abs().max() <= TOLERANCE
     assert print_graph(parse_graph(print_graph(graph))) == print_graph(graph)
+    lowered = to_torch(graph)(**given)
+    assert all(torch.equal(lowered[key], value) for key, value in found.items())
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])

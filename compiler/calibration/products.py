@@ -18,11 +18,11 @@ from compiler.ir.ops.experts import gate
 
 Known = Mapping[Value, Tensor]
 Rows = Iterator[tuple[int, Tensor]]
-"""Numbers of an expert (0 where there are none) and vectors [n, width]."""
+"""The number of an expert (0 where there are none) and vectors [n, width]."""
 
 
 def products(graph: Graph) -> dict[Param, list[Node]]:
-    """The operations that multiply each weight, for weights whose every product is one of the three kinds."""
+    """The linear maps, convolutions of one group, and experts that multiply each weight."""
     found: dict[Param, list[Node]] = {}
     for node in graph.nodes_named("linear", "conv", "experts"):
         for index in (3, 4) if node.op.name == "experts" else (1,):

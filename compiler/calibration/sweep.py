@@ -221,11 +221,12 @@ def _segment(
     return {value: values[value] for value in keep}
 
 
-def token_batches(graph: Graph, windows: Tensor, size: int = 1) -> list[dict[str, Tensor]]:
-    """Token windows, int64 [samples, length], as inputs of ``graph``, ``size`` of them at a time.
+def token_batches(graph: Graph, windows: Tensor) -> list[dict[str, Tensor]]:
+    """Token windows, int64 [samples, length], as inputs of ``graph``, one at a time.
 
     Raises DataError when the graph takes anything but one tensor of token ids.
     """
     if list(graph.inputs) != ["input_ids"]:
-        raise DataError(f"a text cannot calibrate a model whose inputs are {', '.join(graph.inputs)}")
-    return [{"input_ids": part} for part in windows.split(size)]
+        cause = f"a text cannot calibrate a model whose inputs are {', '.join(graph.inputs)}"
+        raise DataError(cause, remedy="calibrate it on data of the kind that it takes")
+    return [{"input_ids": part} for part in windows.split(1)]

@@ -31,25 +31,23 @@ def generate(
     prompt: str,
     max_new_tokens: int = 128,
     *,
-    chat: bool | None = None,
-    dtype: str = "float32",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """The model's greedy continuation of ``prompt``; ``on_text`` gets it piece by piece as it is made.
 
-    ``chat`` puts the prompt into the tokenizer's chat template; by default when there is one. Raises CheckpointError
-    when model or tokenizer do not load, DataError when the model does not generate text or the prompt has no tokens.
+    The prompt is put into the tokenizer's chat template where there is one. Raises CheckpointError when model or
+    tokenizer do not load, DataError when the model does not generate text or the prompt has no tokens.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(path, trust_remote_code=trust_remote_code)
     if not is_causal(model):
         raise DataError(
             f"a {type(model).__name__} does not continue texts",
             where=str(path),
             remedy="`compress-model eval` measures models of other kinds",
         )
-    ids = prompt_ids(tokenizer, prompt, chat)
+    ids = prompt_ids(tokenizer, prompt)
     if not ids.numel():
         raise DataError("the prompt has no tokens", where=str(path), remedy="say something to the model")
     started, made = time.perf_counter(), list[str]()

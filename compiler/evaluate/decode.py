@@ -12,7 +12,7 @@ from torch import Tensor
 from compiler.evaluate.inputs import random_ids
 
 
-def prompt_ids(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool | None = None) -> Tensor:
     """Token ids, int64 [1, length], of a prompt, in the chat template when ``chat`` (None: when there is one)."""
     if chat is None:
         chat = bool(getattr(tokenizer, "chat_template", None))

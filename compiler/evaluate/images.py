@@ -22,6 +22,7 @@ from compiler.ir.graph import Graph
 from compiler.weights.tensorfile import parse_json, read_document
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's pictures, which most models of pictures are trained with."""
 LARGEST = 1 << 31  # a compressed file can claim, and hold, any number of bytes
 AGAIN = "fetch the file again"
 BYTES = 8  # the code of the type uint8

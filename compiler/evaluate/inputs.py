@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiler.errors import DataError, first_line, out_of_memory
 from compiler.evaluate.texts import TextData
-from compiler.frontend.sizes import image_shape
+from compiler.frontend.sizes import feature_shape, image_shape
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ def is_causal(model: Any) -> bool:
 def is_paired(model: Any) -> bool:
     """Whether a loaded model is an encoder and a decoder that writes tokens."""
     return bool(model.config.is_encoder_decoder and model.can_generate())
-
-
-def feature_shape(config: Any) -> tuple[int, int]:
-    """Bands and frames of the audio features that a model takes; its first convolutions halve the frames."""
-    return config.num_mel_bins, 2 * config.max_source_positions
 
 
 def text_windows(model: Any, tokenizer: Any, text: TextData) -> list[Window]:

@@ -24,12 +24,12 @@ class CacheSize:
     bytes_per_token: float
 
 
-def kv_cache(path: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> CacheSize:
+def kv_cache(path: str | Path, *, trust_remote_code: bool = False) -> CacheSize:
     """The live cache of the model in ``path`` after a forward pass. Raises DataError when it has no growing cache."""
-    size = cache_size(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+    size = cache_size(load_model(path, trust_remote_code=trust_remote_code))
     if size is None:
         raise DataError(
-            "the model has no key/value cache", where=str(path), remedy="leave out the metric that counts it"
+            "the model has no key/value cache", where=str(path), remedy="only models that write tokens have one"
         )
     return size
 

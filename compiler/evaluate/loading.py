@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compiler.errors import CheckpointError, DataError, first_line
-from compiler.evaluate.inputs import feature_shape
+from compiler.frontend.sizes import feature_shape
 from compiler.weights.checkpoint import check_location, open_checkpoint
 from compiler.weights.checkpoint_binding import bind
 from compiler.weights.evaluate import evaluate

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from compiler.datafiles import image_files
 from compiler.errors import DataError
+from compiler.evaluate.images import MEAN, SPREAD
 from compiler.evaluate.loading import quiet
 
-MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pictures, which most models of pictures are trained with."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """What is read, whatever a file is called: others run programs, or read other files."""
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")

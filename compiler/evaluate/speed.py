@@ -22,14 +22,6 @@ class Speed:
     reference_prefill: float
     reference_decode: float
 
-    @property
-    def prefill_ratio(self) -> float:
-        return self.prefill / self.reference_prefill
-
-    @property
-    def decode_ratio(self) -> float:
-        return self.decode / self.reference_decode
-
 
 def compare_speed(
     path: str | Path,
@@ -38,25 +30,31 @@ def compare_speed(
     length: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
-    dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Speed:
     """Tokens per second of reading ``length`` random tokens and of writing ``new_tokens`` more, medians over rounds.
 
     Both models are in memory and take turns, after one round that does not count.
     """
-    ours, theirs = speeds((path, against), length, new_tokens, rounds, dtype, trust_remote_code)
+    ours, theirs = speeds(
+        (path, against), length=length, new_tokens=new_tokens, rounds=rounds, trust_remote_code=trust_remote_code
+    )
     return Speed(*ours, *theirs)
 
 
 def speeds(
-    paths: Sequence[str | Path], length: int, new_tokens: int, rounds: int, dtype: str, trust_remote_code: bool
+    paths: Sequence[str | Path],
+    *,
+    length: int = 256,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    trust_remote_code: bool = False,
 ) -> list[tuple[float, float]]:
     """Of each model the tokens per second of reading, and of writing; all are in memory and take turns.
 
     Raises UsageError for a model that continues no sequence of tokens.
     """
-    models = [load_model(each, dtype=dtype, trust_remote_code=trust_remote_code) for each in paths]
+    models = [load_model(each, trust_remote_code=trust_remote_code) for each in paths]
     for model in models:
         if not is_causal(model):
             cause = f"a {type(model).__name__} does not continue a text, and has no speed in tokens"

@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextData:
-    """``samples`` windows of ``length`` tokens of a text file, or clips of recordings, placed by ``seed``."""
+    """``samples`` windows of ``length`` tokens of a text, or so many clips or pictures, chosen by ``seed``."""
 
     data: Path
     samples: int = 16

@@ -32,9 +32,9 @@ class Executor(Protocol):
     def open(self, function: Callable[[T], R]) -> AbstractContextManager[Callable[[T], R]]:
         """``function``, computed by a worker; ``workers`` threads may call it at once.
 
-        Where workers are other processes, ``function``, items and results are pickled. The function raised with
-        raises what it raised; ExecutorError when workers die of an item again and again, or cannot be had. Leaving the
-        context ends other processes amid their work, and calls that wait for them raise ExecutorError.
+        Where workers are other processes, ``function``, items and results are pickled. A call raises what ``function``
+        raised, ExecutorError when workers die of an item again and again, or cannot be had. Leaving the context ends
+        other processes amid their work, and calls that wait for them raise ExecutorError.
         """
         ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compiler.errors import CaptureError
-from compiler.frontend.sizes import image_shape
+from compiler.frontend.sizes import feature_shape, image_shape
 
 _BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
 
@@ -41,7 +41,7 @@ def _example(name: str, config: Any, image: int | None) -> Tensor:
         channels, height, width = image_shape(config)
         return torch.zeros(_BATCH, channels, image or height, image or width, device="meta")
     if name == "input_features":
-        return torch.zeros(_BATCH, config.num_mel_bins, 2 * config.max_source_positions, device="meta")
+        return torch.zeros(_BATCH, *feature_shape(config), device="meta")
     raise CaptureError(f"no example of the input `{name}` is known", remedy="pass inputs=")
 
 

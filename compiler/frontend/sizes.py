@@ -11,3 +11,8 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     size = getattr(vision, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(vision, "num_channels", 3), height, width
+
+
+def feature_shape(config: Any) -> tuple[int, int]:
+    """Bands and frames of the audio features that a model takes; its first convolutions halve the frames."""
+    return config.num_mel_bins, 2 * config.max_source_positions

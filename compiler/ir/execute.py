@@ -245,6 +245,10 @@ def _input_sizes(graph: Graph, placeholders: Mapping[Value, fx.Proxy]) -> dict[s
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, str) and dim not in sizes:
                 sizes[dim] = proxy.size(axis)
+    for dim, size in list(sizes.items()):
+        name, times = named_multiple(dim) or (dim, 1)
+        if name not in sizes:
+            sizes[name] = operator.floordiv(size, times)
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""What passes and reports ask of a graph: its sites, layers, coupling groups and costs."""
+"""What passes and reports ask of a graph: its sites, coupling groups and costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from compiler.ir.coupling import CouplingGroup, Member, coupling_groups
 from compiler.ir.execute import evaluate_dim
 from compiler.ir.graph import Graph, Node, Param, Value
-from compiler.ir.layers import layer_of
 from compiler.ir.sites import (
     AttentionSite,
     ExpertSite,
@@ -39,7 +38,6 @@ __all__ = [
     "image_size",
     "kv_cache_values",
     "latent_sites",
-    "layers",
     "mlp_sites",
     "model_dtype",
     "parameter_count",
@@ -47,12 +45,6 @@ __all__ = [
 
 
 LONG = 1 << 20  # tokens, of which parts are taken where their number is not known
-
-
-def layers(graph: Graph) -> dict[str, int]:
-    """The scope of every numbered module (``model.layers.3``) with its number, in order of first use."""
-    found = (layer_of(node.scope) for node in graph.nodes)
-    return {layer.scope: layer.index for layer in found if layer is not None}
 
 
 def parameter_count(graph: Graph) -> int:

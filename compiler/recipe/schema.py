@@ -55,7 +55,8 @@ MetricName = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The text that passes measure activations on: ``samples`` windows of ``length`` tokens.
+    """The text, speech or pictures that passes measure activations on: of a text ``samples`` windows of
+    ``length`` tokens.
 
     ``written`` samples more, of at most 256 tokens, are drawn from the language model itself: what it knows and the
     text does not show is then measured too.

@@ -1,4 +1,4 @@
-"""Pictures of places by layer: what remains of each, and what each loses with what it keeps."""
+"""Pictures of places by layer: what remains of each, what it loses or errs by, and what matrices take."""
 
 from __future__ import annotations
 

@@ -91,7 +91,11 @@ def _group(
         fresh = WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
         group = groups.setdefault(name, fresh)
         if pattern is None and group is not fresh:
-            raise CheckpointError(f"{name} is stored twice: as {key} and in another form", where=str(checkpoint.path))
+            raise CheckpointError(
+                f"{name} is stored twice: as {key} and in another form",
+                where=str(checkpoint.path),
+                remedy="remove one of the two, or fetch the checkpoint again",
+            )
         expr = load(source, key, checkpoint.types[key])
         if checkpoint.is_linear(key) and name in turned:
             expr = transpose(expr)
@@ -105,7 +109,10 @@ def _convert(mapping: Any, first_target: str, model: Any) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as reason:  # a converter fails in its own way when tensors are missing or of another shape
-        raise CheckpointError(f"the tensors for {first_target} do not fit together: {reason}") from reason
+        raise CheckpointError(
+            f"the tensors for {first_target} do not fit together: {reason}",
+            remedy=f"config.json says {type(model).__name__}: are all files there, and of that model?",
+        ) from reason
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
@@ -114,7 +121,9 @@ def _add(bound: dict[str, Expr], name: str, expr: Expr, expected: Mapping[str, A
         unexpected.append(name)
         return
     if name in bound:
-        raise CheckpointError(f"the checkpoint holds {name} twice")
+        raise CheckpointError(
+            f"the checkpoint holds {name} twice", remedy="remove one of them, or fetch the checkpoint again"
+        )
     if expr.shape != tuple(expected[name].shape):
         raise CheckpointError(
             f"tensor {name} has the shape {list(expr.shape)}, the model's is {list(expected[name].shape)}",

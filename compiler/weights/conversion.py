@@ -39,7 +39,10 @@ class TracedTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func.overloadpacket.__name__)
         if rule is None:
-            raise CheckpointError(f"converting the checkpoint's tensors needs the unsupported operation {func}")
+            raise CheckpointError(
+                f"converting the checkpoint's tensors needs the unsupported operation {func}",
+                remedy="another version of transformers may do without; or give `capture` the loaded module",
+            )
         result = rule(*map(_unwrap, args), **(kwargs or {}))
         return [cls(expr) for expr in result] if isinstance(result, list) else cls(result)
 

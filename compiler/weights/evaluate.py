@@ -12,6 +12,8 @@ from compiler.weights.expr import Expr
 from compiler.weights.ops import weight_op
 from compiler.weights.source import Source
 
+_CHANGED = "the files have changed since they were opened: fetch them again, and repeat the run"
+
 
 def evaluate(exprs: Sequence[Expr], sources: Mapping[str, Source]) -> list[Tensor]:
     """The values of ``exprs``, in order.
@@ -111,7 +113,7 @@ def _source(load: Expr, sources: Mapping[str, Source]) -> Source:
         raise CheckpointError(f"no weights are bound for `{name}`", remedy="give a checkpoint, not a config alone")
     found = sources[name].types.get(key)
     if found is None:
-        raise CheckpointError(f"tensor {key} is missing", where=name)
+        raise CheckpointError(f"tensor {key} is missing", where=name, remedy=_CHANGED)
     if found != load.type:
-        raise CheckpointError(f"tensor {key} is {found}, not {load.type}", where=name)
+        raise CheckpointError(f"tensor {key} is {found}, not {load.type}", where=name, remedy=_CHANGED)
     return sources[name]

@@ -47,7 +47,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with open_regular(path) as file:
             return _Reader(file, path).header()
     except OSError as reason:
-        raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
+        cause = f"cannot read {path.name}: {reason.strerror}"
+        raise CheckpointError(cause, where=str(path), remedy="check that the file is there and may be read") from reason
 
 
 class _Reader:

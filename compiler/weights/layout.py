@@ -57,7 +57,10 @@ def layout(tensors: Mapping[str, Expr], shard_bytes: int = SHARD_BYTES) -> list[
         raise OutputError("there is no tensor to write")
     for name, expr in tensors.items():
         if expr.dtype not in DTYPE_CODES:
-            raise OutputError(f"tensor {name} is {expr.dtype}, which safetensors cannot hold")
+            raise OutputError(
+                f"tensor {name} is {expr.dtype}, which safetensors cannot hold",
+                remedy=f"store it as one of {', '.join(DTYPE_CODES.values())}",
+            )
     parts = _fill(tensors, shard_bytes)
     return [Shard(_shard_name(i, len(parts)), _aligned(part)) for i, part in enumerate(parts)]
 

@@ -74,7 +74,9 @@ class _FiniteSource:
             raise CheckpointError(
                 f"tensor {key} holds NaN or infinite values",
                 where=self._name,
-                remedy="the checkpoint is damaged: fetch it again",
+                remedy="a pass computed it: check its calibration data, or leave the pass out"
+                if self._name == "spill"
+                else "the checkpoint is damaged: fetch it again",
             )
         return value
 

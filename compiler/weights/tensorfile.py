@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000
 DOCUMENT_LIMIT = 500_000_000
-"""Bytes of a JSON file: the largest tokenizers have a tenth of that."""
+"""Bytes of a document beside the weights: the largest tokenizers have a tenth of that."""
 _ALIGNMENT = 8
 _READ_CHUNK = 1 << 26
 
@@ -67,7 +67,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = _header_length(file.read(8), size, path)
             text = file.read(length)
     except OSError as reason:
-        raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
+        cause = f"cannot read {path.name}: {reason.strerror}"
+        raise CheckpointError(cause, where=str(path), remedy="check that the file is there and may be read") from reason
     entries = parse_json(text, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in cast("Any", metadata).values()):
@@ -103,7 +104,8 @@ def read_bytes(path: Path, start: int, stop: int) -> Tensor:
         finally:
             os.close(descriptor)
     except OSError as reason:
-        raise CheckpointError(f"cannot read {path.name}: {reason.strerror}", where=str(path)) from reason
+        cause = f"cannot read {path.name}: {reason.strerror}"
+        raise CheckpointError(cause, where=str(path), remedy="check that the file is there and may be read") from reason
     return buffer
 
 
@@ -126,16 +128,16 @@ def open_regular(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def read_document(path: Path, limit: int = DOCUMENT_LIMIT) -> bytes:
+def read_document(path: Path) -> bytes:
     """The bytes of a small file beside the weights.
 
-    Raises CheckpointError when it is no regular file (a pipe or a device may never end) or larger than ``limit`` bytes,
-    OSError when it cannot be read.
+    Raises CheckpointError when it is no regular file (a pipe or a device may never end) or larger than
+    ``DOCUMENT_LIMIT``, OSError when it cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            cause = f"{path.name} has {size} bytes, more than the {limit} that are allowed"
+        if size > DOCUMENT_LIMIT:
+            cause = f"{path.name} has {size} bytes, more than the {DOCUMENT_LIMIT} that are allowed"
             raise CheckpointError(cause, where=str(path), remedy="fetch the file again: no model needs that")
         return file.read()
 

@@ -28,7 +28,7 @@ class Windows:
 
 
 def divide(batches: Sequence[Batch]) -> Windows:
-    """Hold every eighth window out, at most 8. Raises PassError when there are fewer than two."""
+    """Hold out one window in eight, evenly spaced, at most 8. Raises PassError when there are fewer than two."""
     if len(batches) < 2:
         raise PassError(
             "training needs two windows of calibration data: one to train on and one to judge by",

@@ -50,7 +50,7 @@ def _features(model: Any, given: Given, pictures: Pictures) -> Tensor:
     )
 
 
-def _observer(name: Classifier) -> Callable[[Any, Given], list[tuple[int, int]]]:
+def _observer(classify: Classifier) -> Callable[[Any, Given], list[tuple[int, int]]]:
     """Of ``samples`` test pictures the label that a model's own features give, by four times as many that are known,
     and the true one."""
 
@@ -59,7 +59,7 @@ def _observer(name: Classifier) -> Callable[[Any, Given], list[tuple[int, int]]]
         assert folder is not None  # a metric of pictures is not chosen without data
         known = read_pictures(folder, "train", KNOWN * given.samples)
         asked = read_pictures(folder, "t10k", given.samples)
-        found = name(_features(model, given, known), known.labels, _features(model, given, asked))
+        found = classify(_features(model, given, known), known.labels, _features(model, given, asked))
         return list(zip(found.tolist(), asked.labels.tolist(), strict=True))
 
     return observe

@@ -18,7 +18,7 @@ _UNARY = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "si
 
 def _unary(op: str) -> Handler:
     def handler(importer: Importer, x: Value) -> Value:
-        return importer.emit(op, _floating(importer, x) if op not in ("neg", "abs", "logical_not") else x)
+        return importer.emit(op, _floating(importer, x) if op not in ("neg", "abs") else x)
 
     return handler
 

@@ -211,12 +211,8 @@ def _tables(cos: Value, sin: Value) -> tuple[Factor, Factor] | None:
     first, second = factor_of(cos), factor_of(sin)
     if first is None or second is None or (first.function, second.function) != ("cos", "sin"):
         return None
-    same = _same_angles(first.angles, second.angles) and (first.scale, first.spread) == (second.scale, second.spread)
+    same = first.angles is second.angles and (first.scale, first.spread) == (second.scale, second.spread)
     return (first, second) if same else None
-
-
-def _same_angles(first: Value, second: Value) -> bool:
-    return first is second
 
 
 def _rope(site: Site, x: Value, cos: Factor, layout: str) -> Value | None:

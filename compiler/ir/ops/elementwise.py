@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compiler.ir.opdef import Attr, Infer, OpDef, Types
+from compiler.ir.opdef import Attr, OpDef, Types
 from compiler.ir.ops import axes as rules
 from compiler.ir.types import Dim, Shape, TensorType
 
@@ -191,8 +191,6 @@ def _eval_topk(x: Tensor, *, count: int, axis: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-_INFER_PREDICATE: Infer = _infer_predicate
-
 OPS: tuple[OpDef, ...] = (
     _unary("neg", torch.neg, "-x."),
     _unary("abs", torch.abs, "|x|."),
@@ -237,7 +235,7 @@ OPS: tuple[OpDef, ...] = (
     OpDef(
         "compare",
         "x y?",
-        _INFER_PREDICATE,
+        _infer_predicate,
         _eval_compare,
         {"relation": Attr("text", choices=tuple(RELATIONS)), "scalar": _SCALAR},
         axes="..., ...? -> ...",

@@ -101,8 +101,9 @@ def is_quantised(expr: Expr) -> bool:
 
 def rounded_from(expr: Expr) -> Expr | None:
     """The weight that a quantised one was rounded to nearest from; None where codes were chosen otherwise."""
-    codes = expr.args[0]
-    return codes.args[0] if is_quantised(expr) and codes.op in CODES else None
+    if not is_quantised(expr) or expr.args[0].op not in CODES:
+        return None
+    return expr.args[0].args[0]
 
 
 def code_bits(expr: Expr) -> int:

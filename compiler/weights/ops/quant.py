@@ -73,7 +73,7 @@ def packed_parts(value: Expr) -> tuple[Expr, ...]:
     return pack_bits(codes, bits), scale, *(pack_bits(part, bits, axis=-2) for part in zero)
 
 
-def _group_count(width: int, group: int) -> int:
+def group_count(width: int, group: int) -> int:
     if group and width % group:
         raise ValueError(f"groups of {group} do not divide {width} inputs")
     return width // group if group else 1
@@ -103,7 +103,7 @@ def _row_chunks(weight: Tensor, others: Sequence[Tensor | None]) -> Iterator[tup
 
 def _infer_per_group(types: Sequence[TensorType], attrs: Attrs) -> tuple[int, ...]:
     *rows, width = types[0].static_shape
-    return (*rows, _group_count(width, attrs["group"]))
+    return (*rows, group_count(width, attrs["group"]))
 
 
 def _bounds(grouped: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _infer_zero(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 
 def _compute_zero(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, bits = tensors[0], attrs["bits"]
-    groups = _group_count(weight.shape[-1], attrs["group"])
+    groups = group_count(weight.shape[-1], attrs["group"])
     parts = [zeros_of(_grouped(rows, groups), bits) for rows, _ in _row_chunks(weight, ())]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)
 
@@ -142,7 +142,7 @@ def _infer_scale(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
 
 def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     weight, zero = tensors[0], tensors[1] if len(tensors) > 1 else None
-    groups, bits, dtype = _group_count(weight.shape[-1], attrs["group"]), attrs["bits"], attrs["dtype"]
+    groups, bits, dtype = group_count(weight.shape[-1], attrs["group"]), attrs["bits"], attrs["dtype"]
     parts = [
         scales_of(_grouped(rows, groups), zeros, bits, dtype, search=attrs["search"], power=attrs.get("power", 2.0))
         for rows, (zeros,) in _row_chunks(weight, [zero])
@@ -223,7 +223,7 @@ def _infer_quantize(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
     weight, scale = types[0], types[1]
     if weight.static_shape[:-1] != scale.static_shape[:-1]:
         raise ValueError(f"scales {scale} do not go with {weight}")
-    _group_count(weight.static_shape[-1], weight.static_shape[-1] // scale.static_shape[-1])
+    group_count(weight.static_shape[-1], weight.static_shape[-1] // scale.static_shape[-1])
     if any(zero.static_shape != scale.static_shape for zero in types[2:]):
         raise ValueError("there are as many zero points as scales")
     return weight.with_dtype(torch.int8)

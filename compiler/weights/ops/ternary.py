@@ -17,6 +17,7 @@ from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
 from compiler.weights.ops.codec import Parameters, row_chunks
 from compiler.weights.ops.integer import Integer
+from compiler.weights.ops.quant import group_count
 
 BITS = 2
 
@@ -42,22 +43,16 @@ class Ternary(Integer):
         return (values / parameters[0].float().unsqueeze(-1)).round().clamp(-1, 1).to(torch.int8)
 
 
-def _groups(width: int, group: int) -> int:
-    if group and width % group:
-        raise ValueError(f"groups of {group} do not divide {width} inputs")
-    return width // group if group else 1
-
-
 def _infer_scale(types: Sequence[TensorType], attrs: Attrs) -> TensorType:
     if not attrs["dtype"].is_floating_point:
         raise ValueError("scales are floating-point")
     *rows, width = types[0].static_shape
-    return TensorType(attrs["dtype"], (*rows, _groups(width, attrs["group"])))
+    return TensorType(attrs["dtype"], (*rows, group_count(width, attrs["group"])))
 
 
 def _compute_scale(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     (weight,) = tensors
-    groups, codec = _groups(weight.shape[-1], attrs["group"]), Ternary(BITS, attrs["group"], attrs["dtype"])
+    groups, codec = group_count(weight.shape[-1], attrs["group"]), Ternary(BITS, attrs["group"], attrs["dtype"])
     rows = weight.reshape(-1, weight.shape[-1])
     parts = [codec.fit(part.float().unflatten(-1, (groups, -1)))[0] for (part,) in row_chunks([rows])]
     return torch.cat(parts).reshape(*weight.shape[:-1], groups)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr
-from compiler.weights.ops import Attrs, Take, WeightOp, take_elementwise, take_rows
+from compiler.weights.ops import Attrs, WeightOp, take_elementwise, take_rows
 from compiler.weights.ops.codec import row_chunks
 from compiler.weights.ops.gguf.blocks import Blocks, values_of
 from compiler.weights.ops.gguf.layouts import LAYOUTS
@@ -61,8 +61,7 @@ def _take(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
     return take_rows(expr, axis, start, stop)
 
 
-TAKE: Take = _take
 OPS = (
-    WeightOp("gguf_blocks", _blocks_type, _blocks_of, TAKE),
-    WeightOp("dequantize_gguf", _value_type, _values_of, TAKE),
+    WeightOp("gguf_blocks", _blocks_type, _blocks_of, _take),
+    WeightOp("dequantize_gguf", _value_type, _values_of, _take),
 )
