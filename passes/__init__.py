@@ -1,6 +1,6 @@
 """Passes: one file (or folder) per recipe key; the file name is the key.
 
-``gqa_to_mla.py`` defines ``class GqaToMla(Pass)`` and is the recipe key ``gqa-to-mla``. There is nothing to
+``gqa_to_mla/`` defines ``class GqaToMla(Pass)`` and is the recipe key ``gqa-to-mla``. There is nothing to
 register. Other packages add passes through the entry point group ``compress_model.passes``.
 """
 

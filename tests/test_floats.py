@@ -364,7 +364,7 @@ REFUSALS = {
         "transformers reads experts of fp8 with one scale a row",
     ),
     "experts of mxfp6": ([Quantize(type="mxfp6-e2m3")], "transformers reads no experts of mxfp6"),
-    "e3m2": ([Quantize(type="mxfp6-e3m2")], "compressed-tensors has no e3m2 floats, but e2m3"),
+    "e3m2": ([Quantize(type="mxfp6-e3m2")], "compressed-tensors has no e3m2 floats (only e2m3)"),
     "experts of mxfp8": ([Quantize(type="mxfp8")], "transformers reads no experts of mxfp8"),
     "experts of nvfp4": ([Quantize(type="nvfp4")], "transformers reads no experts of nvfp4"),
 }

@@ -123,6 +123,13 @@ def test_a_group_that_divides_no_width_is_an_error():
     assert raised.value.option == "group"
 
 
+def test_an_exponent_that_nothing_reads_is_refused():
+    for method in ("awq", "fit"):
+        with pytest.raises(PassError, match="`alpha` is read only by") as error:
+            Smooth(method=method, alpha=0.75)
+        assert error.value.option == "alpha"
+
+
 def test_without_calibration_data_it_says_so():
     with pytest.raises(PassError, match="calibration"):
         Pipeline([Smooth()]).run(tiny_llama())

@@ -57,7 +57,6 @@ GPT2 = {
     "block_count": "n_layer",
     "context_length": "n_positions",
     "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "vocab_size": "vocab_size",
@@ -122,7 +121,7 @@ def _kinds(config: Config, period: int) -> Sequence[str]:
 def _gemma(period: int, local: float | None) -> Callable[[Config], str]:
     def reason(config: Config) -> str:
         if list(config.get("layer_types") or _kinds(config, period)) != _kinds(config, period):
-            return f"its layers do not have full attention in every {period}th"
+            return f"its layers do not have full attention in every {'2nd' if period == 2 else f'{period}th'}"
         if config.get("query_pre_attn_scalar", head_width(config)) != head_width(config):
             return "its scores are scaled by something else than a head's width"
         own = (config.get("rope_parameters") or {}).get("sliding_attention", {})

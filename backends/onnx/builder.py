@@ -18,7 +18,7 @@ from backends.onnx.target import CONTRIB, Target
 from compiler.errors import TargetError
 from compiler.ir.graph import Graph, Node, Param, Value
 from compiler.ir.types import Dim, TensorType, named_multiple
-from compiler.weights.expr import Expr
+from compiler.weights.expr import Expr, apply
 from compiler.weights.ops.basic import cast
 from compiler.weights.ops.codec import is_quantised
 
@@ -294,7 +294,5 @@ def dense(param: Param) -> Expr:
 
 def exactly(expr: Expr) -> Expr:
     """A quantised weight whose products of code and scale are not rounded: as kernels compute it."""
-    from compiler.weights.expr import apply
-
     codes, scale, *zero = expr.args
     return apply("dequantize", [codes, cast(scale, torch.float32), *zero], dict(expr.attrs))

@@ -135,10 +135,10 @@ def propose(
 ) -> OnnxEmission:
     """What is written for ``graph``. Reads no weight.
 
-    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are, as ``unrounded``
-    ones are in any case, but in encoder-decoders. Without
-    ``rounds``, activations that the graph rounds are not. With ``prompts`` of int8 a second model reads prompts, in
-    products of int8. Raises TargetError naming the operation and scope of what has no ONNX form.
+    ``accuracy`` 4 multiplies quantised weights with inputs rounded to int8, 0 with inputs as they are. ``unrounded``
+    weights take them as they are in any case; encoder-decoders have none. Without ``rounds``, activations that the
+    graph rounds are not. With ``prompts`` of int8 a second model reads prompts, in products of int8. Raises
+    TargetError naming the operation and scope of what has no ONNX form.
     """
     wanted = target_named(target)
     if prompts == "int8":

@@ -101,8 +101,8 @@ def position_limit(graph: Graph) -> int:
 
 def _skip(norm: Node, order: dict[Node, int]) -> Node | None:
     """The sum of two values of one shape that ``norm`` reads, when nobody reads it earlier."""
-    total, given = norm.input(0).node, all(norm.optional_input(1) is value for value in norm.inputs[1:2])
-    if total is None or total.op.name != "add" or len(total.inputs) != 2 or not given or len(norm.inputs) < 2:
+    total = norm.input(0).node
+    if total is None or total.op.name != "add" or len(total.inputs) != 2 or len(norm.inputs) < 2:
         return None
     alike = all(value is not None and value.shape == total.output.shape for value in total.inputs)
     first = min(total.output.users, key=lambda user: order[user])

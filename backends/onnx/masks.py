@@ -158,9 +158,7 @@ class Masks:
     def last_tokens(self) -> ir.Value:
         """Where among new tokens each sample's last one is, [B, 1, 1]."""
         build = self.build
-        start = build.op("Neg", build.dim(self.tokens))
-        new = build.op("Slice", self.given, start, build.ints(END), build.ints(1))
-        return build.op("Unsqueeze", build.op("ArgMax", new, axis=1, select_last_index=1), build.ints(-1))
+        return build.op("Unsqueeze", build.op("ArgMax", self.new(), axis=1, select_last_index=1), build.ints(-1))
 
     def query_places(self) -> ir.Value:
         """The position [B, T] of every new token."""

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from backends.onnx.builder import Builder
-from backends.onnx.cache import Cache, places_name, stage_name
+from backends.onnx.cache import PAST_AXIS, Cache, places_name, stage_name
 from backends.onnx.masks import Staged
 from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import layer_of
@@ -97,7 +97,7 @@ def stage_table(graph: Graph, cache: Cache, stages: Sequence[Stage]) -> str:
     rows = [
         {
             "layers": layers[dim],
-            "past": cache.axis(dim, "past_sequence"),
+            "past": cache.axis(dim, PAST_AXIS),
             "kept": str(counts[dim]),
             "positions": "renumber" if any(stage.dim == dim and stage.renumbered for stage in stages) else "keep",
         }

@@ -26,7 +26,7 @@ UNKNOWN = {
     "codebook": "codebooks",
     "real": "zero points that are no integers",
     "stack": "stacks of blocks",
-    "e3m2": "e3m2 floats, but e2m3",
+    "e3m2": "e3m2 floats (only e2m3)",
 }
 """Kinds of quantised weights that compressed-tensors does not have."""
 ONE_SCHEME = "transformers reads all experts of a model by one scheme"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backends.torch_module.caches import cache_context
+from backends.torch_module.caches import cache_context, cache_helpers
 from backends.torch_module.classes import ModuleClass
 from backends.torch_module.code import names_in, wrapped
 from backends.torch_module.model import Model
@@ -111,7 +111,6 @@ NEEDS = {
     "restore_prompt_tokens": ("take_tokens",),
     "stage_places": ("take_tokens", "cached_places"),
     "counted_places": ("cached_places",),
-    "gelu_tanh": (),
     "PackedLinear": ("PackedWeight",),
     "PackedEmbedding": ("PackedWeight", "unpack_codes"),
     "PackedExperts": ("PackedWeight", "expert_linear"),
@@ -172,7 +171,7 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "ma
 
 @dataclass(frozen=True)
 class Generated:
-    """A checkpoint with code. ``tensors`` maps names in the file to the graph's parameters, ``tied`` further names."""
+    """A checkpoint with code. ``tensors`` maps names in the file to the graph's parameters."""
 
     architecture: str
     config: Mapping[str, Any]
@@ -220,7 +219,8 @@ class Assembly:
         tensors = self._tensors()
         loading = loading_code(tensors, self.name) if compact else ""
         if compact and not loading:
-            raise TargetError("no weight is so sparse that bits and values of it are smaller")
+            cause = "no weight is so sparse that bits and values of it are smaller"
+            raise TargetError(cause, remedy="leave `sparse: compact` out")
         modeling = self._modeling(loading)
         config = self._config()
         prefix = self.model.prefix
@@ -339,6 +339,20 @@ class Assembly:
             outputs=sorted(OUTPUTS & names_in(text)),
             source=self.graph.origin.architecture or self.graph.name,
         )
+
+
+class CachedAssembly(Assembly):
+    """The parts of a checkpoint whose model has a cache and a head."""
+
+    def helper_context(self) -> dict[str, Any]:
+        context = super().helper_context()
+        self.model.helpers |= cache_helpers(self.graph, context)
+        return context
+
+    def _head(self) -> str:
+        linears = [item for item in self.program.items if isinstance(item, Node) and item.op.name == "linear"]
+        leaf = self.model.layout.leaves.get(linears[-1]) if linears else None
+        return leaf.path if leaf else ""
 
 
 def _from_config(path: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from backends.kernels.decoding import row_bytes
 from compiler.ir.facts import cached_vectors
 from compiler.ir.graph import Graph
 from compiler.ir.layers import layer_of
@@ -27,13 +28,7 @@ def cache_context(graph: Graph, bits: int) -> dict[str, Any]:
 
 def cached_bytes(graph: Graph, bits: int) -> int:
     """Bytes that one more token of one sequence takes where what is cached has ``bits`` 8 or 4: what ``pack`` makes."""
-    return sum(count * _packed_bytes(size, bits) for count, size in cached_vectors(graph))
-
-
-def _packed_bytes(size: int, bits: int) -> int:
-    groups = -(-size // 64)
-    width = -(-size // groups) if groups else 0
-    return groups * ((width + width % 2) * bits // 8 + 2)
+    return sum(count * row_bytes(size, bits) for count, size in cached_vectors(graph) if size)
 
 
 def first_cached(graph: Graph) -> int:

@@ -1,4 +1,4 @@
-"""The calls of kernels that a generated module makes, on tensors without data: what there are binaries to be of.
+"""The calls of kernels that a generated module makes, on tensors without data: what binaries are made for.
 
 Linear maps are called with any number of tokens; attention by kernels decodes one token of each sequence. Numbers of
 tokens, sequences and cached keys are those at which launches begin to differ, not all that there can be.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from backends.kernels import codebook_linear, low_rank_linear, packed_linear
-from backends.kernels.decoding import row_bytes
+from backends.kernels.decoding import LEAST_KEYS, row_bytes
 from backends.kernels.splits import PROGRAMS
 from backends.torch_module.layout import Layout
 from backends.torch_module.packing import (
@@ -36,10 +36,8 @@ RESIDUES = 16
 """Whether a number is divisible by so many is what launches are compiled for."""
 MULTIPROCESSORS = 304
 """Of the largest GPU that there are binaries for: on it sums are split up to the most tokens."""
-SPLIT = 64
-"""Keys of a split, at least."""
 LONGEST = 1 << 17
-"""Keys where the config says of no limit."""
+"""Keys where the config gives no limit."""
 
 
 class KernelCall(NamedTuple):
@@ -211,7 +209,8 @@ def _pair(reach: Reach, down: Any, up: Any, bias: bool) -> Iterator[KernelCall]:
 
 def _contexts(reach: Reach, most: int) -> Iterator[tuple[int, int, Tensor | None]]:
     """Sequences, keys, and masks: none, one for all sequences, and one for each."""
-    starts = {start for start in (1, SPLIT, 2 * SPLIT, 16 * SPLIT, 1 << 14, most - RESIDUES) if 0 < start <= most}
+    splits = (LEAST_KEYS, 2 * LEAST_KEYS, 16 * LEAST_KEYS)
+    starts = {start for start in (1, *splits, 1 << 14, most - RESIDUES) if 0 < start <= most}
     keys = sorted({key for start in starts for key in range(start, start + RESIDUES) if key <= most})
     for batch, length in product(BATCHES, keys):
         yield batch, length, None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_helpers, first_cached, window_config
+from backends.torch_module.assembly import CachedAssembly
+from backends.torch_module.caches import first_cached, window_config
 from backends.torch_module.code import names_in
 from backends.torch_module.model import Model
 from backends.torch_module.model_code import TopWriter, without_call
@@ -18,7 +18,7 @@ from compiler.ir.graph import Graph, Node, Value
 from compiler.ir.positions import POSITIONS
 
 
-class CausalAssembly(Assembly):
+class CausalAssembly(CachedAssembly):
     """``inner`` is the part from tokens to hidden states, ``loop`` its stack."""
 
     auto_classes: Mapping[str, str] = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
@@ -127,13 +127,3 @@ class CausalAssembly(Assembly):
         node = next((user for user in tokens.users if user.op.name == "embedding"), None)
         leaf = self.model.layout.leaves.get(node) if node else None
         return leaf.path.removeprefix("model.") if leaf else ""
-
-    def _head(self) -> str:
-        linears = [item for item in self.program.items if isinstance(item, Node) and item.op.name == "linear"]
-        leaf = self.model.layout.leaves.get(linears[-1]) if linears else None
-        return leaf.path if leaf else ""
-
-    def helper_context(self) -> dict[str, Any]:
-        context = super().helper_context()
-        self.model.helpers |= cache_helpers(self.graph, context)
-        return context

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-ATOM, POWER, UNARY, PRODUCT, SUM, AND, OR, COMPARISON, LOWEST = 9, 8, 7, 6, 5, 4, 3, 2, 0
+ATOM, UNARY, PRODUCT, SUM, AND, OR, COMPARISON = 9, 7, 6, 5, 4, 3, 2
 LIMIT = 120
 
 

@@ -133,7 +133,7 @@ class Forward:
             self.names[item.leaving] = names[item.entering]
         elif isinstance(item, Call):
             self._call(index, item)
-        elif item.op.name == "slice" and (parts := self._parts(index, item)):
+        elif item.op.name == "slice" and (parts := self._parts(item)):
             self._split(index, parts)
         else:
             self._operation(index, item)
@@ -170,8 +170,7 @@ class Forward:
     def _attention(self, index: int, node: Node) -> None:
         """The cache takes what is new and gives back all that there is."""
         latent = node.op.name == "latent_attention"
-        first, second = (1, 2)
-        key, value = node.input(first), node.optional_input(second)
+        key, value = node.input(1), node.optional_input(2)
         self._name(node.input(0), index)
         if node in self.context.extras.crossing:
             self._cross(index, node)
@@ -258,7 +257,7 @@ class Forward:
 
     # --- slices that take a tensor apart -------------------------------------------------------------------
 
-    def _parts(self, index: int, node: Node) -> list[int]:
+    def _parts(self, node: Node) -> list[int]:
         """The places of all slices that, with ``node``, make up its operand along one axis."""
         source, axis = node.input(0), node.attr("axis")
         members = [

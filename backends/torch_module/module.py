@@ -1,4 +1,4 @@
-"""The source of a modeling file: every distinct module as a class, and the classes that transformers loads."""
+"""The source of one class of a modeling file: its ``__init__`` and ``forward``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,6 @@ class ClassWriter:
         return TYPES.get(base, "torch.Tensor")
 
     def context(self) -> Context:
-        self.child_of: dict[str, Leaf] = {}
         return Context(
             parameter=self._parameter,
             leaf=self._leaf,

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.torch_module.assembly import Assembly
-from backends.torch_module.caches import cache_helpers, first_cached
+from backends.torch_module.assembly import CachedAssembly
+from backends.torch_module.caches import first_cached
 from backends.torch_module.code import names_in
 from backends.torch_module.layout import Layout, parent
 from backends.torch_module.model import Model
@@ -56,7 +56,8 @@ def add_extras(graph: Graph, extras: Extras) -> None:
     writing = set(decoded(graph))
     for node in graph.nodes_named(*ATTENTION):
         if node.attr("window"):
-            raise TargetError("an encoder-decoder whose attention has a window", where=node.scope)
+            cause = "a generated encoder-decoder has no windows, and this attention has one"
+            raise TargetError(cause, where=node.scope)
         if node not in writing:
             extras.of_node[node] = [padding] if tokens else []
         elif node.attr("causal"):
@@ -102,7 +103,7 @@ def named_parts(layout: Layout, parts: Mapping[str, str], body: str) -> dict[str
     return {word: path for path, word in layout.parts.items()}
 
 
-class PairAssembly(Assembly):
+class PairAssembly(CachedAssembly):
     """``inner`` holds the ``encoder`` and the ``decoder``."""
 
     def __init__(
@@ -122,11 +123,6 @@ class PairAssembly(Assembly):
         kept = {name: source[name] for name in KEPT if source.get(name) is not None}
         bits = {"cache_bits": self.model.cache_bits} if self.model.cache_bits else {}
         return {"is_encoder_decoder": True, "use_cache": True, **kept, **bits}
-
-    def helper_context(self) -> dict[str, Any]:
-        context = super().helper_context()
-        self.model.helpers |= cache_helpers(self.graph, context)
-        return context
 
     def top(self) -> str:
         encoder, encoder_lines, encoder_result = self._written(self.encoder, self._encoder_names())
@@ -213,8 +209,3 @@ class PairAssembly(Assembly):
     def _layer_classes(self) -> list[str]:
         layers = [*self.encoder.loop.layers, *self.decoder.loop.layers]
         return sorted({f"{self.model.prefix}{self.model.classes[layer.path].name}" for layer in layers})
-
-    def _head(self) -> str:
-        linears = [item for item in self.program.items if isinstance(item, Node) and item.op.name == "linear"]
-        leaf = self.model.layout.leaves.get(linears[-1]) if linears else None
-        return leaf.path if leaf else ""

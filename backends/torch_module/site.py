@@ -32,7 +32,7 @@ class Site(Protocol):
         ...
 
     def size(self, name: str, index: int | None = None) -> str:
-        """A number that may differ between the modules of the class: an attribute, or a dim of a ``dims`` one."""
+        """A number that may differ between the modules of the class: an attribute, or entry ``index`` of a tuple."""
         ...
 
     def dim(self, dim: Dim) -> str:

@@ -132,7 +132,7 @@ class DropTokens(Pass):
             ("of", self.score == "learned", "a gate is trained, by `score: learned`"),
         ):
             if not read and getattr(self, option) != getattr(DropTokens, option):
-                raise PassError(f"`{option}` is read where {when}", option=option, remedy=f"leave out `{option}`")
+                raise PassError(f"`{option}` is read only where {when}", option=option, remedy=f"leave out `{option}`")
 
     @property
     def calibrated(self) -> bool:

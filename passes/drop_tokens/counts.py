@@ -36,6 +36,7 @@ def counts(tokens: Dim, keep: Keep, steps: int, least: int) -> list[Dim]:
     if sizes != sorted(sizes, reverse=True):
         raise PassError(
             f"behind its layers {', '.join(map(str, sizes[1:]))} of {sizes[0]} tokens cannot remain",
+            option="keep",
             remedy="each layer may keep at most what the one before keeps: raise later numbers of `keep`",
         )
     return found

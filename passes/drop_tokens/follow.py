@@ -14,6 +14,7 @@ from passes.drop_tokens.scores import Ops
 UNABLE = ("conv", "pad", "embedding", "take", "token_select", "token_match", "token_merge", "token_restore")
 FAR = 1e30
 """How much less than others the scores of tokens outside of a window are."""
+LATER = "drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model"
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Following:
             if len(axes) > 1 and node.op.name not in ("attention", "matmul"):
                 raise PassError(
                     f"`{node.op.name}` in `{node.scope}` has tokens along two axes",
-                    remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                    remedy=LATER,
                 )
             if axes:
                 self.changed[value] = axes[0]
@@ -125,7 +126,7 @@ class Following:
         if queries != keys and (causal or window):
             raise PassError(
                 f"the attention in `{node.scope}` has keys of other tokens than its queries",
-                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                remedy=LATER,
             )
         plain = node.op.name == "attention"
         if keys:
@@ -157,7 +158,7 @@ class Following:
         if node.op.name != "attention" or node.optional_input(4) is not None:
             raise PassError(
                 f"the attention in `{node.scope}` has a window beside a bias",
-                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                remedy=LATER,
             )
         if window not in self.near:
             op, (batch, count) = Ops(self.graph, _outside(self.stack), node), self.index.shape
@@ -178,7 +179,7 @@ class Following:
         if len(found) != 1:
             raise PassError(
                 f"`{node.op.name}` in `{node.scope}` does not say which of its axes are tokens",
-                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                remedy=LATER,
             )
         return found[0]
 

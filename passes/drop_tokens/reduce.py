@@ -11,7 +11,7 @@ from compiler.ir.ops.tokens import mergeable
 from compiler.ir.types import Dim
 from compiler.pipeline import Context
 from passes.drop_tokens.counts import counts, paired
-from passes.drop_tokens.follow import Following, Readers
+from passes.drop_tokens.follow import LATER, Following, Readers
 from passes.drop_tokens.gate import add_gate
 from passes.drop_tokens.learn import learning
 from passes.drop_tokens.pictures import Pictures, pictures
@@ -83,11 +83,7 @@ class Reduction:
         """Let ``keep`` tokens alone have an MLP. Raises PassError where there is none of its own behind attention."""
         behind = place.mlp()
         if behind is None or place.stream.node is None or place.stream.node.following is None:
-            raise PassError(
-                f"{place.layer.scope} has no MLP of its own behind its attention",
-                option="skip",
-                remedy="write `skip: layers`, or leave this layer out of `layers`",
-            )
+            raise _no_mlp(place)
         first, whole = place.stream.node.following, place.stream.shape
         ops = Ops(self.graph, place.layer.scope, first)
         numbers, chosen = self.numbers, self._chosen(ops, place, keep)
@@ -95,11 +91,7 @@ class Reduction:
         following = Following(self.graph, place.layer.stack, place.tokens, chosen.index, False, behind.node)
         following.run(place.stream, short, first)
         if following.exits() != [behind.made]:
-            raise PassError(
-                f"{place.layer.scope} has no MLP of its own behind its attention",
-                option="skip",
-                remedy="write `skip: layers`, or leave this layer out of `layers`",
-            )
+            raise _no_mlp(place)
         ops = Ops(self.graph, place.layer.scope, behind.node)
         nothing = ops("full", shape=whole, value=0.0)
         made = ops("token_restore", nothing, behind.made, chosen.index, *self._gone(chosen))
@@ -161,7 +153,7 @@ class Reduction:
         if value.shape[2:] != stream.shape[2:] or value.type.rank != stream.type.rank:
             raise PassError(
                 f"what leaves `{value.node.scope}` is not the stream of the layers",
-                remedy="drop tokens behind later layers (`layers`), or leave `drop-tokens` out for this model",
+                remedy=LATER,
             )
         readers = Readers.of(self.graph, place.layer.stack, value)
         ops = Ops(self.graph, place.layer.stack.rpartition(".")[0], value.node.following)
@@ -179,6 +171,11 @@ class Reduction:
                 batch, count = sizes.shape
                 logs[sizes] = ops("reshape", ops("log", sizes), shape=(batch, 1, 1, count))
             attend(ops, node, logs[sizes])
+
+
+def _no_mlp(place: Place) -> PassError:
+    cause = f"{place.layer.scope} has no MLP of its own behind its attention"
+    return PassError(cause, option="skip", remedy="write `skip: layers`, or leave this layer out of `layers`")
 
 
 def reduce(graph: Graph, ctx: Context, options: DropTokens) -> None:

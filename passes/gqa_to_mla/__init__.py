@@ -58,7 +58,6 @@ class GqaToMla(Pass):
                 option="cache",
                 remedy="give either `cache`, or `rank` and `rope-dim`",
             )
-
         if self.ranks != "uniform" and self.cache is None:
             raise PassError(
                 "`ranks: by-layer` shares out a `cache`, and none is given",

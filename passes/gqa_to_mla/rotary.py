@@ -43,7 +43,7 @@ def components(source: Source, moments: Moments, energy: float) -> Components:
     keys = _complex_covariance(moments.keys, source, real, imaginary)
     phasor = torch.complex(moments.phasor[..., 0], moments.phasor[..., 1])
     diagonal = moments.queries.diagonal(dim1=1, dim2=2)
-    scale = source.site.scale * _gain(source)
+    scale = source.site.scale * source.gain
     weight = (diagonal[:, real] + diagonal[:, imaginary]) * moments.frozen * scale**2
     shared = weight.reshape(source.groups, source.heads // source.groups, source.pairs).sum(1).T
     size = shared.mean(1, keepdim=True).clamp_min(torch.finfo(shared.dtype).tiny)
@@ -53,11 +53,6 @@ def components(source: Source, moments: Moments, energy: float) -> Components:
     vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0) * size
     dual = vectors.mH
     return Components(dual * root[:, None, :], dual / root[:, None, :], phasor, values / (2 * energy))
-
-
-def _gain(source: Source) -> float:
-    """The square of the rotary table's scale, by which a score of rotated numbers is multiplied."""
-    return float(source.table.attr("scale")) ** 2 if source.table is not None else 1.0
 
 
 def _complex_covariance(moment: Tensor, source: Source, real: Tensor, imaginary: Tensor) -> Tensor:

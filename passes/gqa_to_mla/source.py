@@ -51,6 +51,11 @@ class Source:
         return self.head_dim - 2 * self.pairs
 
     @property
+    def gain(self) -> float:
+        """The square of the rotary table's scale, by which a score of rotated numbers is multiplied."""
+        return float(self.table.attr("scale")) ** 2 if self.table is not None else 1.0
+
+    @property
     def cached(self) -> int:
         """Values that the original caches per token."""
         return self.groups * (self.head_dim + self.value_dim)

@@ -47,15 +47,10 @@ class Turns:
         x, y = along + RIDGE * back.real, across + RIDGE * back.imag
         determinant = a * b - mixed * mixed
         c = torch.complex(b * x - mixed * y, mixed * x - a * y) / determinant
-        energy = (self._gain**2 * seen.real + rr.real) / 2
+        energy = (self._source.gain**2 * seen.real + rr.real) / 2
         explained = 2 * (c.real * along - c.imag * across)
         missed = energy - explained + real * c.real**2 - 2 * mixed * c.real * c.imag + imaginary * c.imag**2
         return torch.view_as_real(c), (missed / energy.clamp_min(TINY)).clamp(0, 1)
-
-    @property
-    def _gain(self) -> float:
-        """What a score of rotated numbers is multiplied by."""
-        return float(self._source.table.attr("scale")) ** 2 if self._source.table is not None else 1.0
 
 
 def _pairs(source: Source, heads: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ Group = tuple[Sequence[Place], Place]
 
 
 def allocated(groups: Sequence[Group], costs: Costs, form: Form, keep: float) -> Choice:
-    """The least predicted cost within the part ``keep`` of all numbers; ``costs`` of groups of several are of both.
+    """The least predicted cost within the part ``keep`` of all numbers.
 
     Weights that share an input (a group) go each for itself or, where ``costs`` knows them as one place, together.
     """

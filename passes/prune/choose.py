@@ -67,6 +67,7 @@ class Numbers:
 
 ALIGNED = ("channels", "hidden")
 """Kinds that remain in multiples of ``align``."""
+ROUNDING = 1e-6  # of a budget: sums of floats
 
 Share = Callable[[Rankings, int, Budget, float], Counts]
 
@@ -133,9 +134,6 @@ def within(share: Share, rankings: Rankings, align: int, budget: Budget, gone: S
         allowed -= max(found - budget.most, ROUNDING * budget.most)
         counts = share(rankings, align, budget, allowed)
     return counts
-
-
-ROUNDING = 1e-6
 
 
 def choose(rankings: Rankings, alone: Mapping[Block, float], align: int, budget: Budget, share: Share) -> Choice:

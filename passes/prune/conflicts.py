@@ -49,7 +49,7 @@ def _of_how_much(wanted: Prune) -> Iterator[Conflict]:
     cause = "a number of what remains is the same for each place, and of one kind"
     yield counted and several, "keep", cause, "write a part, such as `keep: 80%`"
     whole = wanted.of == "model"
-    yield counted and whole, "of", "a number says what remains of each place, not of the model", ""
+    yield counted and whole, "of", "a number says what remains of each place, not of the model", "leave `of` out"
     yield wanted.faster != 1 and whole, "of", "`faster` is of the whole model in any case", "leave `of` out"
 
 

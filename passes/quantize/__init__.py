@@ -46,8 +46,8 @@ class Quantize(Pass):
     ``scale: minmax`` takes the smallest scale that clips nothing; ``search`` takes, group by group, the one of least
     squared error among ten or so candidates, which clip up to 60 % of the range. More bits never give a larger error.
     ``robust`` (int) goes by the sum of |error|^0.7 instead, as half-quadratic quantisation does: outliers may err.
-    ``weighted`` does so with each element's error times the energy of the input that it multiplies, on inputs that have
-    passed the weights quantised before.
+    ``weighted`` searches as ``search`` does, each squared error times the energy of the input that it multiplies, on
+    inputs that have passed the weights quantised before.
     ``type: fp8`` is e4m3 with a scale for each row, for blocks of 128 x 128 or for the matrix (``per``); in ``mxfp4``,
     ``mxfp6-e2m3``, ``mxfp6-e3m2`` and ``mxfp8`` 32 inputs share a power of two, in ``nvfp4`` 16 share an e4m3 scale.
     ``ternary`` has the codes -1, 0 and 1 and a scale a group, stored as integers of two bits. ``q4_0`` to ``q8_0``,

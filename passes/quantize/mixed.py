@@ -7,8 +7,8 @@ batches that are held out. Rounding to nearest loses e H e^T. Errors of differen
 loses 1/2 sum over rows of M_rr times that, M being the second moment of its loss's gradient at what leaves.
 
 M is a sum over the vectors that a matrix meets, so that an expert counts by how often it is chosen and with what
-weight (MC-MoE, arXiv 2410.06270, multiplies frequency, weight and error). Each counts as if it had met about one average
-vector more: of one that calibration data does not choose nothing is known, and not that it is never chosen.
+weight (MC-MoE, arXiv 2410.06270, multiplies frequency, weight and error). Each counts as if it had met about one
+average vector more: of one that calibration data does not choose nothing is known, and not that it is never chosen.
 """
 
 from __future__ import annotations

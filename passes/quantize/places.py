@@ -1,4 +1,4 @@
-"""Places: which of the selected weights can be quantised, and which groups fit them."""
+"""Which of the selected weights can be quantised, which groups fit them, and options that do not go together."""
 
 from __future__ import annotations
 

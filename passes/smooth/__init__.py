@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from compiler.errors import PassError
 from compiler.ir.graph import Graph
 from compiler.ir.select import Selector
 from compiler.pipeline import Context, Pass
@@ -42,6 +43,11 @@ class Smooth(Pass):
     metric: Literal["input", "loss"] = "input"
     powers_of_two: bool = False
     insert: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method != "smoothquant" and self.alpha != Smooth.alpha:
+            cause = "`alpha` is read only by `method: smoothquant`"
+            raise PassError(cause, option="alpha", remedy="leave `alpha` out, or write `method: smoothquant`")
 
     @property
     def calibrated(self) -> bool:

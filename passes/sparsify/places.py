@@ -71,7 +71,9 @@ def places_of(graph: Graph, ctx: Context, params: Sequence[Param], pattern: Patt
         raise PassError(
             "none of the selected weights can be sparsified",
             option="pattern" if pattern else "where",
-            remedy="`where: linear` selects the matrices that can be",
+            remedy="choose an M that divides their inputs"
+            if pattern
+            else "`where: linear` selects the matrices that can be",
         )
     return found
 

@@ -22,7 +22,7 @@ from passes.sparsify.places import Part, Pattern
 
 DAMPING = 0.01  # of the mean energy of inputs
 BLOCK = 128  # columns of which the elements that remain are chosen together
-STEPS = 8  # of the elements of a small matrix, each of which may be grown into the next
+STEPS = 8  # parts of a small matrix: each is also grown from the one below it
 SMALL = 1 << 16  # elements
 
 

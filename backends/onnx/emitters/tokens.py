@@ -11,11 +11,11 @@ import torch
 from backends.onnx.builder import Builder
 from backends.onnx.emitters.attention import scaled_product
 from backends.onnx.emitters.rule import Rule, rule
+from backends.onnx.masks import END
 from compiler.errors import TargetError
 from compiler.ir.graph import Node
 from compiler.ir.types import Dim, canonical_dim, resolve_dim
 
-END = torch.iinfo(torch.int64).max
 TINY = 1e-12
 APART = -4.0  # less than any cosine
 
@@ -173,8 +173,8 @@ def token_match(build: Builder, node: Node) -> Sequence[ir.Value]:
     exists, metric = build.masks.exists_of(tokens), build.arg(node, 0)
     if exists is not None and node.attr("suffix"):
         raise TargetError("of samples that may be padded the last tokens cannot stay unpaired", where=node.scope)
-    inner = build.op("Max", build.op("ReduceL2", metric, build.ints(2), keepdims=1), build.scalar(TINY))
-    targets, sources = _sides(build, node, build.op("Div", metric, inner))
+    length = build.op("Max", build.op("ReduceL2", metric, build.ints(2), keepdims=1), build.scalar(TINY))
+    targets, sources = _sides(build, node, build.op("Div", metric, length))
     near = build.op("MatMul", sources, build.op("Transpose", targets, perm=(0, 2, 1)))
     there = None if exists is None else _sides(build, node, _paired(build, node, exists))
     if there is not None:

@@ -1,4 +1,4 @@
-"""How quantised weights are stored, one file a format. Each has ``NAME``, ``holds`` and ``parts``."""
+"""How quantised weights are stored, a file a format. Each has a ``FORMAT``: its name, what it holds, and its parts."""
 
 from __future__ import annotations
 
