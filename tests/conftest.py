@@ -11,8 +11,16 @@ def pytest_addoption(parser):
     parser.addoption("--accept", action="store_true", help="write the golden files anew instead of comparing")
 
 
-def pytest_collection_finish():
-    """Thousands of collected tests live to the end: jobs that collect garbage need not look at them each time."""
+MANY = 10_000_000  # objects that are out of the collector's sight: a gigabyte or two
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What earlier files have left (tests, captured graphs) lives on: collections, of which each job makes some, need
+    not go through it again and again."""
+    if gc.get_freeze_count() > MANY:
+        gc.unfreeze()
+    gc.collect()
     gc.freeze()
 
 
