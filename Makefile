@@ -48,7 +48,7 @@ lint: $(VENV)/.dev ## ruff and pyright
 test: lint $(GGUF) ## everything, from nothing: lint, types, the quick tests, then the real model
 	$(BIN)/python -m pytest -q -m "not real" -n 2 --ignore=tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
-	$(BIN)/python -m pytest -q -m real -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -m real -n 2 --dist loadfile
 
 $(VENV)/.docs: $(VENV)/.dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'

@@ -367,6 +367,11 @@ def _cast_closely(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return found
 
 
+def _take_of_whole(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
+    """What is close depends on the largest number of all."""
+    return None
+
+
 def _take_head_blocks(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
     return _take_one(expr, axis, start, stop) if axis == 2 else None
 
@@ -385,7 +390,7 @@ OPS: tuple[WeightOp, ...] = (
     WeightOp("index", _index_type, _index, _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),
-    WeightOp("cast_closely", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_closely, lambda *_: None),
+    WeightOp("cast_closely", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_closely, _take_of_whole),
     WeightOp("scale", _scale_type, lambda t, a: t[0] * a["by"], _take_one),
     WeightOp("add", _broadcast_type, lambda t, a: t[0] + t[1], take_elementwise),
     WeightOp("sub", _broadcast_type, lambda t, a: t[0] - t[1], take_elementwise),
