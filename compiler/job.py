@@ -29,6 +29,7 @@ from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing
 from compiler.ir.graph import Graph
+from compiler.ir.positions import longest
 from compiler.means import Means, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
@@ -100,6 +101,7 @@ class _Run:
             found = photographs(path, wanted.data, wanted.samples, wanted.seed, (int(size[0]), int(size[1])))
             return [{"pixel_values": each} for each in found]
         if len(graph.inputs) == 1:
+            _check_length(graph, wanted.length)
             tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             batches = token_batches(graph, data.windows(tokenizer))
             return self._with_own_text(graph, wanted, batches, tokenizer) if wanted.written else batches
@@ -129,6 +131,13 @@ class _Run:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
+
+
+def _check_length(graph: Graph, length: int) -> None:
+    limit = longest(graph, next(iter(graph.inputs)))
+    if limit is not None and length > limit:
+        cause = f"windows of {length} tokens are longer than the {limit} that the model has positions for"
+        raise DataError(cause, remedy=f"`length` can be {limit} at most", option="length")
 
 
 def compress(

@@ -52,6 +52,13 @@ def positions(graph: Graph, tokens: str) -> set[Value]:
     return found
 
 
+def longest(graph: Graph, tokens: str) -> int | None:
+    """For how many ``tokens`` tables of positions have rows; None where no table is read by positions alone."""
+    users = [user for value in positions(graph, tokens) for user in value.users]
+    rows = [user.input(0).shape[0] for user in users if user.op.name == "embedding"]
+    return min((count for count in rows if isinstance(count, int)), default=None)
+
+
 def _picks(value: Value) -> bool:
     """Whether ``value`` does nothing but pick rows of tables."""
     return bool(value.users) and all(
