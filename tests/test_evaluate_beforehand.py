@@ -34,7 +34,10 @@ def recipe_of(folder, options) -> Recipe:
 def test_calibration_is_no_longer_than_the_table_of_positions(classifier, tmp_path):
     text = "calibration: {data: text.txt, samples: 2, length: 128}\n"
     with pytest.raises(DataError, match="128 tokens are longer than the 64") as caught:
-        compress(Recipe.load(write_recipe(classifier, "[quantize: {bits: 4, group: 16, method: gptq}]", text)), tmp_path / "out")
+        compress(
+            Recipe.load(write_recipe(classifier, "[quantize: {bits: 4, group: 16, method: gptq}]", text)),
+            tmp_path / "out",
+        )
     assert caught.value.span is not None and caught.value.remedy == "`length` can be 64 at most"
 
 
