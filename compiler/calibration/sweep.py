@@ -7,7 +7,7 @@ the sweep runs the rewritten layer to feed the next one, so later layers are mea
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
@@ -101,7 +101,7 @@ class Stage:
                 if see is not None and value in batch.values:
                     see(value, batch.values[value])
             values = {**batch.values, **weights}
-            with torch.no_grad(), quick_products():
+            with torch.no_grad(), nullcontext() if self._exact else quick_products():
                 run_nodes(self._graph, nodes, values, batch.sizes, keep=(*keep, *weights), observe=see)
             yield {value: tensor for value, tensor in values.items() if value not in weights}
 
@@ -168,7 +168,7 @@ def sweep(graph: Graph, batches: Sequence[Mapping[str, Tensor]], *, exact: bool 
 
     The caller may rewrite the nodes of the stage at hand, and nodes before it whose inputs are still read by it; what
     then stands in its place is run before the next stage is yielded. Activations of all batches stay in memory.
-    Large linear maps take a `quick_weight` unless that is to be ``exact``; all else is in the graph's own types.
+    Unless it is to be ``exact``, products take the quickest kernels, and large linear maps a `quick_weight`.
     """
     state = [
         _Batch({value: batch[name] for name, value in graph.inputs.items()}, bind_dims(graph, batch))
