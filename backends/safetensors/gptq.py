@@ -20,7 +20,8 @@ from backends.safetensors.compressed import Quantised, is_dense
 from backends.safetensors.formats.scheme import Scheme, scheme_of
 from backends.safetensors.unify import Mismatch
 from compiler.weights.expr import Expr
-from compiler.weights.ops.basic import cast_closely, full, literal, repeat, transpose
+from compiler.weights.ops.basic import full, literal, repeat, transpose
+from compiler.weights.ops.closely import cast_closely
 from compiler.weights.ops.quant import pack_bits
 from compiler.weights.rows import as_dequantize
 

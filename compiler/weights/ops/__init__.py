@@ -43,6 +43,7 @@ class WeightOp:
 def _table() -> dict[str, WeightOp]:
     from compiler.weights.ops import (
         basic,
+        closely,
         codebook,
         expert_widths,
         fp8,
@@ -60,6 +61,7 @@ def _table() -> dict[str, WeightOp]:
 
     modules = (
         basic,
+        closely,
         quant,
         expert_widths,
         real_zeros,

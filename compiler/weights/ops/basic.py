@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from compiler.errors import OutputError
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take, take_elementwise
@@ -76,12 +75,6 @@ def stack(parts: Sequence[Expr], axis: int) -> Expr:
 def cast(x: Expr, dtype: torch.dtype) -> Expr:
     """Convert to ``dtype``, rounding to nearest even."""
     return x if x.dtype == dtype else apply("cast", [x], {"dtype": dtype})
-
-
-def cast_closely(x: Expr, dtype: torch.dtype, of: str, remedy: str) -> Expr:
-    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where that changes a number by more than
-    ``dtype`` rounds the largest."""
-    return x if x.dtype == dtype else apply("cast_closely", [x], {"dtype": dtype, "of": of, "remedy": remedy})
 
 
 def scale(x: Expr, by: float) -> Expr:
@@ -356,22 +349,6 @@ def _head_blocks(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
     return result.reshape(heads, groups * rows, columns)
 
 
-def _cast_closely(tensors: Sequence[Tensor], attrs: Attrs) -> Tensor:
-    found = tensors[0].to(attrs["dtype"])
-    given = tensors[0].double()
-    least = given.abs().amax() * torch.finfo(attrs["dtype"]).eps / 2 if given.numel() else 0.0
-    changed = tensors[0][(found.double() - given).abs() > least]
-    if changed.numel():
-        cause = f"{attrs['of']} hold {changed[0]:.3g}, which {attrs['dtype']} does not ({changed.numel()} such numbers)"
-        raise OutputError(cause, remedy=attrs["remedy"])
-    return found
-
-
-def _take_of_whole(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
-    """What is close depends on the largest number of all."""
-    return None
-
-
 def _take_head_blocks(expr: Expr, axis: int, start: int, stop: int) -> Expr | None:
     return _take_one(expr, axis, start, stop) if axis == 2 else None
 
@@ -390,7 +367,6 @@ OPS: tuple[WeightOp, ...] = (
     WeightOp("index", _index_type, _index, _take_index),
     WeightOp("concat", _concat_type, lambda t, a: torch.cat(list(t), a["axis"]), _take_concat),
     WeightOp("cast", lambda t, a: t[0].with_dtype(a["dtype"]), lambda t, a: t[0].to(a["dtype"]), _take_one),
-    WeightOp("cast_closely", lambda t, a: t[0].with_dtype(a["dtype"]), _cast_closely, _take_of_whole),
     WeightOp("scale", _scale_type, lambda t, a: t[0] * a["by"], _take_one),
     WeightOp("add", _broadcast_type, lambda t, a: t[0] + t[1], take_elementwise),
     WeightOp("sub", _broadcast_type, lambda t, a: t[0] - t[1], take_elementwise),
