@@ -16,7 +16,7 @@ from compiler.weights.ops import Attrs, WeightOp
 
 
 def cast_closely(x: Expr, dtype: torch.dtype, of: str, remedy: str) -> Expr:
-    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where a number changes by more than that."""
+    """Convert to ``dtype``. Making it raises OutputError, which names ``of``, where a number changes by more."""
     return x if x.dtype == dtype else apply("cast_closely", [x], {"dtype": dtype, "of": of, "remedy": remedy})
 
 
