@@ -101,9 +101,9 @@ class _Run:
             found = photographs(path, wanted.data, wanted.samples, wanted.seed, (int(size[0]), int(size[1])))
             return [{"pixel_values": each} for each in found]
         if len(graph.inputs) == 1:
-            _check_length(graph, wanted.length)
             tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             batches = token_batches(graph, data.windows(tokenizer))
+            _check_length(graph, batches[0])
             return self._with_own_text(graph, wanted, batches, tokenizer) if wanted.written else batches
         if wanted.written:
             raise DataError("an encoder-decoder writes all its decoder's inputs itself", remedy="leave `written` out")
@@ -133,9 +133,10 @@ class _Run:
         self.seconds[name] = time.perf_counter() - started
 
 
-def _check_length(graph: Graph, length: int) -> None:
-    limit = longest(graph, next(iter(graph.inputs)))
-    if limit is not None and length > limit:
+def _check_length(graph: Graph, batch: Mapping[str, Tensor]) -> None:
+    ((name, ids),) = batch.items()
+    length, limit = ids.shape[1], longest(graph, name, ids)
+    if length > limit:
         cause = f"windows of {length} tokens are longer than the {limit} that the model has positions for"
         raise DataError(cause, remedy=f"`length` can be {limit} at most", option="length")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compiler.ir.execute import run
-from compiler.ir.graph import Graph, Value, ancestors
+from compiler.ir.graph import Graph, Param, Value, ancestors
 from compiler.ir.layers import subgraph
 from compiler.ir.types import TensorType
 
@@ -52,11 +52,19 @@ def positions(graph: Graph, tokens: str) -> set[Value]:
     return found
 
 
-def longest(graph: Graph, tokens: str) -> int | None:
-    """For how many ``tokens`` tables of positions have rows; None where no table is read by positions alone."""
-    users = [user for value in positions(graph, tokens) for user in value.users]
-    rows = [user.input(0).shape[0] for user in users if user.op.name == "embedding"]
-    return min((count for count in rows if isinstance(count, int)), default=None)
+def longest(graph: Graph, tokens: str, ids: Tensor) -> int:
+    """How many of the tokens ``ids`` [B, T], the input ``tokens``, tables of positions have rows for: T, or fewer.
+
+    Tables are those that are read by numbers worked out from the tokens, without another weight.
+    """
+    length = ids.shape[1]
+    for node in graph.nodes_named("embedding"):
+        made = ancestors([node.input(1)])
+        if made and not any(isinstance(value, Param) for each in made for value in each.inputs):
+            rows = node.input(0).type.static_shape[0]
+            most = int(run(_made_of(graph, node.input(1), tokens), {tokens: ids})["y"].max())
+            length = min(length, ids.shape[1] + rows - 1 - most)
+    return length
 
 
 def _picks(value: Value) -> bool:
@@ -69,8 +77,7 @@ def _picks(value: Value) -> bool:
 
 def _counts(graph: Graph, value: Value, tokens: str) -> bool:
     """Whether ``value`` counts the tokens, at two sizes of the input."""
-    part = _made_of(graph, value)
-    part.add_input(tokens, graph.inputs[tokens].type)
+    part = _made_of(graph, value, tokens)
     for batch, length in SIZES:
         given = {tokens: torch.zeros(batch, length, dtype=graph.inputs[tokens].type.dtype)}
         made: Tensor = run(part, given)["y"]
@@ -79,10 +86,12 @@ def _counts(graph: Graph, value: Value, tokens: str) -> bool:
     return True
 
 
-def _made_of(graph: Graph, value: Value) -> Graph:
-    """What makes ``value``, as a graph of its own with the output ``y``."""
+def _made_of(graph: Graph, value: Value, tokens: str) -> Graph:
+    """What makes ``value``, as a graph of its own with the input ``tokens`` and the output ``y``."""
     needed = set(ancestors([value]))
     nodes = [node for node in graph.nodes if node in needed]
     part = subgraph(graph, nodes, "positions")
     part.outputs = {"y": list(part.nodes)[-1].output}  # the last of its ancestors is what makes it
+    if tokens not in part.inputs:
+        part.add_input(tokens, graph.inputs[tokens].type)
     return part
