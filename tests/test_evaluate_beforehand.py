@@ -8,9 +8,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compiler.errors import DataError
 from compiler.evaluate.metrics import METRICS
+from compiler.ir.execute import run
+from compiler.ir.positions import longest
 from compiler.job import compress
 from compiler.plan import make_plan
 from compiler.recipe import Recipe
+from tests.captures import graph_of
 from tests.small import write_folder, write_recipe
 from tests.tiny import byte_tokenizer, write_text
 
@@ -39,6 +42,24 @@ def test_calibration_is_no_longer_than_the_table_of_positions(classifier, tmp_pa
             tmp_path / "out",
         )
     assert caught.value.span is not None and caught.value.remedy == "`length` can be 64 at most"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "clip_text", "siglip_text"])
+def test_texts_are_as_long_as_tables_of_positions_and_no_longer(name):
+    """Whether positions are counted, come behind an offset, or count the tokens that are no padding."""
+    graph = graph_of(name)
+    ids = torch.randint(3, 40, (1, 400), generator=torch.Generator().manual_seed(0))
+    limit = longest(graph, "input_ids", ids)
+    assert limit < 400 and longest(graph, "input_ids", ids[:, :limit]) == limit
+    assert all(value.isfinite().all() for value in run(graph, {"input_ids": ids[:, :limit]}).values())
+    with pytest.raises((IndexError, RuntimeError)):
+        run(graph, {"input_ids": ids[:, : limit + 1]})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rotary_positions_have_no_table(name):
+    ids = torch.randint(3, 40, (1, 400), generator=torch.Generator().manual_seed(0))
+    assert longest(graph_of(name), "input_ids", ids) == 400
 
 
 def test_without_metrics_those_that_fit_are_measured(classifier, tmp_path):
