@@ -19,12 +19,12 @@ from torch import Tensor
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, Take, WeightOp, take_elementwise, take_rows
-from compiler.weights.ops.codec import Parameters, row_chunks, weighted_squares
+from compiler.weights.ops.codec import Alone, Parameters, row_chunks, weighted_squares
 from compiler.weights.ops.minifloat import Element
 
 
 @dataclass(frozen=True)
-class BlockFloat(ABC):
+class BlockFloat(Alone, ABC):
     """Codes of an element type times the multiplier of their block, rounded to ``dtype``: a ``Codec``.
 
     A block is ``rows`` (0: all) rows of ``group`` (0: all) inputs; its only parameter is its scale as it is stored.
@@ -60,15 +60,6 @@ class BlockFloat(ABC):
     @property
     def by_rows(self) -> bool:
         return self.rows == 1
-
-    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
-        return self
-
-    def at(self, index: int) -> Self:
-        return self
-
-    def reading(self, value: Callable[[Expr], Tensor]) -> Self:
-        return self
 
     def sharing(self, shared: Sequence[Tensor]) -> Self:
         """The codec with what a matrix shares, as tensors."""

@@ -10,7 +10,7 @@ one number more for each bit of it that is set: bits + 1 numbers, of which even 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
-from compiler.weights.ops.codec import Parameters, row_chunks
+from compiler.weights.ops.codec import Alone, Parameters, row_chunks
 from compiler.weights.ops.tables import linear_tables, means_tables
 
 FEW = 4
@@ -28,7 +28,7 @@ FEW = 4
 
 
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(Alone):
     """Codes int8 of ``bits`` bits; the parameters of a group are the numbers of its table, in ``dtype``."""
 
     bits: int
@@ -45,19 +45,6 @@ class Codebook:
     def layout(self) -> dict[str, Any]:
         """The attributes that say what codes mean."""
         return {"bits": self.bits, "group": self.group, "linear": self.linear}
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Codebook:
-        return self
-
-    def at(self, index: int) -> Codebook:
-        return self
-
-    def reading(self, value: Callable[[Expr], Tensor]) -> Codebook:
-        return self
 
     def nearest(self, weight: Expr) -> Expr:
         table = apply("codebook_table", [weight], {**self.layout, "dtype": self.dtype})

@@ -13,7 +13,7 @@ rounds column by column with the parameters it fitted to the whole group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -92,6 +92,23 @@ class Codec(Protocol):
     def expression(self, parts: Sequence[Expr]) -> Expr:
         """The weight that the expressions of ``stored`` tensors make up."""
         ...
+
+
+class Alone:
+    """What matrices, rows and groups share in a codec whose parameters are a group's own: nothing."""
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Self:
+        return self
+
+    def at(self, index: int) -> Self:
+        return self
+
+    def reading(self, value: Callable[[Expr], Tensor]) -> Self:
+        return self
 
 
 def is_quantised(expr: Expr) -> bool:

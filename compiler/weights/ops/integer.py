@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compiler.weights.expr import Expr, apply
-from compiler.weights.ops.codec import Parameters
+from compiler.weights.ops.codec import Alone, Parameters
 from compiler.weights.ops.quant import away_from_zero, codes_of, quantise, scales_of, zeros_of
 
 
 @dataclass(frozen=True)
-class Integer:
+class Integer(Alone):
     """Codes int8 q of ``bits`` bits with parameters (s,), or (s, z) unless ``symmetric``; see ``quant`` beside it.
 
     Scales and values are of ``dtype``; z is int8. ``search`` tells ``fit`` to try scales that clip, and to take that of
@@ -27,19 +27,6 @@ class Integer:
     symmetric: bool = True
     search: bool = True
     power: float = 2.0
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> Integer:
-        return self
-
-    def at(self, index: int) -> Integer:
-        return self
-
-    def reading(self, value: Callable[[Expr], Tensor]) -> Integer:
-        return self
 
     def nearest(self, weight: Expr) -> Expr:
         return quantise(

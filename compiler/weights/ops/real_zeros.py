@@ -6,7 +6,7 @@ float32 and rounded to that dtype once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from compiler.ir.types import TensorType
 from compiler.weights.expr import Expr, apply
 from compiler.weights.ops import Attrs, WeightOp, take_rows
 from compiler.weights.ops.basic import reshape, slice
-from compiler.weights.ops.codec import Parameters, row_chunks, weighted_squares
+from compiler.weights.ops.codec import Alone, Parameters, row_chunks, weighted_squares
 from compiler.weights.ops.quant import away_from_zero, code_range, codes_of, infer_dequantized, scales_of, zeros_of
 
 ROUNDS = 8  # in which codes and parameters are fitted in turns
@@ -24,7 +24,7 @@ SHRINK, GROWTH = 10.0, 1.01  # beta of the half-quadratic splitting, and by what
 
 
 @dataclass(frozen=True)
-class RealZeros:
+class RealZeros(Alone):
     """Codes int8 q of ``bits`` bits with parameters (s, z), both of ``dtype``, of least errors to the ``power``.
 
     Of what integer zero points give, and of the range of each group as it is, each improved in turns with codes: by
@@ -35,19 +35,6 @@ class RealZeros:
     group: int
     dtype: torch.dtype
     power: float = 2.0
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    def for_matrix(self, matrix: Tensor, energy: Tensor | None = None) -> RealZeros:
-        return self
-
-    def at(self, index: int) -> RealZeros:
-        return self
-
-    def reading(self, value: Callable[[Expr], Tensor]) -> RealZeros:
-        return self
 
     def nearest(self, weight: Expr) -> Expr:
         fitted = apply("real_zeros_fit", [weight], {"codec": (self.bits, self.group, self.power), "dtype": self.dtype})
