@@ -128,7 +128,7 @@ def fashion(part: str) -> tuple[np.ndarray, Tensor]:
 
 def picture(grey: np.ndarray) -> Tensor:
     """What the model gets: [1, 3, 112, 112], scaled as its training pictures were."""
-    return next(picture_tensors(grey[None], IMAGE, MEAN, SPREAD))
+    return next(picture_tensors(grey[None], (IMAGE, IMAGE), MEAN, SPREAD))
 
 
 def at_size(model: Any) -> Any:

@@ -23,7 +23,6 @@ from compiler.binaries import write_binaries
 from compiler.calibration.sweep import token_batches
 from compiler.checks import check_comparable, check_has_weights, pointing
 from compiler.console import Console
-from compiler.datafiles import has_labelled, image_files
 from compiler.errors import CheckpointError, DataError, OutputError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
@@ -86,20 +85,15 @@ class _Run:
         return self.batches
 
     def _batches(self, graph: Graph, wanted: Calibration) -> Sequence[Mapping[str, Tensor]]:
-        from compiler.evaluate.data import data_windows
-        from compiler.evaluate.images import picture_batches
+        from compiler.evaluate.data import data_windows, pictures
         from compiler.evaluate.loading import load_model, load_tokenizer
-        from compiler.evaluate.photographs import photographs
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
-        pictures = "pixel_values" in graph.inputs
-        if pictures and has_labelled(wanted.data):
-            return picture_batches(graph, path, wanted.data, wanted.samples)
-        if pictures and image_files(wanted.data):
-            size = graph.inputs["pixel_values"].shape[2:]
-            found = photographs(path, wanted.data, wanted.samples, wanted.seed, (int(size[0]), int(size[1])))
-            return [{"pixel_values": each} for each in found]
+        if list(graph.inputs) == ["pixel_values"]:
+            *_, height, width = graph.inputs["pixel_values"].shape
+            size = (int(height), int(width))
+            return [{"pixel_values": each} for each in pictures(path, data, "train", size, size)]
         if len(graph.inputs) == 1:
             tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             batches = token_batches(graph, data.windows(tokenizer))

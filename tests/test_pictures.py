@@ -179,7 +179,7 @@ def test_image_files_are_pictures(folder):
 
 def test_pictures_without_a_preprocessor(folder, tmp_path):
     """The middle of each, with the mean and spread of ImageNet; the same for the same seed."""
-    found, again, other = (photographs(tmp_path, folder, 4, seed, (24, 32)) for seed in (0, 0, 1))
+    found, again, other = (photographs(tmp_path, folder, 4, seed, (24, 32), (24, 32)) for seed in (0, 0, 1))
     assert all(pixels.shape == (1, 3, 24, 32) for pixels in found)
     assert all(map(torch.equal, found, again)) and not all(map(torch.equal, found, other))
     spread = torch.tensor(SPREAD).view(1, 3, 1, 1)
@@ -190,21 +190,23 @@ def test_pictures_of_the_models_own_preprocessor(folder, tmp_path):
     (tmp_path / "model").mkdir()
     own = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(own))
-    (pixels, *_) = photographs(tmp_path / "model", folder, 6, 0, (16, 16))
+    (pixels, *_) = photographs(tmp_path / "model", folder, 6, 0, (16, 16), (16, 16))
+    (unasked, *_) = photographs(tmp_path / "model", folder, 6, 0, None, (32, 32))
+    assert torch.equal(unasked, pixels)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
     assert torch.equal(pixels, processor(Image.open(folder / "0.png"), return_tensors="pt")["pixel_values"])
     with pytest.raises(DataError, match=r"16 x 16.*takes 32 x 32") as error:
-        photographs(tmp_path / "model", folder, 1, 0, (32, 32))
+        photographs(tmp_path / "model", folder, 1, 0, (32, 32), (32, 32))
     assert error.value.remedy == "write `inputs: {image: 16}` in the recipe"
 
 
 def test_what_is_no_picture(folder, tmp_path):
     with pytest.raises(DataError, match="6 pictures where 7 are asked for"):
-        photographs(tmp_path, folder, 7, 0, (8, 8))
+        photographs(tmp_path, folder, 7, 0, (8, 8), (8, 8))
     whole = (folder / "0.png").read_bytes()
     (folder / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot read the picture"):
-        photographs(tmp_path, folder, 6, 0, (8, 8))
+        photographs(tmp_path, folder, 6, 0, (8, 8), (8, 8))
 
 
 def test_random_pictures_are_of_the_size_asked_for(model, tmp_path):
@@ -229,13 +231,13 @@ def test_a_model_of_text_is_not_measured_on_pictures(tmp_path):
 def test_pictures_of_more_than_eight_bits(mode, tmp_path):
     Image.new(mode, (9, 9)).save(tmp_path / "deep.tif")
     with pytest.raises(DataError, match="not one of eight bits"):
-        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8), (8, 8))
 
 
 def test_what_a_file_is_called_does_not_decide_how_it_is_read(tmp_path):
     (tmp_path / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(DataError, match="cannot read the picture"):
-        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8), (8, 8))
 
 
 def test_a_directory_of_several_kinds_is_what_the_model_takes(folder):
@@ -252,7 +254,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 100_000
     with pytest.raises(DataError, match="9000 x 9000 is too large"):
-        photographs(tmp_path, tmp_path, 1, 0, (8, 8))
+        photographs(tmp_path, tmp_path, 1, 0, (8, 8), (8, 8))
 
 
 def test_a_job_calibrated_and_measured_on_pictures(model, folder, tmp_path):

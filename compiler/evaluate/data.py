@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compiler.datafiles import check_kind, has_labelled, image_files
-from compiler.evaluate.images import model_pictures, read_pictures
+from compiler.datafiles import check_kind, has_labelled
+from compiler.evaluate.images import Size, model_pictures, read_pictures, square, usual_size
 from compiler.evaluate.inputs import Window, is_paired, text_windows
 from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
 from compiler.evaluate.pairs import written_window
 from compiler.evaluate.photographs import photographs
 from compiler.evaluate.speech import speech_features
 from compiler.evaluate.texts import TextData
-from compiler.frontend.sizes import image_shape
 
 
 def data_windows(
@@ -29,24 +29,29 @@ def data_windows(
 ) -> list[Window]:
     """``data`` as calls of ``model``, which is loaded from ``path``. What the decoder of an encoder-decoder is fed, the
     model writes itself. ``tokenizer`` is that of the model, loaded where it is not given; pictures are
-    ``image`` pixels high and wide, by default as the model's config says.
+    ``image`` pixels high and wide, by default as its preprocessor makes them, or as its config says.
 
     Raises DataError when the model takes other data, or the data is unfit.
     """
     check_kind([model.main_input_name], data.data, type(model).__name__)
-    pictures = model.main_input_name == "pixel_values"
-    if pictures and has_labelled(data.data):
-        pixels = read_pictures(data.data, "t10k", data.samples).pixels
-        return [Window({"pixel_values": each}) for each in model_pictures(model, path, pixels, image)]
-    if pictures and image_files(data.data):
-        _, *size = image_shape(model.config)
-        size = (image, image) if image else (size[0], size[1])
-        found = photographs(path, data.data, data.samples, data.seed, size)
+    if model.main_input_name == "pixel_values":
+        found = pictures(path, data, "t10k", square(image), usual_size(model.config))
         return [Window({"pixel_values": each}) for each in found]
     if not is_paired(model):
         return text_windows(model, tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code), data)
     with quiet():
         return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
+
+
+def pictures(path: str | Path, data: TextData, part: str, size: Size | None, usual: Size) -> Iterable[Tensor]:
+    """Pictures for the model in ``path``, each [1, 3, height, width]: of labelled ones the first of ``part``.
+
+    They are of ``size``; without one as the model's preprocessor makes them, or else of the ``usual`` one. Raises
+    DataError where there are too few, or they cannot be read or come out of another size than ``size``.
+    """
+    if has_labelled(data.data):
+        return model_pictures(path, read_pictures(data.data, part, data.samples).pixels, size, usual)
+    return photographs(path, data.data, data.samples, data.seed, size, usual)
 
 
 def check_windows(

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.nn import functional
 from compiler.datafiles import picture_files
 from compiler.errors import DataError
 from compiler.frontend.sizes import image_shape
-from compiler.ir.graph import Graph
 from compiler.weights.tensorfile import parse_json, read_document
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,6 +26,8 @@ LARGEST = 1 << 31  # a compressed file can claim, and hold, any number of bytes
 AGAIN = "fetch the file again"
 BYTES = 8  # the code of the type uint8
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Size = tuple[int, int]
+"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -80,32 +81,31 @@ def read_idx(path: Path, dimensions: int, count: int) -> Pixels:
     return np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
-def picture_tensors(pixels: Pixels, side: int, mean: Sequence[float], spread: Sequence[float]) -> Iterator[Tensor]:
-    """Grey ``pixels`` [count, height, width] one by one, enlarged to ``side``, as [1, 3, side, side]."""
+def picture_tensors(pixels: Pixels, size: Size, mean: Sequence[float], spread: Sequence[float]) -> Iterator[Tensor]:
+    """Grey ``pixels`` [count, height, width] one by one, resized to ``size``, as [1, 3, height, width]."""
     centre, scale = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(spread).view(1, 3, 1, 1)
     for grey in pixels:
         one = torch.from_numpy(grey.astype(np.float32))[None, None] / 255
-        large = functional.interpolate(one, size=(side, side), mode="bicubic").expand(-1, 3, -1, -1)
+        large = functional.interpolate(one, size=size, mode="bicubic").expand(-1, 3, -1, -1)
         yield (large - centre) / scale
 
 
-def model_pictures(model: Any, path: str | Path, pixels: Pixels, image: int | None = None) -> Iterator[Tensor]:
-    """``pixels`` as the model in ``path`` takes them: the size, mean and spread of its ``preprocessor_config.json``,
-    or ``image`` as their size.
-
-    Without that file the size of its config and the mean and spread of ImageNet.
-    """
+def model_pictures(path: str | Path, pixels: Pixels, size: Size | None, usual: Size) -> Iterator[Tensor]:
+    """``pixels`` as the model in ``path`` takes them: with the mean and spread of its ``preprocessor_config.json``, or
+    of ImageNet, and of ``size``; without one, of the size that this file says, or else of the ``usual`` one."""
     found = _preprocessor(Path(path))
-    side = image or _side(found.get("crop_size") or found.get("size")) or image_shape(model.config)[-1]
-    return picture_tensors(pixels, side, *_scale(found))
+    return picture_tensors(pixels, size or _size(found.get("crop_size") or found.get("size")) or usual, *_scale(found))
 
 
-def picture_batches(graph: Graph, path: str | Path, folder: Path, samples: int) -> list[dict[str, Tensor]]:
-    """The first ``samples`` training pictures as inputs of ``graph``, of the size that it takes, with the mean and
-    spread that ``preprocessor_config.json`` of the model in ``path`` says."""
-    side = int(graph.inputs["pixel_values"].type.shape[-1])
-    pixels = read_pictures(folder, "train", samples).pixels
-    return [{"pixel_values": each} for each in picture_tensors(pixels, side, *_scale(_preprocessor(Path(path))))]
+def square(side: int | None) -> Size | None:
+    """The size of pictures that are ``side`` pixels high and wide."""
+    return None if side is None else (side, side)
+
+
+def usual_size(config: Any) -> Size:
+    """The size of pictures that a model's config says."""
+    _, height, width = image_shape(config)
+    return height, width
 
 
 def _preprocessor(path: Path) -> dict[str, Any]:
@@ -123,8 +123,9 @@ def _scale(preprocessor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[f
     return scale
 
 
-def _side(size: Any) -> int | None:
-    if isinstance(size, dict):
-        sides: dict[str, int] = size
-        return sides.get("height") or sides.get("shortest_edge")
-    return size
+def _size(said: Any) -> Size | None:
+    if isinstance(said, dict):
+        sides = cast(dict[str, int], said)
+        height = sides.get("height") or sides.get("shortest_edge")
+        return (height, sides.get("width") or height) if height else None
+    return (said, said) if said else None

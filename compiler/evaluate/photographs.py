@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from compiler.datafiles import image_files
 from compiler.errors import DataError
-from compiler.evaluate.images import MEAN, SPREAD
+from compiler.evaluate.images import MEAN, SPREAD, Size
 from compiler.evaluate.loading import quiet
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
@@ -22,14 +23,21 @@ MOST_PIXELS = 64 * 2**20
 """A file that claims to be larger is refused before it is unpacked."""
 
 
-def photographs(model: str | Path, data: Path, samples: int, seed: int, size: tuple[int, int]) -> list[Tensor]:
+def photographs(
+    model: str | Path, data: Path, samples: int, seed: int, size: Size | None, usual: Size
+) -> list[Tensor]:
     """``samples`` of the pictures below ``data``, those that ``seed`` picks, each float32 [1, 3, height, width].
 
     They are made as ``preprocessor_config.json`` beside ``model`` says. Without it the shorter side is resized to
-    ``size``, its middle cut out, and the mean and spread are those of ImageNet. Raises DataError where there are too
-    few, where a file is no picture, and where they come out of another size than ``size``.
+    ``size``, or without one to the ``usual``, its middle cut out, and the mean and spread are those of ImageNet.
+    Raises DataError where there are too few, where a file is no picture, and where they come out of another size than
+    ``size``.
     """
-    files = image_files(data)
+    return pictures_of(model, picked_files(image_files(data), data, samples, seed), size, usual)
+
+
+def picked_files(files: Sequence[Path], data: Path, samples: int, seed: int) -> list[Path]:
+    """``samples`` of ``files``, which lie below ``data``. Raises DataError where there are fewer."""
     if len(files) < samples:
         raise DataError(
             f"there are {len(files)} pictures where {samples} are asked for",
@@ -37,14 +45,19 @@ def photographs(model: str | Path, data: Path, samples: int, seed: int, size: tu
             where=str(data),
             option="samples",
         )
-    picked = sorted(random.Random(seed).sample(range(len(files)), samples))
+    return [files[index] for index in sorted(random.Random(seed).sample(range(len(files)), samples))]
+
+
+def pictures_of(model: str | Path, files: Sequence[Path], size: Size | None, usual: Size) -> list[Tensor]:
+    """The pictures in ``files``, as ``photographs`` makes them."""
     processor = _processor(model)
-    made = [_made(processor, _opened(files[index]), size) for index in picked]
-    _check_sizes(made, size, str(model))
+    made = [_made(processor, _opened(path), size or usual) for path in files]
+    if size is not None:
+        _check_sizes(made, size, str(model))
     return made
 
 
-def _check_sizes(pictures: list[Tensor], size: tuple[int, int], model: str) -> None:
+def _check_sizes(pictures: Sequence[Tensor], size: Size, model: str) -> None:
     for pixels in pictures:
         height, width = pixels.shape[2:]
         if (height, width) != size:
@@ -97,7 +110,7 @@ def _opened(path: Path) -> Any:
         raise DataError(f"cannot read the picture: {reason}", where=str(path), remedy="leave it out") from reason
 
 
-def _made(processor: Any, picture: Any, size: tuple[int, int]) -> Tensor:
+def _made(processor: Any, picture: Any, size: Size) -> Tensor:
     if processor is not None:
         return _processed(processor, picture)
     pixels = torch.from_numpy(np.asarray(_cut(picture, size)).copy()).float() / 255
@@ -114,7 +127,7 @@ def _processed(processor: Any, picture: Any) -> Tensor:
         ) from reason
 
 
-def _cut(picture: Any, size: tuple[int, int]) -> Any:
+def _cut(picture: Any, size: Size) -> Any:
     """The middle of the picture, as large as it goes, resized to ``size`` (height, width)."""
     from PIL.Image import Resampling
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compiler.evaluate.estimates import Array
-from compiler.evaluate.images import Pictures, model_pictures, read_pictures
+from compiler.evaluate.images import Pictures, model_pictures, read_pictures, square, usual_size
 from compiler.evaluate.inputs import forward
 from compiler.evaluate.metrics.base import Given, Task, share
 
@@ -45,9 +45,8 @@ def feature(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _features(model: Any, given: Given, pictures: Pictures) -> Tensor:
-    return torch.stack(
-        [feature(model, each) for each in model_pictures(model, given.path, pictures.pixels, given.image)]
-    )
+    made = model_pictures(given.path, pictures.pixels, square(given.image), usual_size(model.config))
+    return torch.stack([feature(model, each) for each in made])
 
 
 def _observer(classify: Classifier) -> Callable[[Any, Given], list[tuple[int, int]]]:
