@@ -1,6 +1,7 @@
 """Outputs beside each other, the page of it, and the numbers of lm-eval."""
 
 import json
+import re
 import sys
 import types
 import xml.etree.ElementTree
@@ -14,7 +15,7 @@ from compiler.compare import compare, comparison_text, read_output
 from compiler.errors import CheckpointError, DataError, UsageError
 from compiler.evaluate.estimates import estimate, ratio
 from compiler.evaluate.harness import harness
-from compiler.report.pareto import pareto_page, pareto_picture
+from compiler.report.pareto import BROAD, LEFT, LETTER, LINE, NARROW, pareto_page, pareto_picture
 from tests.small import write_model
 
 
@@ -60,13 +61,44 @@ def test_what_is_noise_and_what_is_best_for_its_size(outputs):
 
 def test_the_picture_has_a_point_and_an_interval_for_each(outputs):
     found = compare([read_output(path) for path in outputs], cost="flops")
-    picture = xml.etree.ElementTree.fromstring(pareto_picture(found))
+    picture = xml.etree.ElementTree.fromstring(pareto_picture(found, BROAD))
     points = {circle.get("class") for circle in picture.iter("circle")}
     assert len(list(picture.iter("circle"))) == 4 and points == {"before", "after"}
     whiskers = [line for line in picture.iter("line") if line.get("class") == "whisker"]
     assert all(float(line.get("y2")) < float(line.get("y1")) for line in whiskers) and len(whiskers) == 4
     page = pareto_page(found)
     assert page.startswith("<!doctype html>") and "http" not in page and "middle less large" in page
+
+
+@pytest.mark.parametrize("width", [NARROW, BROAD])
+def test_names_lie_within_the_picture_and_on_no_other_name(width, tmp_path):
+    losses = np.random.default_rng(0).normal(3, 0.5, 20)
+    places = {"one": (10, 0.0), "another": (10, 0.0), "a-third": (10, 0.001), "n" * 200: (1, 0.3), "far": (90, 0.1)}
+    paths = [write_output(tmp_path, name, size, losses + more) for name, (size, more) in places.items()]
+    picture = xml.etree.ElementTree.fromstring(pareto_picture(compare([read_output(path) for path in paths]), width))
+    assert int(picture.get("width")) == width
+    texts = [text for text in picture.iter("text") if text.get("class") == "name"]
+    boxes = [(float(text.get("x")), float(text.get("y")), LETTER * len(text.text)) for text in texts]
+    assert len(boxes) == 5
+    assert all(left >= LEFT and left + length <= width + 1 for left, _, length in boxes)
+    for index, (left, line, length) in enumerate(boxes):
+        for start, other, wide in boxes[:index]:
+            assert abs(line - other) >= LINE - 0.1 or left >= start + wide - 0.1 or start >= left + length - 0.1
+
+
+def test_nothing_is_wider_than_a_telephone(outputs):
+    """The narrow picture fits beside the margins of a screen of 360 pixels."""
+    page = pareto_page(compare([read_output(path) for path in outputs]))
+    assert wide_parts(page) == []
+    assert NARROW + 2 * 0.9 * 16 <= 360
+    assert set(re.findall(r'data-name="([^"]*)"', page)) >= {"bytes of weights", "perplexity"}
+
+
+def wide_parts(page: str) -> list[str]:
+    """What of a page may be wider than a screen and lies outside of the boxes that scroll by themselves."""
+    body, boxes = re.subn(r'<div class="wide[^"]*">.*?</div>', "", page[page.index("<body>") :], flags=re.DOTALL)
+    assert boxes
+    return re.findall(r"<table|<svg|<img|nowrap|width[:=][^;>]*px", body)
 
 
 def test_names_are_escaped_in_the_page(tmp_path):
@@ -149,7 +181,7 @@ def test_the_command_writes_a_page_and_overwrites_none(outputs, tmp_path, capsys
     arguments = ["compare", *map(str, outputs), "--html", str(tmp_path / "page.html")]
     assert cli.main(arguments) == 0
     assert "best for their bytes of weights" in capsys.readouterr().out
-    assert (tmp_path / "page.html").read_text().count("<circle") == 4
+    assert (tmp_path / "page.html").read_text().count("<circle") == 2 * 4
     assert cli.main(arguments) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert cli.main(["compare", str(outputs[0])]) == 1

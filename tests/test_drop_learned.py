@@ -98,7 +98,7 @@ def jobs(monkeypatch):
 
     def distil(job, *_):
         found.append(job)
-        return {param: param.expr for param in job.params}, 0, 0.0
+        return {param: param.expr for param in job.params}, 0
 
     monkeypatch.setattr(passes.drop_tokens.learn, "distil", distil)
     return found

@@ -22,6 +22,7 @@ from compiler.report.picture import layer_picture
 from compiler.report.quality import spelt_estimate
 from compiler.report.text import comparison, summary
 from tests.small import write_folder, write_model, write_recipe
+from tests.test_compare import wide_parts
 
 PASSES = "[gqa-to-mla, quantize: {bits: 4, group: 16, where: [linear, norm], skip: [lm_head]}]"
 EVALUATE = "evaluate: {data: text.txt, samples: 2, length: 16, metrics: [perplexity, kl]}\n"
@@ -186,6 +187,10 @@ def test_page_is_whole_and_needs_no_network(folder):
     assert "http" not in text and "url(" not in text and "@import" not in text
     assert {"svg", "table", "details"} <= set(tags.seen)
     assert "color-scheme: light dark" in text
+
+
+def test_nothing_is_wider_than_a_telephone(folder):
+    assert wide_parts(read(folder, "compress/report.html")) == []
 
 
 def test_page_shows_what_was_skipped(folder, document):

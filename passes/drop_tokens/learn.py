@@ -75,13 +75,13 @@ class Learning:
         key = key_of(gates, "gates", options)
         soft = [self.soft.params[param.name] for param in gates]
         job = Job(self.soft, self.whole, ctx, soft, windows, RATE, options.seed, key, means)
-        exprs, seen, seconds = distil(job, 0, options.learn)
+        exprs, seen = distil(job, 0, options.learn)
         untrained = _exchanged(gates, {param.name: expr for param, expr in exprs.items()})
         after = fidelity.distance(graph)
         ctx.tried("by attention alone", before, after >= before)
         ctx.tried("by trained gates", after, after < before)
         if after < before:
-            ctx.rewrote("", f"{len(gates) // 2} gates trained", tokens=seen, seconds=seconds)
+            ctx.rewrote("", f"{len(gates) // 2} gates trained", tokens=seen)
             return
         _exchanged(gates, untrained)
         remove_gates(graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,6 @@ class Fit:
     before: float
     after: float
     seen: int
-    seconds: float
 
 
 def heal_layers(job: Job, budget: int) -> None:
@@ -105,7 +103,6 @@ def _loss(theirs: Stage, ours: Stage) -> Loss:
 
 
 def _fit(job: Job, params: Sequence[Param], loss: Loss, train: Sequence[Batch], budget: int) -> Fit:
-    started = time.perf_counter()
     trained = [Trained.of(job.ctx.read(p), 0, torch.Generator(), kept_of(job.ctx, p)) for p in params]
     steps = max(1, round(budget / tokens(train[0])))
     adam = Adam(trained, job.rate, steps)
@@ -119,7 +116,7 @@ def _fit(job: Job, params: Sequence[Param], loss: Loss, train: Sequence[Batch], 
     after = _held_out(job, loss, len(train), params, trained)
     better = after < before
     weights = {p.name: w.stored(p.storage) for p, w in zip(params, trained, strict=True)} if better else {}
-    return Fit(weights, before, after, sum(tokens(train[index]) for index in turns), time.perf_counter() - started)
+    return Fit(weights, before, after, sum(tokens(train[index]) for index in turns))
 
 
 def _held_out(job: Job, loss: Loss, first: int, params: Sequence[Param], trained: Sequence[Trained]) -> float:
@@ -132,14 +129,14 @@ def _held_out(job: Job, loss: Loss, first: int, params: Sequence[Param], trained
 
 
 def _bundle(fit: Fit) -> dict[str, Tensor]:
-    numbers = torch.tensor([fit.before, fit.after, fit.seen, fit.seconds], dtype=torch.float64)
+    numbers = torch.tensor([fit.before, fit.after, fit.seen], dtype=torch.float64)
     return {"numbers": numbers, **{f"weight.{name}": tensor for name, tensor in fit.weights.items()}}
 
 
 def _unbundled(kept: Mapping[str, Tensor]) -> Fit:
-    before, after, seen, seconds = kept["numbers"].tolist()
+    before, after, seen = kept["numbers"].tolist()
     weights = {name.removeprefix("weight."): tensor for name, tensor in kept.items() if name != "numbers"}
-    return Fit(weights, before, after, int(seen), seconds)
+    return Fit(weights, before, after, int(seen))
 
 
 def _report(job: Job, scope: str, fit: Fit) -> None:
@@ -150,7 +147,6 @@ def _report(job: Job, scope: str, fit: Fit) -> None:
         scope,
         "fitted to the original layer's outputs",
         tokens=fit.seen,
-        seconds=fit.seconds,
         loss_before=fit.before,
         loss_after=fit.after,
     )

@@ -12,7 +12,6 @@ from compiler.calibration.distil.whole import distil
 from compiler.calibration.distil.windows import divide
 from compiler.calibration.fidelity import Fidelity
 from compiler.errors import PassError
-from compiler.instrument import peak_rss
 from compiler.ir.graph import Graph, Param
 from compiler.pipeline import Context
 from passes.heal.layers import heal_layers
@@ -56,8 +55,8 @@ def heal(
 
 
 def _end_to_end(job: Job, options: Heal) -> None:
-    exprs, seen, seconds = distil(job, options.adapters, options.tokens)
+    exprs, seen = distil(job, options.adapters, options.tokens)
     for param, expr in exprs.items():
         param.expr = expr
     what = f"{len(exprs)} weights distilled through adapters of rank {options.adapters}"
-    job.ctx.rewrote("", what, tokens=seen, seconds=seconds, peak_bytes=peak_rss())
+    job.ctx.rewrote("", what, tokens=seen)

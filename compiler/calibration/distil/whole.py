@@ -24,8 +24,8 @@ SAVE_SECONDS = 60.0
 TOGETHER = 512  # tokens that go through the model at a time: logits over a vocabulary are large
 
 
-def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, float]:
-    """The weights after training adapters of ``rank`` on about ``budget`` tokens, the tokens seen, and the seconds.
+def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int]:
+    """The weights after training adapters of ``rank`` on about ``budget`` tokens, and the tokens seen.
 
     The weights of both models are in memory. What an interrupted run has trained is gone on from.
     """
@@ -35,20 +35,19 @@ def distil(job: Job, rank: int, budget: int) -> tuple[dict[Param, Expr], int, fl
     source = torch.Generator().manual_seed(job.seed)
     trained = [Trained.of(job.ctx.read(param), rank, source, kept_of(job.ctx, param)) for param in job.params]
     adam = Adam(trained, job.rate, steps)
-    seconds = _restore(job, adam)
+    _restore(job, adam)
     turns = order(len(train), steps * size, job.seed)
     pair = Pair(job.original, job.graph, job.params, means=job.means)
-    started = saved = time.perf_counter()
+    saved = time.perf_counter()
     while not adam.finished:
         turn = turns[adam.done * size : (adam.done + 1) * size]
         adam.step(pair.gradients(trained, [train[index] for index in turn]))
         if adam.finished or time.perf_counter() - saved > SAVE_SECONDS:
             saved = time.perf_counter()
-            _save(job, adam, seconds + saved - started)
-    seconds += saved - started
+            job.ctx.progress.save(_name(job), adam.state())
     values = zip(job.params, trained, strict=True)
     exprs = {p: keep(job.ctx, p, w.stored(p.storage)) for p, w in values}
-    return exprs, sum(tokens(train[index]) for index in turns), seconds
+    return exprs, sum(tokens(train[index]) for index in turns)
 
 
 class Valued(Protocol):
@@ -106,17 +105,11 @@ def _backward(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], count: 
             (relative_error(*pair) / count).backward(retain_graph=len(found) > 1)
 
 
-def _save(job: Job, adam: Adam, seconds: float) -> None:
-    job.ctx.progress.save(_name(job), {**adam.state(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
-
-
-def _restore(job: Job, adam: Adam) -> float:
-    """Go on from what was saved, if anything was. Returns the seconds that it took."""
+def _restore(job: Job, adam: Adam) -> None:
+    """Go on from what was saved, if anything was."""
     state = job.ctx.progress.load(_name(job))
-    if state is None:
-        return 0.0
-    adam.restore(state)
-    return float(state["seconds"])
+    if state is not None:
+        adam.restore(state)
 
 
 def _name(job: Job) -> str:
