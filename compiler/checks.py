@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from compiler.datafiles import check_kind
+from compiler.datafiles import check_kind, taken
 from compiler.errors import CheckpointError, DataError, RecipeError
 from compiler.ir.graph import Graph
 from compiler.recipe import Recipe
@@ -30,7 +30,7 @@ def check_data(recipe: Recipe, graph: Graph) -> None:
     for name, section in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if section is not None:
             with pointing(recipe, name, "data"):
-                check_kind(graph.inputs, section.data, model)
+                check_kind(taken(graph.inputs), section.data, model)
     wanted, architecture, config = recipe.evaluate, graph.origin.architecture, graph.origin.config
     if wanted is not None and architecture is not None and config is not None:
         from compiler.evaluate.beforehand import check_metrics

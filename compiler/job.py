@@ -20,7 +20,6 @@ from torch import Tensor
 from backends.safetensors import Emission, emit
 from backends.safetensors.gptq import missing_packages
 from compiler.binaries import write_binaries
-from compiler.calibration.sweep import token_batches
 from compiler.checks import check_comparable, check_has_weights, pointing
 from compiler.console import Console
 from compiler.errors import CheckpointError, DataError, OutputError
@@ -28,7 +27,6 @@ from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing
 from compiler.ir.graph import Graph
-from compiler.ir.positions import longest
 from compiler.means import Means, memory_to_use, open_means
 from compiler.output import OutputDirectory
 from compiler.pipeline import Observer, Pipeline, Report, no_calibration
@@ -85,37 +83,31 @@ class _Run:
         return self.batches
 
     def _batches(self, graph: Graph, wanted: Calibration) -> Sequence[Mapping[str, Tensor]]:
-        from compiler.evaluate.data import data_windows, pictures
-        from compiler.evaluate.loading import load_model, load_tokenizer
+        from compiler.evaluate.data import data_windows, graph_calls
+        from compiler.evaluate.loading import load_model
 
         path, trusted = self.recipe.model, self.trust_remote_code
         data = TextData(wanted.data, wanted.samples, wanted.length, wanted.seed)
-        if list(graph.inputs) == ["pixel_values"]:
-            *_, height, width = graph.inputs["pixel_values"].shape
-            size = (int(height), int(width))
-            return [{"pixel_values": each} for each in pictures(path, data, "train", size, size)]
-        if len(graph.inputs) == 1:
-            tokenizer = load_tokenizer(path, trust_remote_code=trusted)
-            batches = token_batches(graph, data.windows(tokenizer))
-            _check_length(graph, batches[0])
-            return self._with_own_text(graph, wanted, batches, tokenizer) if wanted.written else batches
-        if wanted.written:
-            raise DataError("an encoder-decoder writes all its decoder's inputs itself", remedy="leave `written` out")
+        if wanted.written and list(graph.inputs) != ["input_ids"]:
+            raise DataError("samples are written by models that continue texts", remedy="leave `written` out")
+        if "decoder_input_ids" not in graph.inputs:
+            batches = graph_calls(graph, path, data, trust_remote_code=trusted)
+            return self._with_own_text(wanted, batches) if wanted.written else batches
         with self.step("write decoder inputs"):
             windows = data_windows(load_model(path, trust_remote_code=trusted), path, data, trust_remote_code=trusted)
         return [{name: window.arguments[name] for name in graph.inputs} for window in windows]
 
-    def _with_own_text(
-        self, graph: Graph, wanted: Calibration, batches: list[dict[str, Tensor]], tokenizer: Any
-    ) -> list[dict[str, Tensor]]:
+    def _with_own_text(self, wanted: Calibration, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """``batches`` and samples that the model writes itself, mixed: who takes a part of them takes some of both."""
-        from compiler.evaluate.loading import load_model
+        from compiler.evaluate.loading import load_model, load_tokenizer
         from compiler.evaluate.own_text import own_text
 
+        path, trusted = self.recipe.model, self.trust_remote_code
         with self.step("write calibration samples"):
-            model = load_model(self.recipe.model, trust_remote_code=self.trust_remote_code)
+            model = load_model(path, trust_remote_code=trusted)
+            tokenizer = load_tokenizer(path, trust_remote_code=trusted)
             own = own_text(model, tokenizer, wanted.written, wanted.length, wanted.seed)
-        mixed = [*batches, *token_batches(graph, own)]
+        mixed = [*batches, *({"input_ids": each} for each in own.split(1))]
         random.Random(wanted.seed).shuffle(mixed)
         return mixed
 
@@ -125,14 +117,6 @@ class _Run:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
-
-
-def _check_length(graph: Graph, batch: Mapping[str, Tensor]) -> None:
-    ((name, ids),) = batch.items()
-    length, limit = ids.shape[1], longest(graph, name, ids)
-    if length > limit:
-        cause = f"windows of {length} tokens are longer than the {limit} that the model has positions for"
-        raise DataError(cause, remedy=f"`length` can be {limit} at most", option="length")
 
 
 def compress(

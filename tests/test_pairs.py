@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from compiler.datafiles import check_kind, fingerprint, recordings
+from compiler.datafiles import check_kind, fingerprint, recordings, taken
 from compiler.errors import DataError
 from compiler.evaluate import evaluate_model
 from compiler.evaluate.data import data_windows
@@ -128,15 +128,15 @@ def test_features_of_another_shape_than_the_model_hears_are_refused(whisper, tmp
 def test_data_of_the_wrong_kind_is_refused(whisper, tmp_path):
     _, speech = whisper
     text = write_text(tmp_path)
-    check_kind(["input_features", "decoder_input_ids"], speech, "Whisper")
-    check_kind(["input_ids", "decoder_input_ids"], text, "T5")
+    check_kind(taken(["input_features", "decoder_input_ids"]), speech, "Whisper")
+    check_kind(taken(["input_ids", "decoder_input_ids"]), text, "T5")
     for inputs, data, said in (
         (["input_ids"], speech, "a Model takes no speech, which `speech` is"),
         (["input_features"], text, "a Model takes no text, which `text.txt` is"),
         (["pixel_values"], text, "a Model takes no text"),
     ):
         with pytest.raises(DataError, match=said):
-            check_kind(inputs, data, "Model")
+            check_kind(taken(inputs), data, "Model")
 
 
 def test_a_directory_of_recordings_has_a_fingerprint_of_names_and_bytes(tmp_path):

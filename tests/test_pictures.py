@@ -15,7 +15,7 @@ from backends.onnx import OnnxEmission
 from backends.onnx import propose as propose_onnx
 from backends.safetensors import emit, require
 from compiler.cli import main
-from compiler.datafiles import check_kind, fingerprint, image_files, kind_of
+from compiler.datafiles import check_kind, fingerprint, image_files, kind_of, taken
 from compiler.errors import CaptureError, DataError
 from compiler.evaluate import evaluate_model
 from compiler.evaluate.images import MEAN, SPREAD
@@ -168,13 +168,13 @@ def folder(tmp_path):
 
 
 def test_image_files_are_pictures(folder):
-    assert kind_of(folder, "pixel_values") == "pictures" and [path.name for path in image_files(folder)][-1] == "5.webp"
+    assert kind_of(folder, "pictures") == "pictures" and [path.name for path in image_files(folder)][-1] == "5.webp"
     before = fingerprint(folder)
     (folder / "1.jpg").unlink()
     assert fingerprint(folder) != before
-    check_kind(["pixel_values"], folder, "ViT")
+    check_kind(taken(["pixel_values"]), folder, "ViT")
     with pytest.raises(DataError, match="takes no pictures"):
-        check_kind(["input_ids"], folder, "Llama")
+        check_kind(taken(["input_ids"]), folder, "Llama")
 
 
 def test_pictures_without_a_preprocessor(folder, tmp_path):
@@ -243,11 +243,11 @@ def test_what_a_file_is_called_does_not_decide_how_it_is_read(tmp_path):
 def test_a_directory_of_several_kinds_is_what_the_model_takes(folder):
     before = fingerprint(folder)
     (folder / "speech.wav").write_bytes(b"RIFF")
-    assert kind_of(folder, "input_features") == "speech" and kind_of(folder, "pixel_values") == "pictures"
+    assert kind_of(folder, "speech") == "speech" and kind_of(folder, "pictures") == "pictures"
     with_sound = fingerprint(folder)
     (folder / "1.jpg").write_bytes(b"other")
     assert len({before, with_sound, fingerprint(folder)}) == 3
-    check_kind(["input_features"], folder, "Whisper")
+    check_kind(taken(["input_features"]), folder, "Whisper")
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):

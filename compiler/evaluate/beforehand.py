@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compiler.datafiles import kind_of
+from compiler.datafiles import kind_of, taken
 from compiler.evaluate.data import check_windows
 from compiler.evaluate.inputs import is_causal, is_paired
 from compiler.evaluate.metrics import METRICS, Situation, choose
 from compiler.evaluate.texts import TextData
+from compiler.frontend.sizes import input_names
 
 
 def situation_of(model: Any, *, compared: bool, data: Path | None, items: bool) -> Situation:
     """What decides which metrics fit ``model``, of which no weight is read."""
+    takes = taken(input_names(model))
     return Situation(
         model=type(model).__name__,
-        takes=model.main_input_name,
+        takes=takes,
         causal=is_causal(model),
         paired=is_paired(model),
         generates=model.can_generate(),
         compared=compared,
-        data="" if data is None else kind_of(data, model.main_input_name),
+        data="" if data is None else kind_of(data, takes),
         items=items,
     )
 

@@ -6,9 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from compiler.datafiles import check_kind, has_labelled
+from compiler.calibration.sweep import token_batches
+from compiler.datafiles import CAPTIONED, check_kind, has_labelled, taken
+from compiler.errors import DataError
+from compiler.evaluate.captions import captioned_calls
 from compiler.evaluate.images import Size, model_pictures, read_pictures, square, usual_size
 from compiler.evaluate.inputs import Window, is_paired, text_windows
 from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
@@ -16,6 +20,9 @@ from compiler.evaluate.pairs import written_window
 from compiler.evaluate.photographs import photographs
 from compiler.evaluate.speech import speech_features
 from compiler.evaluate.texts import TextData
+from compiler.frontend.sizes import input_names
+from compiler.ir.graph import Graph
+from compiler.ir.positions import longest
 
 
 def data_windows(
@@ -33,14 +40,47 @@ def data_windows(
 
     Raises DataError when the model takes other data, or the data is unfit.
     """
-    check_kind([model.main_input_name], data.data, type(model).__name__)
-    if model.main_input_name == "pixel_values":
+    takes = taken(input_names(model))
+    check_kind(takes, data.data, type(model).__name__)
+    if takes == "pictures":
         found = pictures(path, data, "t10k", square(image), usual_size(model.config))
         return [Window({"pixel_values": each}) for each in found]
-    if not is_paired(model):
-        return text_windows(model, tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code), data)
-    with quiet():
-        return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
+    if is_paired(model):
+        with quiet():
+            return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
+    tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if takes == CAPTIONED:
+        usual, limit = usual_size(model.config), model.config.text_config.max_position_embeddings
+        return [Window(each) for each in captioned_calls(path, data, tokenizer, square(image), usual, limit)]
+    return text_windows(model, tokenizer, data)
+
+
+def graph_calls(
+    graph: Graph, path: str | Path, data: TextData, *, trust_remote_code: bool = False
+) -> list[dict[str, Tensor]]:
+    """``data`` as calls of ``graph``, captured from the model in ``path``, which takes a text, pictures or both.
+
+    Raises DataError when ``graph`` takes anything else, or the data is unfit.
+    """
+    takes = taken(graph.inputs)
+    if takes == "text":
+        batches = token_batches(graph, data.windows(load_tokenizer(path, trust_remote_code=trust_remote_code)))
+        _check_length(graph, batches[0]["input_ids"])
+        return batches
+    *_, height, width = graph.inputs["pixel_values"].shape
+    size = (int(height), int(width))
+    if takes == CAPTIONED:
+        limit = longest(graph, "input_ids", torch.ones(1, data.length, dtype=torch.int64))
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        return captioned_calls(path, data, tokenizer, size, size, limit)
+    return [{"pixel_values": each} for each in pictures(path, data, "train", size, size)]
+
+
+def _check_length(graph: Graph, ids: Tensor) -> None:
+    length, limit = ids.shape[1], longest(graph, "input_ids", ids)
+    if length > limit:
+        cause = f"windows of {length} tokens are longer than the {limit} that the model has positions for"
+        raise DataError(cause, remedy=f"`length` can be {limit} at most", option="length")
 
 
 def pictures(path: str | Path, data: TextData, part: str, size: Size | None, usual: Size) -> Iterable[Tensor]:
@@ -59,7 +99,7 @@ def check_windows(
 ) -> None:
     """Raises DataError when ``data`` is unfit for ``model``, of which no weight is read."""
     if is_paired(model):
-        check_kind([model.main_input_name], data.data, type(model).__name__)
+        check_kind(taken(input_names(model)), data.data, type(model).__name__)
         _given(model, path, data, trust_remote_code)
     else:
         data_windows(model, path, data, image=image, trust_remote_code=trust_remote_code)

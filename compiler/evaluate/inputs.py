@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiler.errors import DataError, first_line, out_of_memory
 from compiler.evaluate.texts import TextData
-from compiler.frontend.sizes import feature_shape, image_shape
+from compiler.frontend.sizes import feature_shape, image_shape, input_names
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _token_arguments(model: Any, ids: Tensor, source: torch.Generator) -> dict[s
     arguments = {"input_ids": ids[None]}
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = ids[None]
-    if hasattr(model.config, "vision_config") and not model.can_generate():
+    if "pixel_values" in input_names(model):
         arguments["pixel_values"] = _random_image(model.config, source)
     return arguments
 

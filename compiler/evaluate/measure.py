@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compiler.datafiles import TAKES, checked_data, fingerprint
+from compiler.datafiles import checked_data, fingerprint
 from compiler.errors import DataError
 from compiler.evaluate.beforehand import situation_of
 from compiler.evaluate.data import data_windows
@@ -201,7 +201,7 @@ def _inputs(
     """What was measured on: two evaluations are alike where these are equal."""
     samples, length, seed = sizes
     data = fingerprint(text.data) if text else "random"
-    kind = situation.data or TAKES.get(situation.takes, "text")
+    kind = situation.data or situation.takes
     asked = {"items": None if items is None else fingerprint(items), "image": image}
     given = {name: value for name, value in asked.items() if value is not None}
     return {"data": data, "kind": kind, **given, "samples": samples, "length": length, "seed": seed}

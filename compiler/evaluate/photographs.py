@@ -23,9 +23,7 @@ MOST_PIXELS = 64 * 2**20
 """A file that claims to be larger is refused before it is unpacked."""
 
 
-def photographs(
-    model: str | Path, data: Path, samples: int, seed: int, size: Size | None, usual: Size
-) -> list[Tensor]:
+def photographs(model: str | Path, data: Path, samples: int, seed: int, size: Size | None, usual: Size) -> list[Tensor]:
     """``samples`` of the pictures below ``data``, those that ``seed`` picks, each float32 [1, 3, height, width].
 
     They are made as ``preprocessor_config.json`` beside ``model`` says. Without it the shorter side is resized to

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compiler.errors import CaptureError
-from compiler.frontend.sizes import feature_shape, image_shape
+from compiler.frontend.sizes import feature_shape, image_shape, input_names
 
 _BATCH, _TOKENS, _DECODER_TOKENS = 2, 8, 6
 
@@ -23,9 +23,7 @@ def default_inputs(module: nn.Module, image: int | None) -> dict[str, Tensor]:
     config = getattr(module, "config", None)
     if not isinstance(main, str) or config is None:
         raise CaptureError("a module that is no transformers model needs example inputs", remedy="pass inputs=")
-    inputs = {main: _example(main, config, image)}
-    if main == "input_ids" and hasattr(config, "vision_config") and not cast(Any, module).can_generate():
-        inputs["pixel_values"] = _example("pixel_values", config, image)
+    inputs = {name: _example(name, config, image) for name in input_names(module)}
     if image is not None and "pixel_values" not in inputs:
         raise CaptureError(f"a {type(module).__name__} takes no pictures", remedy="leave out the size of pictures")
     takes_decoder_ids = "decoder_input_ids" in inspect.signature(module.forward).parameters

@@ -1,4 +1,4 @@
-"""Sizes of inputs that a model's config says."""
+"""What a model takes, and of which sizes, by its class and config."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     size = getattr(vision, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(vision, "num_channels", 3), height, width
+
+
+def input_names(model: Any) -> list[str]:
+    """The main input of a model of transformers, and pictures beside it where it compares these with texts (CLIP).
+
+    A model that generates text from pictures takes texts alone as well.
+    """
+    main: str = model.main_input_name
+    both = main == "input_ids" and hasattr(model.config, "vision_config") and not model.can_generate()
+    return [main, "pixel_values"] if both else [main]
 
 
 def feature_shape(config: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compiler.console import human_bytes, human_count, table
+from compiler.datafiles import CAPTIONED
 from compiler.recipe.schema import spell_value
 from compiler.report.quality import Row, measured_rows
 
@@ -146,7 +147,7 @@ def items(inputs: Mapping[str, Any]) -> str:
     """How much was measured on: pictures, clips, or windows of tokens."""
     if "items" in inputs and inputs["data"] == "random":
         return "the items"
-    what = {"pictures": "pictures", "speech": "clips"}.get(inputs.get("kind", "text"))
+    what = {"pictures": "pictures", CAPTIONED: CAPTIONED, "speech": "clips"}.get(inputs.get("kind", "text"))
     return f"{inputs['samples']} {what}" if what else f"{inputs['samples']} windows of {inputs['length']} tokens"
 
 

@@ -55,8 +55,8 @@ MODELS = {
 class Situation:
     """What decides which metrics fit: the class of the model, for messages, what it takes and gives, and the data.
 
-    ``takes`` is the name of its main input, ``data`` the kind of the data ("" without), ``items`` whether there are
-    any; the model is ``compared`` with a reference.
+    ``takes`` and ``data`` are kinds of data, what it takes and what it is given ("": nothing), ``items`` whether there
+    are any; the model is ``compared`` with a reference.
     """
 
     model: str
@@ -105,9 +105,9 @@ def _fits(metric: Metric | Task, found: Situation) -> bool:
     takes = {
         "causal": found.causal and ready,
         "tokens": (found.causal or found.paired) and bool(found.data),
-        "encoder": found.takes == "input_ids" and not found.generates and ready,
-        "images": found.takes == "pixel_values" and found.data == "pictures",
-        "speech": found.takes == "input_features" and (found.data == "speech" or found.items),
+        "encoder": found.takes == "text" and not found.generates and ready,
+        "images": found.takes == "pictures" and found.data == "pictures",
+        "speech": found.takes == "speech" and (found.data == "speech" or found.items),
     }
     return takes.get(metric.of, True)
 
