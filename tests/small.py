@@ -19,10 +19,12 @@ def write_model(directory: Path, seed: int = 0, layers: int = 2, **changes: obje
     return directory
 
 
-def write_recipe(directory: Path, passes: str = "[]", rest: str = "", name: str = "recipe.yaml") -> Path:
-    """A recipe beside the model ``tiny`` in ``directory``."""
+def write_recipe(
+    directory: Path, passes: str = "[]", rest: str = "", name: str = "recipe.yaml", model: str = "tiny"
+) -> Path:
+    """A recipe for ``model``, beside it in ``directory``."""
     path = directory / name
-    path.write_text(f"model: tiny\npasses: {passes}\n{rest}", encoding="utf-8")
+    path.write_text(f"model: {model}\npasses: {passes}\n{rest}", encoding="utf-8")
     return path
 
 

@@ -193,6 +193,17 @@ def test_a_model_is_not_filled_up_with_chance(tmp_path):
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_maps_whose_modules_are_transposed_are_turned_around(version, tmp_path):
     """GPT-2 has [in, out]; GPTQModel packs it as any map, [out, in]: also the square ones, which would fit unturned."""
+    path, model = transposed(tmp_path, version)
+    ids = torch.arange(24).reshape(1, -1) % 64
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        found = load_model(path)(input_ids=ids).logits, run(capture(path), {"input_ids": ids})["logits"].float()
+    for logits in found:
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def transposed(directory, version):
+    """A GPT-2 checkpoint in the layout of GPTQ in ``directory``, and the model that its numbers stand for."""
     model = FAMILIES["gpt2"].build(0, n_embd=32, n_inner=64, n_head=2, vocab_size=64).half().eval()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     for name, module in model.named_modules():
@@ -203,13 +214,8 @@ def test_maps_whose_modules_are_transposed_are_turned_around(version, tmp_path):
             tensors |= {key.replace("m.", f"{name}.", 1): part for key, part in parts.items()}
             del tensors[f"{name}.weight"]
             module.weight.data = dense.T.contiguous()
-    path = make_directory(tmp_path, [tensors], model.config.to_dict() | {"quantization_config": gptq(4, version)})
-    ids = torch.arange(24).reshape(1, -1) % 64
-    with torch.no_grad():
-        wanted = model.float()(input_ids=ids).logits
-        found = load_model(path)(input_ids=ids).logits, run(capture(path), {"input_ids": ids})["logits"].float()
-    for logits in found:
-        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-4)
+    config = model.config.to_dict() | {"quantization_config": gptq(4, version)}
+    return make_directory(directory, [tensors], config), model.float()
 
 
 def rounded(weight: torch.Tensor):

@@ -20,7 +20,17 @@ from tests.torture.subjects import write_subjects
 
 SEED, EACH = 0, 12
 QUICK = (
-    *("safetensors header", "safetensors file", "index", "shard", "recipe", "GGUF", "tokenizer.json", "latencies"),
+    *(
+        "safetensors header",
+        "safetensors file",
+        "index",
+        "shard",
+        "GPTQ file",
+        "recipe",
+        "GGUF",
+        "tokenizer.json",
+        "latencies",
+    ),
     *("report, compared", "report, finished", "lock file", "idx pictures", "idx labels", "picture .png", "questions"),
 )
 

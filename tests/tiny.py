@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerFast
 TEXT = "".join(f"{n} bottles of beer stand on the wall, and {n * n} crows are watching them. " for n in range(200))
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens, one a byte."""
+def byte_tokenizer(words: bool = False) -> PreTrainedTokenizerFast:
+    """256 tokens, one a byte; of whole texts, or of ``words`` as GPT-2 splits them, which GGUF files can say."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -57,7 +57,7 @@ def _run(campaign: str, options: argparse.Namespace, folder: Path, tally: Tally)
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="where all chance comes from")
-    parser.add_argument("--kills", type=int, default=210, help="runs that are killed (210)")
+    parser.add_argument("--kills", type=int, default=240, help="runs that are killed (240)")
     parser.add_argument("--mutations", type=int, default=2400, help="damaged inputs (2400)")
     parser.add_argument("--fuzzed", type=int, default=20000, help="inputs of each kind that atheris makes (20000)")
     parser.add_argument("--of", action="append", metavar="WORD", help="damage only what has this in its name")

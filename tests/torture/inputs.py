@@ -21,7 +21,7 @@ from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.evaluate.speech import read_wave
 from compiler.evaluate.texts import TextData
 from compiler.frontend.capture import capture
-from compiler.ir.execute import run
+from compiler.ir.execute import read_param, run
 from compiler.latency.table import Table
 from compiler.plan import make_plan
 from compiler.recipe import Recipe
@@ -29,6 +29,7 @@ from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.evaluate import evaluate
 from compiler.weights.tokens import keep_tokens, tokens_of
 from tests.test_gguf import bound, make_file
+from tests.test_packed_sources import transposed
 from tests.torture import more
 from tests.torture.mutate import damage_bytes, damage_json, damage_text
 from tests.torture.outcomes import Outcome, Tally, judged
@@ -87,12 +88,16 @@ def make_victims(work: Path) -> list[Victim]:
     gguf.parent.mkdir()
     make_file(gguf)
     wave = write_wave(work / "speech" / "hello.wav")
+    packed, _ = transposed(work / "packed", "gptq")
     return [
         Victim("safetensors header", 8, weights, _damage_header, lambda: _as_safetensors(model)),
         Victim("safetensors file", 4, weights, damage_bytes, lambda: _as_safetensors(model)),
         Victim("index", 4, sharded / "model.safetensors.index.json", _json, lambda: _as_safetensors(sharded)),
         Victim("shard", 3, sharded / SHARDS[1], damage_bytes, lambda: _as_safetensors(sharded)),
         Victim("config", 3, model / "config.json", _json, lambda: _as_transformers(model)),
+        Victim("GPTQ header", 3, packed / "model.safetensors", _damage_header, lambda: _as_captured(packed)),
+        Victim("GPTQ file", 3, packed / "model.safetensors", damage_bytes, lambda: _as_captured(packed)),
+        Victim("GPTQ config", 3, packed / "config.json", _json, lambda: _as_captured(packed)),
         Victim("recipe", 6, recipes["quantize"], _text, lambda: _planned(recipes["quantize"])),
         Victim("GGUF", 6, gguf, _damage_front, lambda: _as_declared(gguf)),
         Victim("tokenizer.json", 3, model / "tokenizer.json", _json, lambda: _tokenized(model, work)),
@@ -184,6 +189,14 @@ def _as_transformers(model: Path) -> str:
         return ""
     distance = (ours - theirs).abs().max().item() / (theirs.abs().max().item() or 1.0)
     return f"the graph differs from transformers by {distance:.3g}" if not distance < 1e-3 else ""
+
+
+def _as_captured(model: Path) -> str:
+    """Every weight of the graph can be read, in the shape that the graph says."""
+    graph = capture(model)
+    shapes = {name: tuple(read_param(graph, param).shape) for name, param in graph.params.items()}
+    wrong = [name for name, shape in shapes.items() if shape != graph.params[name].type.shape]
+    return f"{wrong} have other shapes" if wrong else ""
 
 
 def _planned(recipe: Path) -> str:

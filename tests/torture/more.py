@@ -24,10 +24,10 @@ from compiler.job import compress
 from compiler.recipe import Recipe
 from tests.small import write_recipe
 from tests.torture.outcomes import SECONDS
+from tests.torture.subjects import EVALUATION
 
 COUNT = 4
 QUESTIONS = [{"question": f"What is {n} and {n}?", "choices": ["0", str(2 * n)], "answer": 1} for n in range(1, 7)]
-EVALUATE = "evaluate: {data: text.txt, samples: 2, length: 16}\n"
 
 
 def write_outputs(work: Path) -> tuple[Path, Path]:
@@ -35,7 +35,7 @@ def write_outputs(work: Path) -> tuple[Path, Path]:
     made = []
     for name, bits, emit in (("onnx-out", 8, "emit: [safetensors, onnx]\n"), ("plain-out", 4, "")):
         passes = f"[quantize: {{bits: {bits}, group: 16}}]"
-        recipe = write_recipe(work, passes, EVALUATE + emit, name=f"{name}.yaml")
+        recipe = write_recipe(work, passes, EVALUATION + emit, name=f"{name}.yaml")
         made.append(compress(Recipe.load(recipe), work / name).path)
     return made[0], made[1]
 
@@ -107,7 +107,7 @@ def seen(folder: Path) -> str:
 
 def looked_at(folder: Path) -> str:
     """Pictures as a model takes them, finite numbers."""
-    found = photographs(folder, folder, 4, 0, (16, 16))
+    found = photographs(folder, folder, 4, 0, (16, 16), (16, 16))
     return "" if all(bool(each.isfinite().all()) for each in found) else "a picture is not finite"
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from compiler.recipe import Recipe
 from tests.torture.command import finish, outcome_of, run, start
 from tests.torture.kills import KEY, resumed, undisturbed
 from tests.torture.mutate import damage_bytes
@@ -22,7 +23,7 @@ from tests.torture.outcomes import Outcome, Tally
 from tests.torture.subjects import contents
 
 CASES = {"file sizes": 30, "memory": 30, "read-only": 6, "two at once": 12, "clocks": 12, "links": 12, "work": 40}
-TRIED = ("quantize", "generated", "onnx")
+TRIED = ("quantize", "generated", "onnx", "gguf", "experts")
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)
 
 
@@ -103,7 +104,7 @@ def wrong_clocks(case: Case) -> Outcome:
     process.kill()
     process.join()
     moment = case.chance.choice((0, 1, 86_400, 2**31 - 1, 2**32, 4_102_444_800))
-    weights = case.recipe.parent / "tiny" / "model.safetensors"
+    weights = Path(Recipe.load(case.recipe).model) / "model.safetensors"
     before = weights.stat()
     os.utime(weights, (moment, moment))
     try:

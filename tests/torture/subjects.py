@@ -10,17 +10,29 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.small import write_folder, write_recipe
+from tests.tiny import byte_tokenizer
 
 CALIBRATION = "calibration: {data: text.txt, samples: 4, length: 32}\n"
+EVALUATION = "evaluate: {data: text.txt, samples: 2, length: 16}\n"
+MIXTURE, EXPERTS = "mixture", "experts"
 RECIPES = {
     "quantize": ("[quantize: {bits: 4, group: 16, method: gptq, skip: [lm_head]}]", CALIBRATION),
     "mla": ("[gqa-to-mla: {cache: 50%}]", CALIBRATION),
-    "low-rank": ("[low-rank: {keep: 70%}]", CALIBRATION),
+    "low-rank": ("[low-rank: {keep: 70%}, heal: {layer-tokens: 512, tokens: 512}]", CALIBRATION),
     "prune": ("[prune: {what: channels, keep: 50%, align: 16}]", CALIBRATION),
     "onnx": ("[quantize: {bits: 4, group: 32}]", "emit: [safetensors, onnx]\n"),
-    "generated": ("[quantize: {bits: 3, group: 16}]", "emit: [safetensors: {class: generated}]\n"),
+    "generated": (
+        "[quantize: {bits: 3, group: 16, symmetric: false, zeros: real}]",
+        "emit: [safetensors: {class: generated}]\n",
+    ),
+    "gguf": ("[quantize: {type: q4_0}]", EVALUATION + "emit: [gguf]\n"),
+    EXPERTS: (
+        "[quantize: {where: experts, bits: 2.5, group: 16, experts: apart, method: gptq}]",
+        CALIBRATION,
+    ),
 }
 VARYING = ("timings.json",)
 """Files that hold times, which no two runs share."""
@@ -28,9 +40,23 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def write_subjects(folder: Path) -> dict[str, Path]:
-    """The model, the text and all recipes in ``folder``; recipes by name."""
-    write_folder(folder)
-    return {name: write_recipe(folder, *parts, name=f"{name}.yaml") for name, parts in RECIPES.items()}
+    """The models, the text and all recipes in ``folder``; recipes by name."""
+    byte_tokenizer(words=True).save_pretrained(write_folder(folder) / "tiny")
+    _write_mixture(folder / MIXTURE)
+    models = {EXPERTS: MIXTURE}
+    return {
+        name: write_recipe(folder, *parts, name=f"{name}.yaml", model=models.get(name, "tiny"))
+        for name, parts in RECIPES.items()
+    }
+
+
+def _write_mixture(path: Path) -> None:
+    """A random model with four experts a layer, two of them for each token."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    options = {"vocab_size": 256, "num_hidden_layers": 2, "num_local_experts": 4, "max_position_embeddings": 256}
+    MixtralForCausalLM(MixtralConfig(**sizes, **options)).to(torch.bfloat16).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
