@@ -7,6 +7,7 @@ another weight.
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Sequence
@@ -58,6 +59,9 @@ def mutate_inputs(mutations: int, seed: int, tally: Tally, work: Path, words: Se
     shares = sum(victim.share for victim in victims)
     for victim in victims:
         sound = victim.file.read_bytes()
+        accepted = judged(victim.attempt)
+        if accepted.kind != "right":
+            tally.add(f"damaged: {victim.name}", "before any damage", Outcome("wrong", accepted.detail))
         for case in range(-(-mutations * victim.share // shares)):
             outcome = mutated(victim, sound, random.Random(f"{seed} {victim.name} {case}"))
             tally.add(f"damaged: {victim.name}", f"mutation {case} of seed {seed}", outcome)
@@ -65,13 +69,14 @@ def mutate_inputs(mutations: int, seed: int, tally: Tally, work: Path, words: Se
 
 
 def mutated(victim: Victim, sound: bytes, chance: random.Random) -> Outcome:
-    """One mutation of a victim, which is sound again afterwards."""
-    before = _listing(victim.file.parent.parent)
+    """One mutation of a victim, which is sound again afterwards, and of the same time: jobs know their inputs by it."""
+    before, times = _listing(victim.file.parent.parent), victim.file.stat()
     victim.file.write_bytes(victim.damage(sound, chance))
     try:
         outcome = judged(victim.attempt)
     finally:
         victim.file.write_bytes(sound)
+        os.utime(victim.file, ns=(times.st_atime_ns, times.st_mtime_ns))
     strays = _listing(victim.file.parent.parent) - before
     return Outcome("stray", ", ".join(sorted(strays))) if strays else outcome
 
