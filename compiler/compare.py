@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError, DataError, UsageError, nearest
+from compiler.errors import MISSHAPEN, CheckpointError, DataError, UsageError, nearest
 from compiler.evaluate.estimates import Change, Estimate, change
 from compiler.evaluate.measure import statistic_of
 from compiler.report.quality import higher_is_better, metric_title, spelt_estimate
@@ -90,7 +90,7 @@ def read_output(path: Path) -> Output:
         evaluation = document["evaluation"] or {"metrics": {}}
         _check_evaluation(evaluation)
         return Output(path.name, costs, {"against": original, **evaluation})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as reason:
+    except (OSError, *MISSHAPEN) as reason:
         raise CheckpointError(
             "is no output of compress-model: it has no report that can be read",
             where=str(file),

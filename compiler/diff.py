@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CheckpointError, CompressError
+from compiler.errors import MISSHAPEN, CheckpointError, CompressError
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import open_checkpoint
 from compiler.weights.tensorfile import parse_json, read_document, read_header, read_tensor
@@ -152,7 +152,7 @@ def _done(path: Path) -> dict[str, str]:
     passes = parse_json(read_document(file), file).get("passes", [])
     try:
         return {f"{step['name']} {one['scope']}": _told(one) for step in passes for one in step["rewritten"]}
-    except (ValueError, LookupError, TypeError, AttributeError) as reason:
+    except MISSHAPEN as reason:
         raise _unreadable(file, "it is no report of a run") from reason
 
 

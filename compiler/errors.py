@@ -12,6 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
+MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a document raises whose values are of other kinds than expected, too large for a float, or too deep."""
+
 
 @dataclass(frozen=True)
 class Span:

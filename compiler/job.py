@@ -22,7 +22,7 @@ from backends.safetensors.gptq import missing_packages
 from compiler.binaries import write_binaries
 from compiler.checks import check_comparable, check_has_weights, pointing
 from compiler.console import Console
-from compiler.errors import CheckpointError, DataError, OutputError
+from compiler.errors import MISSHAPEN, CheckpointError, DataError, OutputError
 from compiler.evaluate.parity import Verification, verify_by_reload, verify_gguf, verify_onnx
 from compiler.evaluate.texts import TextData
 from compiler.instrument import DumpGraphs, Narrate, Timing
@@ -161,7 +161,7 @@ def _finished(output: OutputDirectory) -> Result:
         summary(document, output.path)  # which reads all that is shown
     except OSError as reason:
         raise _spoilt(output, f"cannot read {Path(reason.filename).name}: {reason.strerror}") from reason
-    except (ValueError, LookupError, TypeError, AttributeError) as reason:
+    except MISSHAPEN as reason:
         raise _spoilt(output, "report.json cannot be read") from reason
     if changed:
         raise _spoilt(output, f"{changed[0]} has another size than it was written with")

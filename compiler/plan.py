@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.checks import check_data
 from compiler.console import human_bytes, human_count, table
-from compiler.errors import CaptureError, CheckpointError, CompressError, TargetError, UsageError, nearest
+from compiler.errors import MISSHAPEN, CaptureError, CheckpointError, CompressError, TargetError, UsageError, nearest
 from compiler.instrument import DumpGraphs
 from compiler.ir.graph import Graph, Param
 from compiler.ledger import Bytes, Ledger
@@ -217,7 +217,7 @@ def _from_config(file: Path, image: int | None) -> Graph:
 
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
+    except (OSError, *MISSHAPEN) as reason:
         raise CheckpointError(
             f"the config cannot be read: {reason}",
             where=str(file),

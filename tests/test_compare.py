@@ -94,6 +94,22 @@ def test_nothing_is_wider_than_a_telephone(outputs):
     assert set(re.findall(r'data-name="([^"]*)"', page)) >= {"bytes of weights", "perplexity"}
 
 
+def test_no_line_ends_within_a_number(tmp_path):
+    metrics = {"perplexity": {"value": 3.5e-07, "low": 3.2e-07, "high": 4e-07}}
+    paths = [write_output(tmp_path, name, 1000, np.ones(4), metrics=metrics) for name in ("one-e-2", "<two>")]
+    page = pareto_page(compare([read_output(path) for path in paths]))
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page, re.DOTALL)
+    kept = re.findall(r'<span class="unbroken">([^<]*)</span>', cells[-1])
+    assert kept == ["3.5e-07", "3.2e-07", "4e-07"]
+    assert "one-e-2" in cells and "&lt;two&gt;" in cells
+
+
+def test_numbers_beyond_floats_are_damage(tmp_path):
+    path = write_output(tmp_path, "one", 10**400, np.ones(4))
+    with pytest.raises(CheckpointError, match="no report that can be read"):
+        read_output(path)
+
+
 def wide_parts(page: str) -> list[str]:
     """What of a page may be wider than a screen and lies outside of the boxes that scroll by themselves."""
     body, boxes = re.subn(r'<div class="wide[^"]*">.*?</div>', "", page[page.index("<body>") :], flags=re.DOTALL)

@@ -198,6 +198,9 @@ def test_pictures_of_the_models_own_preprocessor(folder, tmp_path):
     with pytest.raises(DataError, match=r"16 x 16.*takes 32 x 32") as error:
         photographs(tmp_path / "model", folder, 1, 0, (32, 32), (32, 32))
     assert error.value.remedy == "write `inputs: {image: 16}` in the recipe"
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({**own, "image_std": [0.0] * 3}))
+    with pytest.raises(DataError, match="numbers that are not finite"):
+        photographs(tmp_path / "model", folder, 1, 0, (16, 16), (16, 16))
 
 
 def test_what_is_no_picture(folder, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compiler.datafiles import image_files
-from compiler.errors import DataError
+from compiler.errors import MISSHAPEN, DataError
 from compiler.evaluate.images import MEAN, SPREAD, Size
 from compiler.evaluate.loading import quiet
 
@@ -76,7 +76,7 @@ def _processor(model: str | Path) -> Any:
     try:
         with quiet():
             return transformers.AutoImageProcessor.from_pretrained(str(model), backend="pil")
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as reason:
+    except (OSError, ImportError, *MISSHAPEN) as reason:
         raise DataError(
             f"transformers cannot load what makes the model's pictures: {reason}",
             where=str(model),
@@ -117,12 +117,14 @@ def _made(processor: Any, picture: Any, size: Size) -> Tensor:
 
 
 def _processed(processor: Any, picture: Any) -> Tensor:
+    remedy = "correct preprocessor_config.json"
     try:
-        return processor(picture, return_tensors="pt")["pixel_values"]
-    except (ValueError, TypeError, KeyError) as reason:
-        raise DataError(
-            f"the model's preprocessor does not take pictures: {reason}", remedy="correct preprocessor_config.json"
-        ) from reason
+        pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+    except (RuntimeError, *MISSHAPEN) as reason:
+        raise DataError(f"the model's preprocessor does not take pictures: {reason}", remedy=remedy) from reason
+    if not pixels.isfinite().all():
+        raise DataError("the model's preprocessor makes pictures of numbers that are not finite", remedy=remedy)
+    return pixels
 
 
 def _cut(picture: Any, size: Size) -> Any:

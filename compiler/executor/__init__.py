@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from compiler.executor.outcome import Outcome
+from compiler.executor.pool import threads
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ def outcomes(executor: Executor, function: Callable[[T], R], items: Sequence[T])
             yield from map(_attempted(call), items)
         return
     # Other processes end before the threads that wait for them are joined: an interrupted run leaves items unfinished.
-    with ThreadPoolExecutor(executor.workers) as pool, executor.open(function) as call:
+    with threads(executor.workers) as pool, executor.open(function) as call:
         yield from pool.map(_attempted(call), items)
 
 

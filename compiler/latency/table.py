@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from compiler.errors import PassError
+from compiler.errors import MISSHAPEN, PassError
 from compiler.latency.task import Task
 
 Runtime = Literal["onnxruntime", "torch"]
@@ -56,7 +56,7 @@ class Table:
         except OSError as reason:
             cause = f"cannot read {path.name}: {reason.strerror}"
             raise PassError(cause, option="latency", remedy="name a file that may be read") from reason
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as reason:
+        except MISSHAPEN as reason:
             raise PassError(
                 f"{path.name} is no table of latencies",
                 option="latency",

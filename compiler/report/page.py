@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ QUALITY = {
     "agreement": "same top token",
     "cosine": "cosine to the original",
 }
+EXPONENT = re.compile(r"[\d.]+e-\d+")
 Tile = Mapping[str, str]
 
 
@@ -74,8 +76,16 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["unbroken"] = _unbroken
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(style=drawn(style), **values) + "\n"
+
+
+def _unbroken(text: str) -> Any:
+    """``text``, escaped, in which no line ends within a number with an exponent."""
+    import markupsafe
+
+    return markupsafe.Markup(EXPONENT.sub(r'<span class="unbroken">\g<0></span>', str(markupsafe.escape(text))))
 
 
 def drawn(svg: str) -> Any:

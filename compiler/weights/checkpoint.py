@@ -11,13 +11,13 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from compiler.errors import CheckpointError
+from compiler.executor.pool import threads
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint_binding import bind, unbind
 from compiler.weights.tensorfile import (
@@ -105,7 +105,7 @@ class Checkpoint(ABC):
 
     def digests(self) -> dict[str, str]:
         """The sha256 of every weight file, by file name. Reads all of them."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with threads(max(1, min(os.cpu_count() or 1, len(self.files)))) as pool:
             return dict(zip((file.name for file in self.files), pool.map(_sha256, self.files), strict=True))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiler.errors import CheckpointError, first_line
+from compiler.errors import MISSHAPEN, CheckpointError, first_line
 from compiler.weights.checkpoint import Checkpoint
 from compiler.weights.tensorfile import parse_json, read_document
 
@@ -59,7 +59,7 @@ def _explained(path: Path) -> Generator[None]:
     """Turn what damaged documents lead to into CheckpointError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as reason:
+    except MISSHAPEN as reason:
         cause = f"the files of the tokenizer do not fit each other, or are damaged: {first_line(reason)}"
         raise CheckpointError(cause, where=str(path), remedy="fetch the tokenizer again") from reason
 

@@ -117,6 +117,7 @@ def _more_victims(work: Path) -> list[Victim]:
     """What the program has written itself, pictures and questions."""
     one, other = more.write_outputs(work)
     pictures, photographs = more.write_pictures(work / "idx", 2 * more.COUNT), more.write_photographs(work / "photos")
+    processor = more.write_processor(work / "processed")
     questions, model = more.write_questions(work / "items"), one / "onnx" / "model.onnx"
     report, lock = one / "compress" / "report.json", one / "compress" / "recipe.lock.yaml"
     images, labels = pictures / "train-images-idx3-ubyte.gz", pictures / "t10k-labels-idx1-ubyte"
@@ -132,6 +133,7 @@ def _more_victims(work: Path) -> list[Victim]:
             Victim(f"picture {file.suffix}", 2, file, damage_bytes, lambda: more.looked_at(photographs))
             for file in files
         ),
+        Victim("preprocessor", 2, processor, _json, lambda: more.looked_at(processor.parent)),
         Victim("questions", 3, questions, _text, lambda: more.asked(questions)),
     ]
 

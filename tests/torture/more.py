@@ -27,6 +27,17 @@ from tests.torture.outcomes import SECONDS
 from tests.torture.subjects import EVALUATION
 
 COUNT = 4
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": 16, "width": 16},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 QUESTIONS = [{"question": f"What is {n} and {n}?", "choices": ["0", str(2 * n)], "answer": 1} for n in range(1, 7)]
 
 
@@ -62,6 +73,13 @@ def write_photographs(folder: Path) -> Path:
     for name in ("a.png", "b.jpg", "c.webp", "d.png"):
         Image.fromarray(pixels).save(folder / name)
     return folder
+
+
+def write_processor(folder: Path) -> Path:
+    """What makes pictures for a model, in a folder with pictures."""
+    path = write_photographs(folder) / "preprocessor_config.json"
+    path.write_text(json.dumps(PROCESSOR))
+    return path
 
 
 def write_questions(folder: Path) -> Path:
