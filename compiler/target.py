@@ -13,6 +13,7 @@ from backends.safetensors.parts import stored_parts
 from backends.safetensors.unify import Mismatch
 from compiler.binaries import check_compiler, check_launches
 from compiler.errors import TargetError
+from compiler.ir.facts import what_is_apart
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 from compiler.weights.ops.codec import is_quantised
@@ -194,7 +195,7 @@ def _generated(graph: Graph, no_stock: str, own: _Own) -> Emission:
         config["quantization_config"] = quantised.config
     tensors = {key: expr for item in made.tensors.items() for key, expr in _stored(*item, own.compact).items()}
     config, tensors = with_others(config, tensors), in_reading_order(tensors, made.tensors)
-    return Emission("generated", made.architecture, config, tensors, (), made.files, no_stock)
+    return Emission("generated", made.architecture, config, tensors, what_is_apart(graph), made.files, no_stock)
 
 
 def _numbered(config: Mapping[str, Any], graph: Graph) -> dict[str, Any]:

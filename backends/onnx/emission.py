@@ -13,6 +13,7 @@ from backends.onnx.lower import Lowered, is_causal, lowered
 from backends.onnx.pair import is_pair, lowered_decoder, lowered_encoder
 from backends.onnx.target import CONTRIB, TARGETS, Target
 from compiler.errors import TargetError, nearest
+from compiler.ir.facts import what_is_apart
 from compiler.ir.graph import Graph, Param
 from compiler.weights.expr import Expr
 
@@ -97,7 +98,7 @@ class OnnxEmission:
             for note, count in model.notes.items():
                 counts[note] = counts.get(note, 0) + count
         levels = [] if self.levels is None else [self.levels.note()]
-        return [*(f"{note} ({count} times)" for note, count in counts.items()), *levels]
+        return [*(f"{note} ({count} times)" for note, count in counts.items()), *levels, *what_is_apart(self.graph)]
 
     def metadata(self, model: Lowered) -> dict[str, str]:
         """How a model was made, for its ``metadata_props``."""

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,22 @@ def capture(
     subject = subject_of(model, inputs, architecture, image)
     graph = fold_layers(subject) or trace_all(subject)
     verify(graph)
+    graph.origin = replace(graph.origin, apart=_apart(graph, subject))
     return graph
+
+
+def _apart(graph: Graph, subject: Subject) -> tuple[str, ...]:
+    """The outermost modules of which the graph has no weight; single weights that it never reads are none."""
+    read = {name for param in graph.params.values() for name in (param.name, *param.aliases)}
+    shared = {name[:end] for name in read for end in _ends(name)}
+    unread = [name for name in subject.names if name not in read and name not in subject.transient]
+    outermost = (next((name[:end] for end in _ends(name) if name[:end] not in shared), "") for name in unread)
+    return tuple(dict.fromkeys(name for name in outermost if name))
+
+
+def _ends(name: str) -> list[int]:
+    """Where the paths of the modules that hold a weight end in its name."""
+    return [index for index, character in enumerate(name) if character == "."]
 
 
 def fold_layers(subject: Subject) -> Graph | None:

@@ -50,6 +50,7 @@ class Importer:
                 self._aliases[first] = (*self._aliases.get(first, ()), other)
         self._views: dict[fx.Node, dict[fx.Node, None]] = {}
         self._written: set[fx.Node] = set()
+        self._rows_of: dict[tuple[int, ...], Param] = {}
         self._dims: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.joins = False
@@ -246,32 +247,47 @@ class Importer:
         """The base of a view after the view was written to."""
         if view in self._written or view.target is torch.ops.aten.alias.default:
             return written
-        if view.target is not torch.ops.aten.slice.Tensor:
-            raise self.fail(f"a write through `{view.target}` cannot be followed")
-        return self._spliced(view, written)
+        base: Value = self._read(cast("fx.Node", view.args[0]))
+        given = self._argument(view.args[1:])
+        if view.target is torch.ops.aten.select.int:
+            axis, index = cast("tuple[int, int]", given)
+            one = self.emit("reshape", written, shape=(*written.shape[:axis], 1, *written.shape[axis:]))
+            return self._spliced(base, one, axis, index, index + 1, 1)
+        if view.target is torch.ops.aten.slice.Tensor:
+            axis, start, stop, step = cast(
+                "tuple[int, int | None, int | None, int]", (*given, *(0, None, None, 1)[len(given) :])
+            )
+            return self._spliced(base, written, axis, start, stop, step)
+        raise self.fail(f"a write through `{view.target}` cannot be followed")
 
     def _forget_views(self, base: fx.Node) -> None:
         for view in self._views.get(base, ()):
             self._known.pop(view, None)
             self._forget_views(view)
 
-    def _spliced(self, view: fx.Node, written: Value) -> Value:
-        """The base of a slice with the slice replaced, as a concatenation."""
-        base: Value = self._read(cast("fx.Node", view.args[0]))
-        given = self._argument(view.args[1:])
-        axis, start, stop, step = cast(
-            "tuple[int, int | None, int | None, int]", (*given, *(0, None, None, 1)[len(given) :])
-        )
+    def _spliced(self, base: Value, written: Value, axis: int, start: int | None, stop: int | None, step: int) -> Value:
+        """``base`` with a slice of it replaced, as a concatenation; with every ``step``-th index, as rows of both."""
         size = base.shape[axis]
         if written.shape == base.shape and step == 1:
             return written
-        if step != 1 or not isinstance(size, int):
-            raise self.fail("a write to a strided or symbolic slice cannot be followed")
+        if not isinstance(size, int):
+            raise self.fail("a write to a symbolic slice cannot be followed")
         start, stop = start or 0, min(size, size if stop is None else stop)
+        if step != 1:
+            rows = list(range(size))
+            rows[start:stop:step] = range(size, size + len(range(start, stop, step)))
+            return self.emit("take", self.emit("concat", base, written, axis=axis), self._rows(rows), axis=axis)
         parts = [self.emit("slice", base, axis=axis, start=0, stop=start)] if start else []
         parts.append(written)
         parts += [self.emit("slice", base, axis=axis, start=stop, stop=size)] if stop < size else []
         return self.emit("concat", *parts, axis=axis) if len(parts) > 1 else written
+
+    def _rows(self, rows: list[int]) -> Param:
+        """Numbers of rows, int64 [rows], the same ones where they are asked for again."""
+        if tuple(rows) not in self._rows_of:
+            name, expr = f"constants.rows_{len(self._rows_of)}", literal(rows, (len(rows),), torch.int64)
+            self._rows_of[tuple(rows)] = self.graph.add_param(name, expr, persistent=False)
+        return self._rows_of[tuple(rows)]
 
 
 def _apply(handler: Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any], *, whole: bool) -> Any:

@@ -47,6 +47,12 @@ __all__ = [
 LONG = 1 << 20  # tokens, of which parts are taken where their number is not known
 
 
+def what_is_apart(graph: Graph) -> tuple[str, ...]:
+    """A sentence on the modules of the source's class that take no part in ``graph``: none where all do."""
+    names = graph.origin.apart
+    return (f"it holds nothing of {', '.join(names)}, which take no part in what was captured",) if names else ()
+
+
 def parameter_count(graph: Graph) -> int:
     """Elements of all weights that a checkpoint holds; tied weights once."""
     return sum(param.type.numel for param in graph.params.values() if param.persistent)

@@ -99,12 +99,14 @@ class Origin:
     """Where a graph was captured from. Backends read it; passes must not.
 
     ``architecture`` is the transformers class name (None for a plain nn.Module), ``config`` its config as a dict,
-    ``source`` the checkpoint (directory or GGUF file) the weights lie in, or None.
+    ``source`` the checkpoint (directory or GGUF file) the weights lie in, or None. ``apart`` are the modules of the
+    class that have weights and take no part in the graph: the tower of pictures, of a graph that takes text alone.
     """
 
     architecture: str | None = None
     config: Mapping[str, Any] | None = None
     source: str | None = None
+    apart: tuple[str, ...] = ()
 
 
 class Graph:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compiler.ir.facts import attention_sites, expert_sites, mlp_sites
 from compiler.ir.graph import Graph
-from compiler.ir.layers import segments
+from compiler.ir.layers import segments, subgraph
 
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 EXPERT_INNER = ("moe_intermediate_size", "intermediate_size")
@@ -18,12 +18,25 @@ HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
 HIDDEN = ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+PARTS = {"text_config": ("text", "language"), "vision_config": ("vision", "visual"), "audio_config": ("audio",)}
+"""Configs within a config, and words in the paths of what they are of."""
 
 
 def smaller_config(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the sizes of ``graph``, where one size serves for all of its layers."""
-    tokens = {} if graph.tokens is None else _set(config, ("vocab_size",), {len(graph.tokens)})
-    return {**config, **tokens, **_layers(graph, config), **_inner(graph, config), **_heads(graph, config)}
+    """``config`` with the sizes of ``graph``, where one size serves for all of its layers: of those below the same
+    config, where it has several in it."""
+    nested = [name for name in PARTS if isinstance(config.get(name), dict)]
+    if not nested:
+        tokens = {} if graph.tokens is None else _set(config, ("vocab_size",), {len(graph.tokens)})
+        return {**config, **tokens, **_layers(graph, config), **_inner(graph, config), **_heads(graph, config)}
+    parts = {name: _part(graph, PARTS[name]) for name in nested}
+    return config | {name: smaller_config(part, config[name]) for name, part in parts.items()}
+
+
+def _part(graph: Graph, words: tuple[str, ...]) -> Graph:
+    """What of ``graph`` is computed in modules whose path has one of ``words`` in it."""
+    nodes = [node for node in graph.nodes if any(word in node.scope for word in words)]
+    return subgraph(graph, nodes, graph.name)
 
 
 def _inner(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:

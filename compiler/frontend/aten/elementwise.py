@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,14 @@ def _masked_fill(importer: Importer, x: Value, mask: Value, value: Any) -> Value
     return _where(importer, mask, value, x)
 
 
+def _index_put(importer: Importer, x: Value, indices: Sequence[Value | None], value: Value) -> Value:
+    """One number where a mask of the same shape says so."""
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is not None and mask.type.dtype == torch.bool and mask.shape == x.shape and not value.type.rank:
+        return _where(importer, mask, value, x)
+    raise importer.fail("a write to places that only a run knows is not in the graph's vocabulary")
+
+
 def _gelu(importer: Importer, x: Value, approximate: str = "none") -> Value:
     return importer.emit("gelu", x, approximate=approximate)
 
@@ -230,6 +239,7 @@ HANDLERS: dict[str, Handler] = {
     "cumsum": _cumsum,
     "dropout": _dropout,
     "gelu": _gelu,
+    "index_put": _index_put,
     "masked_fill": _masked_fill,
     "max": _max,
     "mean": _reduction("mean"),
