@@ -87,7 +87,7 @@ bench-gpu: $(VENV)/.bench ## measure the kernels on this machine's GPU
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/gpu_decode.py
 
-torture: $(VENV)/.dev ## kill, starve and lie to the program some three thousand times: ten minutes of two quiet cores
+torture: $(VENV)/.dev ## kill, starve and lie to the program some three thousand times: three quarters of an hour of two busy cores, less of quiet ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 clean: ## remove the environment, fetched models and outputs
