@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from backends.safetensors import emit, require
 from compiler.evaluate.loading import load_model
@@ -15,6 +16,8 @@ from passes.prune import Prune
 from passes.quantize import Quantize
 from tests.emitted import TOLERANCE, distance, stored_bytes
 from tests.multimodal import MULTIMODAL, VOCABULARY
+from tests.test_generated import written as generated
+from tests.test_onnx import check_decoding, written
 
 APART = ("tower", "visual", "vision_model", "projector", "connector")
 IDS = torch.arange(14).reshape(2, 7) * 5 % (VOCABULARY - 10)
@@ -37,13 +40,49 @@ def test_a_language_model_is_captured_for_texts_and_written_smaller_with_all_oth
     emit(emission, graph.sources, tmp_path / "out")
     assert emission.architecture == type(model).__name__
     assert emission.config["text_config"]["intermediate_size"] == 32
-    written, before = load_model(tmp_path / "out"), model.state_dict()
+    reloaded, before = load_model(tmp_path / "out"), model.state_dict()
     with torch.no_grad():
-        assert distance(written(input_ids=IDS), run(graph, {"input_ids": IDS})) <= TOLERANCE
+        assert distance(reloaded(input_ids=IDS), run(graph, {"input_ids": IDS})) <= TOLERANCE
     others = {key for key in before if any(key.startswith(f"{path}.") for path in graph.origin.apart)}
-    assert others and all(torch.equal(written.state_dict()[key], before[key]) for key in others)
+    assert others and all(torch.equal(reloaded.state_dict()[key], before[key]) for key in others)
 
 
 def test_what_holds_the_language_model_alone_says_so():
     (note,) = emission_of(capture(MULTIMODAL["llava"]()), "generated").notes
     assert "it holds nothing of model.vision_tower, model.multi_modal_projector" in note
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_positions_of_several_axes_are_those_of_a_text(name, tmp_path):
+    """Rotations are lifted, so that ONNX models and generated code go on from a cache."""
+    graph = capture(MULTIMODAL[name]())
+    assert len(graph.nodes_named("rope")) == 4 and len(graph.nodes_named("rope_table")) == 1
+    ids = IDS.repeat(1, 2)[:, :11]
+    check_decoding(graph, written(graph, tmp_path / "onnx"), ids, chunks=True)
+    model = generated(graph, tmp_path / "own")
+    with torch.no_grad():
+        assert distance(model(input_ids=ids), run(graph, {"input_ids": ids})) <= TOLERANCE
+
+
+class Axes(nn.Module):
+    """Angles for three axes of positions, of which pairs are picked; ``apart`` counts the second axis differently."""
+
+    def __init__(self, picks: list[int], *, apart: bool) -> None:
+        super().__init__()
+        self.picks, self.apart = picks, apart
+        self.register_buffer("rates", torch.linspace(1, 0.1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = torch.arange(x.shape[1], device=x.device)[None, None]
+        rows = torch.cat([row, row + 1, row]) if self.apart else row.expand(3, 1, -1)
+        angles = rows[..., None].float() * self.rates
+        return x + torch.cat([angles.cos()[axis, ..., 2 * i : 2 * i + 2] for i, axis in enumerate(self.picks)], -1)
+
+
+@pytest.mark.parametrize(("picks", "apart", "left"), [((0, 1, 2), False, 0), ((0, 2), False, 2), ((0, 1, 2), True, 3)])
+def test_only_whole_tables_of_axes_that_count_alike_are_one(picks, apart, left):
+    module, x = Axes([*picks], apart=apart).eval(), torch.randn(2, 5, 2 * len(picks))
+    graph = capture(module, inputs={"x": x})
+    assert len([node for node in graph.nodes_named("slice") if node.attr("axis")]) == left
+    (output,) = run(graph, {"x": x}).values()
+    torch.testing.assert_close(output, module(x), rtol=0, atol=TOLERANCE)
