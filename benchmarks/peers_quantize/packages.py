@@ -18,6 +18,7 @@ from benchmarks.peers_quantize.outside import Job
 
 HERE = Path(__file__).resolve().parent
 HQQ = ("hqq==0.2.8.post1", "torch==2.13.0")
+AUTO_ROUND = ("auto-round==0.16.1", "torch==2.13.0")
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,5 @@ class Package:
 PACKAGES: Mapping[str, Package] = {
     "llm-compressor gptq": Package("llm_compressor.py", "gptq", tuple(PEER), PEERS),
     "hqq": Package("hqq_.py", "hqq", HQQ, PEERS.with_name("peers-hqq"), symmetric=(False,)),
+    "auto-round light": Package("auto_round_.py", "light", AUTO_ROUND, PEERS.with_name("peers-auto-round")),
 }
