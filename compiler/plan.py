@@ -283,10 +283,17 @@ def _output(recipe: Recipe, graph: Graph) -> tuple[Output, int]:
 def loads_in(emission: Emission | OnnxEmission | GgufEmission) -> tuple[str, ...]:
     """Where it loads, and where it does not."""
     from backends.safetensors import Emission
+    from backends.safetensors.gptq import PACKAGES
 
     if not isinstance(emission, Emission):
         return emission.loads_in
-    needs = f" with compressed-tensors {version('compressed-tensors')}" if emission.quantization_config else ""
+    quantised = emission.quantization_config
+    if not quantised:
+        needs = ""
+    elif quantised["quant_method"] == "gptq":
+        needs = f" with {' and '.join(PACKAGES)}"
+    else:
+        needs = f" with compressed-tensors {version('compressed-tensors')}"
     code = "with its own code (trust_remote_code=True)" if emission.files else "without remote code"
     ours = f"transformers {version('transformers')}{needs}, {code}"
     why = (f"no stock class: {emission.no_stock}",) if emission.no_stock else ()

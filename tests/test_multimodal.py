@@ -86,3 +86,18 @@ def test_only_whole_tables_of_axes_that_count_alike_are_one(picks, apart, left):
     assert len([node for node in graph.nodes_named("slice") if node.attr("axis")]) == left
     (output,) = run(graph, {"x": x}).values()
     torch.testing.assert_close(output, module(x), rtol=0, atol=TOLERANCE)
+
+
+def test_the_gptq_layout_goes_by_the_names_of_modules(tmp_path):
+    """Which the checkpoint has others for; what reads pictures stays dense."""
+    MULTIMODAL["llava"]().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    graph = capture(tmp_path / "model")
+    Pipeline([Quantize(group=16, bits=4, where="mlp")]).run(graph)
+    emission = require(graph, "gptq")
+    (tmp_path / "out").mkdir()
+    emit(emission, graph.sources, tmp_path / "out")
+    dense = list(emission.config["quantization_config"]["dynamic"])
+    assert any("vision_tower" in name for name in dense) and not any("gate_proj" in name for name in dense)
+    with torch.no_grad():
+        theirs = load_model(tmp_path / "out")(input_ids=IDS)
+    assert distance(theirs, run(graph, {"input_ids": IDS})) <= 2**-8

@@ -188,7 +188,7 @@ def _emission(wanted: _Wanted, target: str, proposal: Proposal) -> Emission | Re
         parts_of = _as_it_is
     else:
         rounds = bool(activations or cache)
-        quantised, parts_of = gptq_config(stored, module, rounds, wanted.layout), gptq_parts_of(wanted.layout)
+        quantised, parts_of = gptq_config(named, stored, module, rounds, wanted.layout), gptq_parts_of(wanted.layout)
     if isinstance(quantised, Mismatch):
         return Refusal(target, quantised.reason)
     written = {**proposal.config, "architectures": [proposal.architecture], "dtype": dtype}

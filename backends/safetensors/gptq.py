@@ -29,7 +29,6 @@ Version = Literal["gptq", "gptq-v2"]
 BITS = (2, 3, 4, 8)
 WORD = 32
 PACKAGES = ("optimum", "gptqmodel")
-LOADERS = "transformers loads GPTQ checkpoints with the packages optimum and gptqmodel"
 EXACT_SCALES = (torch.float16, torch.bfloat16)  # float16 holds bfloat16 scales but for very small and large ones
 NARROW = "`skip` the weight, or leave out `quantised-as`: compressed-tensors keeps the scales' own dtype"
 
@@ -61,8 +60,11 @@ def missing_packages(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(name for name in needed if find_spec(name) is None)
 
 
-def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: Version) -> Quantised | Mismatch | None:
-    """The config for tensors ``stored`` of ``module``; None when all are dense.
+def gptq_config(
+    named: Mapping[str, Expr], stored: Mapping[str, Expr], module: Any, rounds: bool, version: Version
+) -> Quantised | Mismatch | None:
+    """The config for weights ``named`` as in ``module``, and ``stored`` by their checkpoint's names; None when all are
+    dense.
 
     ``rounds``: activations are rounded. A Mismatch says what the layout cannot hold.
     """
@@ -80,11 +82,12 @@ def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: 
         return Mismatch("GPTQ checkpoints have one scheme for all weights; `compressed-tensors` has several")
     scheme = schemes.pop()
     linears = [name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
-    unfit = (_unfit(key, value, linears) for key, value in values.items())
+    weights = {name: value for name, expr in named.items() if (value := as_dequantize(expr)) is not None}
+    unfit = (_unfit(name, value, linears) for name, value in weights.items())
     reason = _refusal(scheme, version) or next(filter(None, unfit), "")
     if reason:
         return Mismatch(reason)
-    left = [name for name in linears if f"{name}.weight" not in values]
+    left = [name for name in linears if f"{name}.weight" not in weights]
     config = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -95,7 +98,7 @@ def gptq_config(stored: Mapping[str, Expr], module: Any, rounds: bool, version: 
         "lm_head": any(name.rpartition(".")[2] == "lm_head" and name not in left for name in linears),
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in left},
     }
-    return Quantised(config, (LOADERS,))
+    return Quantised(config, ())
 
 
 def _refusal(scheme: Scheme, version: Version) -> str:
@@ -107,13 +110,13 @@ def _refusal(scheme: Scheme, version: Version) -> str:
     return ""
 
 
-def _unfit(key: str, value: Expr, linears: Collection[str]) -> str:
+def _unfit(name: str, value: Expr, linears: Collection[str]) -> str:
     """Why a weight cannot be stored in the layout; "" when it can."""
     rows, width = value.shape[-2:]
-    if key.removesuffix(".weight") not in linears:
-        return f"GPTQ checkpoints hold the weights of linear modules; skip {key}"
+    if name.removesuffix(".weight") not in linears:
+        return f"GPTQ checkpoints hold the weights of linear modules; skip {name}"
     if rows % WORD or width % WORD:
-        return f"{key} is {rows} x {width}, and both must be multiples of {WORD}; skip it"
+        return f"{name} is {rows} x {width}, and both must be multiples of {WORD}; skip it"
     if value.dtype not in EXACT_SCALES:
-        return f"{key} has scales of {value.dtype}, which float16, that of the layout, does not hold exactly"
+        return f"{name} has scales of {value.dtype}, which float16, that of the layout, does not hold exactly"
     return ""

@@ -29,6 +29,7 @@ from compiler.evaluate.loading import load_model, load_tokenizer
 from compiler.evaluate.metrics import METRICS, Situation, alone, check_names, choose
 from compiler.evaluate.metrics.base import Given, Metric, Row, Scored, Task, stacked
 from compiler.evaluate.texts import TextData
+from compiler.weights.checkpoint import check_location
 
 Progress = Callable[[int, int], None]
 WIDEST = 64  # numbers in a row that is kept for later comparisons
@@ -129,6 +130,7 @@ def evaluate_model(
     """
     started = time.perf_counter()
     check_names(metrics or ())
+    check_location(path)
     text = None if data is None else TextData(checked_data(Path(data)), samples, length, seed)
     base = path if against is None else against
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code or (own_code and against is None))
