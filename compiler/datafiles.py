@@ -73,8 +73,9 @@ def captioned_files(data: Path) -> list[Path]:
 
 
 def caption_file(image: Path) -> Path:
-    """Where the text of an image file is: ``cat.txt`` of ``cat.png``."""
-    return image.with_suffix(".txt")
+    """Where the text of an image file is: ``cat.txt`` of ``cat.png``, or ``cat.TXT`` where that is not there."""
+    found = (image.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((path for path in found if path.is_file()), image.with_suffix(".txt"))
 
 
 def _files(data: Path, suffixes: Sequence[str]) -> list[Path]:

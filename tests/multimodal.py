@@ -41,6 +41,14 @@ def _of(name: str, text: dict[str, Any], **others: Any) -> Callable[[], Any]:
     return build
 
 
+idefics2 = _of(
+    "Idefics2",
+    _text("mistral"),
+    vision_config=VISION,
+    perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
+                      "resampler_head_dim": 8, "num_key_value_heads": 2},
+    image_token_id=PLACE,
+)  # fmt: skip
 MULTIMODAL: dict[str, Callable[[], Any]] = {
     "llava": _of("Llava", _text("llama"), vision_config=_vision("clip_vision_model"), image_token_index=PLACE),
     "llava_next": _of("LlavaNext", _text("llama"), vision_config=_vision("clip_vision_model"), image_token_index=PLACE),

@@ -94,7 +94,7 @@ def _first(pairs, count):
 
 def test_what_is_no_pair(clip, tmp_path):
     folder, pairs = clip
-    with pytest.raises(DataError, match=f"{COUNT} pictures where {COUNT + 1} are asked for"):
+    with pytest.raises(DataError, match=f"{COUNT} pictures with texts where {COUNT + 1} are asked for"):
         captioned_calls(folder / "tiny", TextData(pairs, COUNT + 1, 32), byte_tokenizer(), None, (16, 16), 20)
     own = write_pairs(tmp_path / "pairs")
     before = fingerprint(own)

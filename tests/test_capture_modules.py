@@ -274,3 +274,48 @@ def test_an_unknown_attention_mask_is_refused() -> None:
                                   vocab_size=50, num_local_experts=2, pad_token_id=0)  # fmt: skip
     with pytest.raises(CaptureError, match="chunked_overlay"):
         capture(config, architecture="Llama4ForCausalLM")
+
+
+class Written(nn.Module):
+    """A tensor of six channels of which some are written to."""
+
+    def __init__(self, place: object) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[..., self.place] = y[..., self.place] * 3 + 1
+        return y
+
+
+PLACES = [0, -1, -6, *(slice(a, b, c) for a in (None, -4, 4, 100) for b in (None, -1, 9) for c in (None, 2))]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_writes_to_any_part_of_an_axis_are_followed(place):
+    module, x = Written(place).eval(), torch.randn(2, 3, 6)
+    (output,) = run(capture(module, inputs={"x": x}), {"x": x}).values()
+    torch.testing.assert_close(output, module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("heads", [2, 7])
+def test_heads_that_lie_behind_the_tokens_are_rotated(heads):
+    """Gemma 4's: [B, T, heads, width]; as many heads as tokens tell nobody which axis is which."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 8}
+    more = {"global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+    config = transformers.Gemma4TextConfig(
+        **sizes,
+        **more,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model, ids = transformers.Gemma4ForCausalLM(config).eval(), torch.arange(14).reshape(2, 7)
+    graph = capture(model)
+    assert {node.input(0).shape[1] for node in graph.nodes_named("rope")} == {heads, 1}
+    assert error_of(graph, model, {"input_ids": ids}) <= TOLERANCE

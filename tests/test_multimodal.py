@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.safetensors import emit, require
+from compiler.errors import TargetError
 from compiler.evaluate.loading import load_model
 from compiler.frontend import capture
 from compiler.ir.execute import run
@@ -15,7 +16,7 @@ from compiler.target import emission_of
 from passes.prune import Prune
 from passes.quantize import Quantize
 from tests.emitted import TOLERANCE, distance, stored_bytes
-from tests.multimodal import MULTIMODAL, VOCABULARY
+from tests.multimodal import MULTIMODAL, VOCABULARY, idefics2
 from tests.test_generated import written as generated
 from tests.test_onnx import check_decoding, written
 
@@ -52,6 +53,23 @@ def test_what_holds_the_language_model_alone_says_so():
     assert "it holds nothing of model.vision_tower, model.multi_modal_projector" in note
 
 
+def test_a_stream_that_others_write_to_keeps_its_width_in_the_class(tmp_path):
+    MULTIMODAL["llava"]().save_pretrained(tmp_path)
+    graph = capture(tmp_path)
+    Pipeline([Prune(what="hidden", keep=0.75, align=8, score="magnitude")]).run(graph)
+    emission = emission_of(graph)
+    assert emission.files and any("it holds nothing of model.vision_tower" in note for note in emission.notes)
+
+
+def test_sizes_that_other_parts_share_are_not_changed(tmp_path):
+    """The connector of Idefics 2 is as wide as the language model's MLPs."""
+    idefics2().save_pretrained(tmp_path)
+    graph = capture(tmp_path)
+    Pipeline([Prune(where="mlp", keep=0.5, align=32, score="magnitude")]).run(graph)
+    with pytest.raises(TargetError, match="no stock model class"):
+        require(graph)
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
 def test_positions_of_several_axes_are_those_of_a_text(name, tmp_path):
     """Rotations are lifted, so that ONNX models and generated code go on from a cache."""
@@ -85,6 +103,25 @@ def test_only_whole_tables_of_axes_that_count_alike_are_one(picks, apart, left):
     graph = capture(module, inputs={"x": x})
     assert len([node for node in graph.nodes_named("slice") if node.attr("axis")]) == left
     (output,) = run(graph, {"x": x}).values()
+    torch.testing.assert_close(output, module(x), rtol=0, atol=TOLERANCE)
+
+
+class Rolled(nn.Module):
+    """Tables of one of three axes that count alike, rolled over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rates", torch.linspace(1, 0.1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = torch.arange(x.shape[1], device=x.device)[None].expand(3, -1)
+        table = (row[..., None].float() * self.rates).cos()[0]
+        return x + torch.cat([table[1:], table[:1]], 0)
+
+
+def test_a_roll_over_tokens_is_no_choice_of_axes():
+    module, x = Rolled().eval(), torch.randn(2, 5, 6)
+    (output,) = run(capture(module, inputs={"x": x}), {"x": x}).values()
     torch.testing.assert_close(output, module(x), rtol=0, atol=TOLERANCE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.datafiles import caption_file, captioned_files
+from compiler.datafiles import CAPTIONED, caption_file, captioned_files
 from compiler.errors import DataError, first_line
 from compiler.evaluate.images import Size
 from compiler.evaluate.photographs import picked_files, pictures_of
@@ -31,9 +31,9 @@ def captioned_calls(
     ``limit``, as SigLIP is trained. Pictures are made as ``photographs`` makes them. Raises DataError where there are
     too few, or a file cannot be read.
     """
-    files = picked_files(captioned_files(data.data), data.data, data.samples, data.seed)
+    files = picked_files(captioned_files(data.data), data.data, data.samples, data.seed, CAPTIONED)
     most = min(data.length, limit) if limit else data.length
-    ids = [_tokens(tokenizer, _text(caption_file(each)), most) for each in files]
+    ids = [_tokens(tokenizer, caption_file(each), most) for each in files]
     least = most if "attention_mask" not in tokenizer.model_input_names else 0
     padding = tokenizer.pad_token_id or 0
     made = pictures_of(path, files, size, usual)
@@ -42,7 +42,7 @@ def captioned_calls(
 
 
 def _call(ids: Sequence[Sequence[int]], pictures: Sequence[Tensor], least: int, padding: int) -> dict[str, Tensor]:
-    width = max(least, *map(len, ids), 0)
+    width = max(least, *map(len, ids))
     rows = [[*each, *[padding] * (width - len(each))] for each in ids]
     return {"input_ids": torch.tensor(rows, dtype=torch.int64), "pixel_values": torch.cat(list(pictures))}
 
@@ -60,9 +60,13 @@ def _text(path: Path) -> str:
     return text
 
 
-def _tokens(tokenizer: Any, text: str, most: int) -> list[int]:
+def _tokens(tokenizer: Any, path: Path, most: int) -> list[int]:
+    text = _text(path)
     try:
-        return list(tokenizer(text, truncation=True, max_length=most)["input_ids"])
+        ids = list(tokenizer(text, truncation=True, max_length=most)["input_ids"])
     except Exception as reason:  # settings of a tokenizer are used unchecked
         cause = f"the tokenizer cannot cut a text: {first_line(reason)}"
         raise DataError(cause, remedy="correct the settings in tokenizer_config.json") from reason
+    if not ids:
+        raise DataError("the tokenizer makes no token of a text", where=str(path), remedy="write another one")
+    return ids

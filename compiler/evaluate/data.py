@@ -14,7 +14,7 @@ from compiler.datafiles import CAPTIONED, check_kind, has_labelled, taken
 from compiler.errors import DataError
 from compiler.evaluate.captions import captioned_calls
 from compiler.evaluate.images import Size, model_pictures, read_pictures, square, usual_size
-from compiler.evaluate.inputs import Window, is_paired, text_windows
+from compiler.evaluate.inputs import Window, is_paired, position_limit, text_windows
 from compiler.evaluate.loading import load_extractor, load_tokenizer, quiet
 from compiler.evaluate.pairs import written_window
 from compiler.evaluate.photographs import photographs
@@ -23,6 +23,9 @@ from compiler.evaluate.texts import TextData
 from compiler.frontend.sizes import input_names
 from compiler.ir.graph import Graph
 from compiler.ir.positions import longest
+
+PROBES = (1, 2)
+"""Tokens of which one at least is no padding, which some models count no position for."""
 
 
 def data_windows(
@@ -50,7 +53,7 @@ def data_windows(
             return [written_window(model, each, data.length) for each in _given(model, path, data, trust_remote_code)]
     tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
     if takes == CAPTIONED:
-        usual, limit = usual_size(model.config), model.config.text_config.max_position_embeddings
+        usual, limit = usual_size(model.config), position_limit(model)
         return [Window(each) for each in captioned_calls(path, data, tokenizer, square(image), usual, limit)]
     return text_windows(model, tokenizer, data)
 
@@ -70,7 +73,8 @@ def graph_calls(
     *_, height, width = graph.inputs["pixel_values"].shape
     size = (int(height), int(width))
     if takes == CAPTIONED:
-        limit = longest(graph, "input_ids", torch.ones(1, data.length, dtype=torch.int64))
+        probes = (torch.full((1, data.length), token) for token in PROBES)
+        limit = min(longest(graph, "input_ids", probe) for probe in probes)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         return captioned_calls(path, data, tokenizer, size, size, limit)
     return [{"pixel_values": each} for each in pictures(path, data, "train", size, size)]

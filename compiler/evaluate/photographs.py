@@ -34,11 +34,11 @@ def photographs(model: str | Path, data: Path, samples: int, seed: int, size: Si
     return pictures_of(model, picked_files(image_files(data), data, samples, seed), size, usual)
 
 
-def picked_files(files: Sequence[Path], data: Path, samples: int, seed: int) -> list[Path]:
-    """``samples`` of ``files``, which lie below ``data``. Raises DataError where there are fewer."""
+def picked_files(files: Sequence[Path], data: Path, samples: int, seed: int, what: str = "pictures") -> list[Path]:
+    """``samples`` of ``files``, which lie below ``data`` and are ``what``. Raises DataError where there are fewer."""
     if len(files) < samples:
         raise DataError(
-            f"there are {len(files)} pictures where {samples} are asked for",
+            f"there are {len(files)} {what} where {samples} are asked for",
             remedy=f"write `samples: {len(files)}`, or add pictures",
             where=str(data),
             option="samples",

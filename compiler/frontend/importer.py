@@ -251,13 +251,15 @@ class Importer:
         given = self._argument(view.args[1:])
         if view.target is torch.ops.aten.select.int:
             axis, index = cast("tuple[int, int]", given)
+            axis, size = axis % base.type.rank, base.shape[axis]
+            index = index % size if isinstance(size, int) else index
             one = self.emit("reshape", written, shape=(*written.shape[:axis], 1, *written.shape[axis:]))
             return self._spliced(base, one, axis, index, index + 1, 1)
         if view.target is torch.ops.aten.slice.Tensor:
             axis, start, stop, step = cast(
-                "tuple[int, int | None, int | None, int]", (*given, *(0, None, None, 1)[len(given) :])
+                "tuple[int, Dim | None, Dim | None, int]", (*given, *(0, None, None, 1)[len(given) :])
             )
-            return self._spliced(base, written, axis, start, stop, step)
+            return self._spliced(base, written, axis % base.type.rank, start, stop, step)
         raise self.fail(f"a write through `{view.target}` cannot be followed")
 
     def _forget_views(self, base: fx.Node) -> None:
@@ -265,17 +267,20 @@ class Importer:
             self._known.pop(view, None)
             self._forget_views(view)
 
-    def _spliced(self, base: Value, written: Value, axis: int, start: int | None, stop: int | None, step: int) -> Value:
+    def _spliced(self, base: Value, written: Value, axis: int, start: Dim | None, stop: Dim | None, step: int) -> Value:
         """``base`` with a slice of it replaced, as a concatenation; with every ``step``-th index, as rows of both."""
         size = base.shape[axis]
         if written.shape == base.shape and step == 1:
             return written
-        if not isinstance(size, int):
+        if not isinstance(size, int) or isinstance(start, str) or isinstance(stop, str):
             raise self.fail("a write to a symbolic slice cannot be followed")
-        start, stop = start or 0, min(size, size if stop is None else stop)
+        start, stop, step = slice(start, stop, step).indices(size)
+        places = range(start, max(start, stop), step)
+        if not places:
+            return base
         if step != 1:
             rows = list(range(size))
-            rows[start:stop:step] = range(size, size + len(range(start, stop, step)))
+            rows[start:stop:step] = range(size, size + len(places))
             return self.emit("take", self.emit("concat", base, written, axis=axis), self._rows(rows), axis=axis)
         parts = [self.emit("slice", base, axis=axis, start=0, stop=start)] if start else []
         parts.append(written)

@@ -19,7 +19,8 @@ def input_names(model: Any) -> list[str]:
     A model that generates text from pictures takes texts alone as well.
     """
     main: str = model.main_input_name
-    both = main == "input_ids" and hasattr(model.config, "vision_config") and not model.can_generate()
+    towers = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+    both = main == "input_ids" and towers and not model.can_generate()
     return [main, "pixel_values"] if both else [main]
 
 

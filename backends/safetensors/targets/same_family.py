@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.safetensors.emission import Proposal, Refusal, missing_names
-from backends.safetensors.targets.sizes import smaller_config
+from backends.safetensors.targets.sizes import HIDDEN, smaller_config
 from backends.safetensors.targets.target import Target
 from backends.safetensors.unify import Mismatch
-from compiler.ir.facts import image_size
+from compiler.ir.facts import attention_sites, image_size
 from compiler.ir.graph import Graph
 from compiler.ir.types import TensorType
 from compiler.weights.checkpoint import Checkpoint, bind
@@ -41,11 +41,21 @@ def shares_embedding(graph: Graph) -> bool:
 
 
 def unused(graph: Graph, module: Any, named: Mapping[str, Expr]) -> Mapping[str, Expr] | Mismatch:
-    """Tensors that the class never computes with (a mask token) as the source has them."""
+    """Tensors that the class never computes with (a mask token, the tower of pictures) as the source has them.
+
+    A Mismatch says which of them the class, with sizes of its own, has no longer, or otherwise.
+    """
     missing = missing_names(module, named)
     source = graph.sources.get("model")
     stored = bind(source, _source_module(graph)) if missing and isinstance(source, Checkpoint) else {}
-    return {name: stored.get(name) or _named(name, module.state_dict()[name]) for name in missing}
+    types = module.state_dict()
+    others = {
+        name: expr for name, expr in stored.items() if name.startswith(tuple(f"{p}." for p in graph.origin.apart))
+    }
+    for name, expr in others.items():
+        if name not in types or tuple(types[name].shape) != expr.shape:
+            return Mismatch(f"{name} takes no part in the graph, and does not fit the class with these sizes")
+    return {name: stored.get(name) or _named(name, types[name]) for name in missing}
 
 
 def _source_module(graph: Graph) -> Any:
@@ -81,9 +91,20 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
     tied = (graph.origin.config or config).get("tie_word_embeddings")
     if tied and not shares_embedding(graph) and _has_head(config, graph.origin.architecture):
         config["tie_word_embeddings"] = False
-    resized = smaller_config(graph, config)
+    resized = config if _narrower(graph) else smaller_config(graph, config)
     configs = [config] if resized == config else [config, resized]
     return tuple(Proposal(graph.origin.architecture, config, unused=unused) for config in configs)
+
+
+def _narrower(graph: Graph) -> bool:
+    """Whether the stream is not as wide as what is apart writes to it, of which no config tells."""
+    before = _before(graph) or {}
+    text = before.get("text_config")
+    if not graph.origin.apart or not isinstance(text, dict):
+        return False
+    widths = {site.output.input(1).shape[0] for site in attention_sites(graph) if site.output is not None}
+    said = {text[name] for name in HIDDEN if name in text}
+    return bool(said) and bool(widths) and not widths <= said
 
 
 TARGET = Target(NAME, propose)

@@ -136,9 +136,11 @@ def _masked_fill(importer: Importer, x: Value, mask: Value, value: Any) -> Value
     return _where(importer, mask, value, x)
 
 
-def _index_put(importer: Importer, x: Value, indices: Sequence[Value | None], value: Value) -> Value:
+def _index_put(
+    importer: Importer, x: Value, indices: Sequence[Value | None], value: Value, accumulate: bool = False
+) -> Value:
     """One number where a mask of the same shape says so."""
-    mask = indices[0] if len(indices) == 1 else None
+    mask = indices[0] if len(indices) == 1 and not accumulate else None
     if mask is not None and mask.type.dtype == torch.bool and mask.shape == x.shape and not value.type.rank:
         return _where(importer, mask, value, x)
     raise importer.fail("a write to places that only a run knows is not in the graph's vocabulary")

@@ -19,12 +19,13 @@ ALONE = ("cos", "sin", "cast")
 
 def one_axis_of_many(site: Site) -> Value | None:
     """All of a value's last axis, picked from repetitions of it, is one of these."""
-    found = None if _put_back(site.node.output) else _picked(site.node.output)
+    whole = site.node.output
+    found = None if _put_back(whole) else _picked(whole, whole.type.rank + 1)
     if found is None:
         return None
     many, picks = found
-    shape = site.node.output.shape
-    if many is site.node.output or many.shape[1:] != shape or picks != list(range(len(picks))):
+    shape = whole.shape
+    if many is whole or many.shape[1:] != shape or picks != list(range(len(picks))):
         return None
     if len(picks) != many.shape[-1] or not _repeats(many):
         return None
@@ -37,25 +38,27 @@ def _put_back(value: Value) -> bool:
     return any(user.op.name == "concat" and user.attr("axis") == 0 for user in users)
 
 
-def _picked(value: Value) -> Picked | None:
-    """Follows a value back to what all of it is picked from; None where that is not one value."""
+def _picked(value: Value, rank: int) -> Picked | None:
+    """Follows a value back to what all of it is picked from; None where that is not one value. Values of ``rank`` have
+    the axis that repeats, the first; of others the first is another one."""
     node, width = value.node, value.shape[-1] if value.shape else None
     if node is None or not isinstance(width, int):
         return None
-    last = value.type.rank - 1
+    last, repeats = value.type.rank - 1, value.type.rank == rank
     match node.op.name:
-        case "concat":
-            parts = [_picked(part) for part in node.inputs if part is not None]
-            return _joined(parts, along=node.attr("axis") == last) if node.attr("axis") in (0, last) else None
+        case "concat" if node.attr("axis") == last or (repeats and node.attr("axis") == 0):
+            parts = [_picked(part, rank) for part in node.inputs if part is not None]
+            return _joined(parts, along=node.attr("axis") == last)
         case "take" if node.attr("axis") == last:
-            return _rows(_picked(node.input(0)), node.input(1))
-        case "slice" if node.attr("axis") in (0, last):
-            found = _picked(node.input(0))
-            if found is None or node.attr("axis") == 0:
-                return found
-            return found[0], found[1][node.attr("start") : node.attr("stop") : node.attr("step")]
+            return _rows(_picked(node.input(0), rank), node.input(1))
+        case "slice" if repeats and node.attr("axis") == 0:
+            return _picked(node.input(0), rank)
+        case "slice" if node.attr("axis") == last:
+            found = _picked(node.input(0), rank)
+            taken = slice(node.attr("start"), node.attr("stop"), node.attr("step"))
+            return None if found is None else (found[0], found[1][taken])
         case "reshape" if _ones_aside(node):
-            return _picked(node.input(0))
+            return _picked(node.input(0), rank)
         case _:
             return value, list(range(width))
 

@@ -118,7 +118,7 @@ def rotated_by_swapping(site: Site) -> Value | None:
                 found = _swap(swapped)
                 tables = _tables(cos, sin) if found is not None and found[0] is x else None
                 if found is not None and tables is not None and tables[0].spread == found[1]:
-                    return _rope(site, x, tables[0], found[1])
+                    return _rope(site, x, tables[0], found[1], cos)
     return None
 
 
@@ -188,17 +188,17 @@ def rotated_by_parts(site: Site) -> Value | None:
             pair, tables = _pair(a, b), _tables(cos, sin)
             if pair is None or tables is None or tables[0].spread or not _is_imaginary(imaginary, a, b, cos, sin):
                 continue
-            rope = _joined(site, pair, tables[0], parts[2])
+            rope = _joined(site, pair, tables[0], parts[2], cos)
             same = rope is None or rope.shape == site.node.output.shape
             return rope if same else site.op("reshape", rope, shape=site.node.output.shape)
     return None
 
 
-def _joined(site: Site, pair: tuple[Value, str], cos: Factor, neighbours: bool) -> Value | None:
+def _joined(site: Site, pair: tuple[Value, str], cos: Factor, neighbours: bool, table: Value) -> Value | None:
     x, layout = pair
     if layout == "half":
-        return None if neighbours else _rope(site, x, cos, "half")
-    return _rope(site, x, cos, "interleaved" if neighbours else "interleaved-to-half")
+        return None if neighbours else _rope(site, x, cos, "half", table)
+    return _rope(site, x, cos, "interleaved" if neighbours else "interleaved-to-half", table)
 
 
 def _is_imaginary(node: Node, a: Value, b: Value, cos: Value, sin: Value) -> bool:
@@ -215,9 +215,17 @@ def _tables(cos: Value, sin: Value) -> tuple[Factor, Factor] | None:
     return (first, second) if same else None
 
 
-def _rope(site: Site, x: Value, cos: Factor, layout: str) -> Value | None:
+def _rope(site: Site, x: Value, cos: Factor, layout: str, used: Value) -> Value | None:
+    """The rotation of ``x``, [B, heads, T, width], or [B, T, heads, width] where the table that is ``used`` says so."""
     table = _table(site, cos) if x.type.rank == 4 else None
-    return None if table is None else site.op("rope", x, *table, layout=layout)
+    if table is None:
+        return None
+    if used.type.rank < 4 or used.shape[1] == 1:
+        return site.op("rope", x, *table, layout=layout)
+    if used.shape[2] != 1:
+        return None
+    rope = site.op("rope", site.op("transpose", x, perm=(0, 2, 1, 3)), *table, layout=layout)
+    return site.op("transpose", rope, perm=(0, 2, 1, 3))
 
 
 def _table(site: Site, factor: Factor) -> list[Value] | None:
