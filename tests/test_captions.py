@@ -10,6 +10,7 @@ from PIL import Image
 from compiler.cli import main
 from compiler.datafiles import CAPTIONED, check_kind, fingerprint, kind_of, taken
 from compiler.errors import DataError
+from compiler.evaluate import evaluate_model
 from compiler.evaluate.captions import captioned_calls
 from compiler.evaluate.data import data_windows, graph_calls
 from compiler.evaluate.loading import load_model
@@ -118,3 +119,9 @@ def test_both_towers_are_compressed_by_a_recipe(clip, capsys, monkeypatch):
     path = write_recipe(folder, "[{quantize: {bits: 4, group: 32, method: gptq}}]", written, name="own.yaml")
     assert main([str(path), "-o", "own"]) == 1
     assert "samples are written by models that continue texts" in capsys.readouterr().err
+
+
+def test_one_model_alone_gives_nothing_to_measure(clip):
+    folder, pairs = clip
+    with pytest.raises(DataError, match="of a CLIPModel alone nothing is measured"):
+        evaluate_model(folder / "tiny", data=pairs, samples=4, length=16)

@@ -118,3 +118,9 @@ def test_factors_have_the_roles_of_what_they_stand_for(form, share):
             assert any(f"{name.removesuffix('weight')}{half}.weight" in found for half in halves)
         linear = {param.name for param in resolve(graph, "linear")} - {"lm_head.weight"}
         assert linear == {param.name for param in resolve(graph, ["attention", "mlp"])}
+
+
+def test_a_module_that_is_called_as_a_role_is_meant_by_its_name():
+    with pytest.raises(SelectorError) as error:
+        resolve(plan_of("qwen3_moe"), "mlp")
+    assert error.value.remedy is not None and error.value.remedy.startswith("did you mean `*.mlp.*`?")

@@ -141,6 +141,9 @@ def evaluate_model(
         model, compared=against is not None, data=None if text is None else text.data, items=file_of_items is not None
     )
     names = choose(metrics, situation)
+    if not names and not situation.generates:  # of what generates the cache is measured
+        cause = f"of a {situation.model} alone nothing is measured on such data"
+        raise DataError(cause, remedy="name the model to compare with (`--against`)")
     given = _given(model, base, names, text, file_of_items, (samples, length, seed), image, trust_remote_code)
     looks = any(isinstance(METRICS[name], Metric) for name in names)
     steps = (len(given.windows) if looks else 0) + len(_tasks(names))

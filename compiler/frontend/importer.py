@@ -149,7 +149,10 @@ class Importer:
         text = str(size.node.expr).replace("//", "_floordiv_")
         for symbol, name in self._dims.items():
             text = text.replace(symbol, name)
-        return canonical_dim(text)
+        try:
+            return canonical_dim(text)
+        except ValueError as reason:  # what sympy raises
+            raise self.fail(f"the size {size.node.expr} is not in the graph's vocabulary") from reason
 
     # --- operations -----------------------------------------------------------------------------------------
 

@@ -205,7 +205,8 @@ def _near(graph: Graph, text: str, known: Mapping[Param, set[str]]) -> str:
     names = [name for param in _in_order(graph) for name in (param.name, *param.aliases)]
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
     near = difflib.get_close_matches(text, [*present, *names, *sorted(parts)], 1, cutoff=0.7)
-    hint = f"did you mean `{near[0]}`? " if near else ""
+    meant = f"*.{text}.*" if near == [text] else near[0] if near else ""  # a module, where no weight has that role
+    hint = f"did you mean `{meant}`? " if meant else ""
     return f"{hint}roles present: {', '.join(present)}"
 
 

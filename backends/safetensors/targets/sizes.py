@@ -6,6 +6,7 @@ builds what the graph is, is not decided here: the proposal is captured and comp
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from compiler.ir.facts import attention_sites, expert_sites, mlp_sites
@@ -35,7 +36,7 @@ def smaller_config(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
 
 def _part(graph: Graph, words: tuple[str, ...]) -> Graph:
     """What of ``graph`` is computed in modules whose path has one of ``words`` in it."""
-    nodes = [node for node in graph.nodes if any(word in node.scope for word in words)]
+    nodes = [node for node in graph.nodes if not {*words}.isdisjoint(re.split(r"[._]", node.scope))]
     return subgraph(graph, nodes, graph.name)
 
 
