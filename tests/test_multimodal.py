@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,17 @@ def test_a_language_model_is_captured_for_texts_and_written_smaller_with_all_oth
 def test_what_holds_the_language_model_alone_says_so():
     (note,) = emission_of(capture(MULTIMODAL["llava"]()), "generated").notes
     assert "it holds nothing of model.vision_tower, model.multi_modal_projector" in note
+
+
+def test_a_config_that_says_the_sizes_of_texts_at_its_top_is_written_smaller(tmp_path):
+    """As those of Qwen2-VL that are published: only pictures have a config of their own."""
+    MULTIMODAL["qwen2_vl"]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config.pop("text_config"), **config}))
+    graph = capture(tmp_path)
+    Pipeline([Prune(where="mlp", keep=0.5, align=32, score="magnitude")]).run(graph)
+    emission = require(graph)
+    assert emission.architecture == "Qwen2VLForConditionalGeneration" and emission.config["intermediate_size"] == 32
 
 
 def test_a_stream_that_others_write_to_keeps_its_width_in_the_class(tmp_path):

@@ -99,8 +99,8 @@ def propose(graph: Graph) -> tuple[Proposal, ...] | Refusal:
 def _narrower(graph: Graph) -> bool:
     """Whether the stream is not as wide as what is apart writes to it, of which no config tells."""
     before = _before(graph) or {}
-    text = before.get("text_config")
-    if not graph.origin.apart or not isinstance(text, dict):
+    text = before.get("text_config", before)
+    if not graph.origin.apart:
         return False
     widths = {site.output.input(1).shape[0] for site in attention_sites(graph) if site.output is not None}
     said = {text[name] for name in HIDDEN if name in text}

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from compiler.ir.facts import attention_sites, expert_sites, mlp_sites
-from compiler.ir.graph import Graph
+from compiler.ir.graph import Graph, Node
 from compiler.ir.layers import segments, subgraph
 
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
@@ -26,18 +26,18 @@ PARTS = {"text_config": ("text", "language"), "vision_config": ("vision", "visua
 def smaller_config(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the sizes of ``graph``, where one size serves for all of its layers: of those below the same
     config, where it has several in it."""
-    nested = [name for name in PARTS if isinstance(config.get(name), dict)]
-    if not nested:
-        tokens = {} if graph.tokens is None else _set(config, ("vocab_size",), {len(graph.tokens)})
-        return {**config, **tokens, **_layers(graph, config), **_inner(graph, config), **_heads(graph, config)}
-    parts = {name: _part(graph, PARTS[name]) for name in nested}
-    return config | {name: smaller_config(part, config[name]) for name, part in parts.items()}
+    nested = {name: _within(graph, PARTS[name]) for name in PARTS if isinstance(config.get(name), dict)}
+    parts = {name: subgraph(graph, nodes, graph.name) for name, nodes in nested.items()}
+    others = {node for nodes in nested.values() for node in nodes}
+    rest = subgraph(graph, [node for node in graph.nodes if node not in others], graph.name) if nested else graph
+    tokens = {} if graph.tokens is None else _set(config, ("vocab_size",), {len(graph.tokens)})
+    own = {**tokens, **_layers(rest, config), **_inner(rest, config), **_heads(rest, config)}
+    return {**config, **own, **{name: smaller_config(part, config[name]) for name, part in parts.items()}}
 
 
-def _part(graph: Graph, words: tuple[str, ...]) -> Graph:
+def _within(graph: Graph, words: tuple[str, ...]) -> list[Node]:
     """What of ``graph`` is computed in modules whose path has one of ``words`` in it."""
-    nodes = [node for node in graph.nodes if not {*words}.isdisjoint(re.split(r"[._]", node.scope))]
-    return subgraph(graph, nodes, graph.name)
+    return [node for node in graph.nodes if not {*words}.isdisjoint(re.split(r"[._]", node.scope))]
 
 
 def _inner(graph: Graph, config: dict[str, Any]) -> dict[str, Any]:
